@@ -1,0 +1,286 @@
+"""The parts of a Transformer layer: projections, norms, dropout, attention, feed-forward, and the two kinds of layer.
+
+A layer is a module without neighbours: `Stack` holds the parameters of many and applies one template to each.
+Parameters are float32 and carry logical axis names; activations have the config's compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from t5x_ext.models.config import TransformerConfig
+
+Activation = Callable[[Array], Array]
+Positions = Callable[[Int[Array, "..."], int], Float[Array, "... embed"]]
+
+MASKED = -1e9
+"""Attention score where attention is not allowed: finite, so that rows without any allowed key stay finite."""
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of attention, per head."""
+
+    key: Float[Array, "*batch length heads head_dim"]
+    value: Float[Array, "*batch length heads head_dim"]
+
+
+def sinusoidal_positions(positions: Int[Array, "..."], embed_dim: int) -> Float[Array, "... embed"]:
+    """Sines in the first half, cosines in the second, wavelengths from 2 pi to 20,000 pi (fairseq's arrangement).
+
+    Positions count from 0 (fairseq starts at 2).
+    """
+    half = embed_dim // 2
+    frequencies = jnp.exp(jnp.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def compute_dtype(config: TransformerConfig) -> jnp.dtype:
+    """The dtype of activations and matrix products."""
+    return jnp.dtype(config.compute_dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes values with probability `rate` and scales the others to keep the mean; reads the rng `dropout`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
+        """Returns `x` with values dropped, or `x` itself when deterministic."""
+        if deterministic or self.rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32, returned in the dtype of its input."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+        """Returns `x` normalised and scaled."""
+        config, width = self.config, x.shape[-1]
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
+        y = x.astype(jnp.float32)
+        if config.norm == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_epsilon) * scale
+        if config.norm == "layernorm" and config.use_bias:
+            y = y + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+        return y.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """A linear map from the last axes of its input to new ones, Xavier-uniform with a gain, bias zero.
+
+    Attributes:
+      config: gives dtype and whether there is a bias.
+      features: sizes of the new axes.
+      axes: logical names of the kernel's axes, the contracted ones first; as many of the input's last axes are
+        contracted as there are names beyond `features`.
+      gain: of the uniform initialiser.
+    """
+
+    config: TransformerConfig
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the map of `x` in the compute dtype."""
+        contracted = len(self.axes) - len(self.features)
+        init = nn.initializers.variance_scaling(
+            self.gain**2, "fan_avg", "uniform", range(contracted), range(contracted, len(self.axes))
+        )
+        shape = x.shape[-contracted:] + self.features
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        dtype = compute_dtype(self.config)
+        y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), contracted)
+        if self.config.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[contracted:])
+            y = y + self.param("bias", zeros, self.features).astype(dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with several heads; softmax in float32.
+
+    Queries, keys and values start at gain 1/sqrt(2) as in fairseq, the output projection at 1.
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        """Creates the four projections."""
+        config = self.config
+        heads, axes = (config.num_heads, config.head_dim), ("embed", "heads", "head_dim")
+        self.query = Projection(config, heads, axes, math.sqrt(0.5))
+        self.key = Projection(config, heads, axes, math.sqrt(0.5))
+        self.value = Projection(config, heads, axes, math.sqrt(0.5))
+        self.out = Projection(config, (config.embed_dim,), ("heads", "head_dim", "embed"))
+        self.dropout = Dropout(config.attention_dropout)
+
+    def keys_and_values(self, x: Float[Array, "batch length embed"]) -> KeyValue:
+        """Keys and values of the attended sequence."""
+        return KeyValue(self.key(x), self.value(x))
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        memory: KeyValue,
+        mask: Bool[Array, "batch #length memory_length"],
+        deterministic: bool,
+    ) -> Float[Array, "batch length embed"]:
+        """What each query position reads from the `memory` positions where `mask` is True."""
+        query = self.query(x) * self.config.head_dim**-0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, memory.key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
+        weights = self.dropout(weights.astype(query.dtype), deterministic)
+        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, memory.value))
+
+
+class FeedForward(nn.Module):
+    """Two projections with an activation between."""
+
+    config: TransformerConfig
+    activation: Activation
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length embed"], deterministic: bool
+    ) -> Float[Array, "batch length embed"]:
+        """Returns the sub-layer's output."""
+        config = self.config
+        inner = self.activation(Projection(config, (config.mlp_dim,), ("embed", "mlp"), name="up")(x))
+        inner = Dropout(config.activation_dropout)(inner, deterministic)
+        return Projection(config, (config.embed_dim,), ("mlp", "embed"), name="down")(inner)
+
+
+class Residual(nn.Module):
+    """The frame around a sub-layer: a norm before it or after the sum, dropout before the sum.
+
+    With pre-norm x + dropout(sublayer(norm(x))), with post-norm norm(x + dropout(sublayer(x))).
+    """
+
+    config: TransformerConfig
+
+    def setup(self) -> None:
+        """Creates norm and dropout."""
+        self.norm = Norm(self.config)
+        self.dropout = Dropout(self.config.dropout)
+
+    def enter(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        """What the sub-layer reads."""
+        return self.norm(x) if self.config.norm_placement == "pre" else x
+
+    def leave(
+        self, x: Float[Array, "batch length embed"], y: Float[Array, "batch length embed"], deterministic: bool
+    ) -> Float[Array, "batch length embed"]:
+        """What follows the sub-layer, `x` being the frame's input and `y` the sub-layer's output."""
+        total = x + self.dropout(y, deterministic)
+        return total if self.config.norm_placement == "pre" else self.norm(total)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward."""
+
+    config: TransformerConfig
+    activation: Activation
+
+    def setup(self) -> None:
+        """Creates the sub-layers."""
+        self.self_attention = Attention(self.config)
+        self.self_attention_residual = Residual(self.config)
+        self.feed_forward = FeedForward(self.config, self.activation)
+        self.feed_forward_residual = Residual(self.config)
+
+    def __call__(
+        self, x: Float[Array, "batch length embed"], mask: Bool[Array, "batch length length"], deterministic: bool
+    ) -> Float[Array, "batch length embed"]:
+        """Returns the layer's output; `mask[b, q, k]` allows query q to read key k."""
+        y = self.self_attention_residual.enter(x)
+        y = self.self_attention(y, self.self_attention.keys_and_values(y), mask, deterministic)
+        x = self.self_attention_residual.leave(x, y, deterministic)
+        y = self.feed_forward(self.feed_forward_residual.enter(x), deterministic)
+        return self.feed_forward_residual.leave(x, y, deterministic)
+
+    def touch(self) -> None:
+        """Runs the layer on one position of zeros, which creates its parameters."""
+        self(jnp.zeros((1, 1, self.config.embed_dim)), jnp.ones((1, 1, 1), bool), True)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the encoder's output, and feed-forward."""
+
+    config: TransformerConfig
+    activation: Activation
+
+    def setup(self) -> None:
+        """Creates the sub-layers."""
+        self.self_attention = Attention(self.config)
+        self.self_attention_residual = Residual(self.config)
+        self.cross_attention = Attention(self.config)
+        self.cross_attention_residual = Residual(self.config)
+        self.feed_forward = FeedForward(self.config, self.activation)
+        self.feed_forward_residual = Residual(self.config)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length embed"],
+        encoded: Float[Array, "batch source_length embed"],
+        self_mask: Bool[Array, "batch length length"],
+        cross_mask: Bool[Array, "batch length source_length"],
+        deterministic: bool,
+    ) -> Float[Array, "batch length embed"]:
+        """Returns the layer's output over whole targets."""
+        y = self.self_attention_residual.enter(x)
+        y = self.self_attention(y, self.self_attention.keys_and_values(y), self_mask, deterministic)
+        x = self.self_attention_residual.leave(x, y, deterministic)
+        return self._after_self_attention(x, self.cross_memory(encoded), cross_mask, deterministic)
+
+    def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> KeyValue:
+        """Keys and values of cross-attention, which stay the same for a whole decoding."""
+        return self.cross_attention.keys_and_values(encoded)
+
+    def step(
+        self,
+        x: Float[Array, "rows 1 embed"],
+        cache: KeyValue,
+        memory: KeyValue,
+        position: Int[Array, ""],
+        cross_mask: Bool[Array, "rows 1 source_length"],
+    ) -> tuple[Float[Array, "rows 1 embed"], KeyValue]:
+        """One target position, given the keys and values of those before it.
+
+        Returns:
+          The layer's output, and key and value of this position (length 1) for the caller to store: the cache of the
+          whole stack is then written once.
+        """
+        y = self.self_attention_residual.enter(x)
+        new = self.self_attention.keys_and_values(y)
+        seen = jax.tree.map(lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, position, 1), cache, new)
+        mask = jnp.arange(seen.key.shape[1])[None, None] <= position
+        x = self.self_attention_residual.leave(x, self.self_attention(y, seen, mask, True), True)
+        return self._after_self_attention(x, memory, cross_mask, True), new
+
+    def touch(self) -> None:
+        """Runs the layer on one position of zeros, which creates its parameters."""
+        x, mask = jnp.zeros((1, 1, self.config.embed_dim)), jnp.ones((1, 1, 1), bool)
+        self(x, x, mask, mask, True)
+
+    def _after_self_attention(self, x: Array, memory: KeyValue, cross_mask: Array, deterministic: bool) -> Array:
+        y = self.cross_attention(self.cross_attention_residual.enter(x), memory, cross_mask, deterministic)
+        x = self.cross_attention_residual.leave(x, y, deterministic)
+        y = self.feed_forward(self.feed_forward_residual.enter(x), deterministic)
+        return self.feed_forward_residual.leave(x, y, deterministic)

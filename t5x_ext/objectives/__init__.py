@@ -1,0 +1,7 @@
+"""What is optimised: losses in the `contracts.Objective` form, sums over labels with their weights."""
+
+from __future__ import annotations
+
+from t5x_ext.objectives.cross_entropy import LabelSmoothedCrossEntropy
+
+__all__ = ["LabelSmoothedCrossEntropy"]
