@@ -1,4 +1,4 @@
-"""The one description of a model: sizes, switches, and what follows from them (parameters, floating point operations)."""
+"""The one description of a model: sizes and switches, and the parameters and operations that follow from them."""
 
 from __future__ import annotations
 

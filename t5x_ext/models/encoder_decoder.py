@@ -20,6 +20,7 @@ from t5x_ext.models.layers import (
     KeyValue,
     Positions,
     compute_dtype,
+    named_axes,
     sinusoidal_positions,
 )
 from t5x_ext.models.stack import Stack
@@ -35,7 +36,7 @@ class Embedding(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.embed_dim**-0.5)
         shape = (config.vocab_size, config.embed_dim)
-        self.table = self.param("table", nn.with_logical_partitioning(init, ("vocab", "embed")), shape)
+        self.table = self.param("table", named_axes(init, ("vocab", "embed")), shape)
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... embed"]:
         """The vectors of tokens."""
@@ -114,7 +115,7 @@ class EncoderDecoder(nn.Module):
         return self.encoder.normalize(x)
 
     def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> KeyValue:
-        """Keys and values of cross-attention of each decoder position, [layers, batch, source_length, heads, head_dim]."""
+        """Keys and values of cross-attention, [layers, batch, source_length, heads, head_dim] with N layers."""
         _, memory = self.decoder(lambda layer, carry, _: (carry, layer(encoded, method="cross_memory")), None)
         return memory
 
@@ -190,7 +191,7 @@ def logical_axes(config: TransformerConfig) -> PyTree:
 
 def _init_boxed(config: TransformerConfig, key: Array) -> PyTree:
     token = jnp.zeros((1, 1), jnp.int32)
-    return EncoderDecoder(config).init(key, {name: token for name in Batch.__annotations__})["params"]
+    return EncoderDecoder(config).init(key, dict.fromkeys(Batch.__annotations__, token))["params"]
 
 
 def _segment_mask(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,6 +47,11 @@ def compute_dtype(config: TransformerConfig) -> jnp.dtype:
     return jnp.dtype(config.compute_dtype)
 
 
+def named_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Callable[..., Any]:
+    """The initialiser `init`, its result boxed with the logical names of its axes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 class Dropout(nn.Module):
     """Zeroes values with probability `rate` and scales the others to keep the mean; reads the rng `dropout`."""
 
@@ -70,13 +75,13 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Returns `x` normalised and scaled."""
         config, width = self.config, x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
+        scale = self.param("scale", named_axes(nn.initializers.ones, ("embed",)), (width,))
         y = x.astype(jnp.float32)
         if config.norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_epsilon) * scale
         if config.norm == "layernorm" and config.use_bias:
-            y = y + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+            y = y + self.param("bias", named_axes(nn.initializers.zeros, ("embed",)), (width,))
         return y.astype(x.dtype)
 
 
@@ -104,11 +109,11 @@ class Projection(nn.Module):
             self.gain**2, "fan_avg", "uniform", range(contracted), range(contracted, len(self.axes))
         )
         shape = x.shape[-contracted:] + self.features
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        kernel = self.param("kernel", named_axes(init, self.axes), shape)
         dtype = compute_dtype(self.config)
         y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), contracted)
         if self.config.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[contracted:])
+            zeros = named_axes(nn.initializers.zeros, self.axes[contracted:])
             y = y + self.param("bias", zeros, self.features).astype(dtype)
         return y
 
@@ -139,7 +144,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch length embed"],
         memory: KeyValue,
-        mask: Bool[Array, "batch #length memory_length"],
+        mask: Bool[Array, "#batch #length memory_length"],
         deterministic: bool,
     ) -> Float[Array, "batch length embed"]:
         """What each query position reads from the `memory` positions where `mask` is True."""

@@ -71,11 +71,11 @@ class Stack(nn.Module):
             rngs = None if key is None else {"dropout": key}
             return call(functools.partial(layer.apply, {"params": params}, rngs=rngs), carry, values)
 
-        step = _rematerialised(step, self.config)
+        body = _rematerialised(step, self.config)
         values = (None if deterministic else self._position_keys(), values)
         if not self.config.scan_layers:
-            return unroll_positions(step, self.sharing.layer_map(self.num_layers), self.sets, carry, values)
-        return scan_runs(step, self.sharing.runs(self.num_layers), self.sets, carry, values)
+            return unroll_positions(body, self.sharing.layer_map(self.num_layers), self.sets, carry, values)
+        return scan_runs(body, self.sharing.runs(self.num_layers), self.sets, carry, values)
 
     def normalize(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         """The final norm, or nothing where the config has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -79,10 +80,12 @@ class LabelSmoothedCrossEntropy:
 
     def _hidden(self, params: Params, batch: Batch, context: Context) -> Float[Array, "batch length embed"]:
         rngs = None if context.rngs is None else dict(context.rngs)
-        return self.model.apply({"params": params}, batch, rngs is None, method="hidden", rngs=rngs)
+        hidden: Any = self.model.apply({"params": params}, batch, rngs is None, method="hidden", rngs=rngs)
+        return hidden
 
     def _project(self, params: Params, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
-        return self.model.apply({"params": params}, hidden, method="project")
+        scores: Any = self.model.apply({"params": params}, hidden, method="project")
+        return scores
 
     def _sums(
         self,
