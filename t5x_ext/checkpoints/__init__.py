@@ -1,0 +1,17 @@
+"""What is kept: a verified store of checkpoints, averages of them, and the names of files in a run folder."""
+
+from t5x_ext.checkpoints.averaging import average_params
+from t5x_ext.checkpoints.retention import Retention
+from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder, write_json
+from t5x_ext.checkpoints.store import CheckpointStore
+from t5x_ext.checkpoints.trees import StructureError
+
+__all__ = [
+    "CheckpointStore",
+    "ModelRecord",
+    "Retention",
+    "RunFolder",
+    "StructureError",
+    "average_params",
+    "write_json",
+]

@@ -1,0 +1,75 @@
+"""Small files written atomically, and digests that prove that a folder is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+DIGESTS = "digests.json"
+"""Name of the file that holds size and SHA-256 of every other file of a folder; a folder without it is not whole."""
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes JSON so that a reader finds the old file or the new one, never a part, even after a power cut."""
+    path = epath.Path(path)
+    draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    with draft.open("w") as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        if isinstance(path, os.PathLike) and hasattr(file, "fileno"):
+            os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def write_digests(folder: epath.Path) -> None:
+    """Records size and SHA-256 of every file below `folder`: from here on the folder counts as whole."""
+    files = {name: [(folder / name).stat().length, _sha256(folder / name)] for name in _file_names(folder)}
+    write_json(folder / DIGESTS, {"format": 1, "files": files})
+
+
+def find_damage(folder: epath.Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
+    """Why `folder` cannot be trusted, in a few words; None when every wanted file has its recorded digest."""
+    if not (folder / DIGESTS).exists():
+        return f"it has no {DIGESTS}, so its save did not finish"
+    try:
+        files = json.loads((folder / DIGESTS).read_text())["files"]
+        expected = {name: (int(length), str(digest)) for name, (length, digest) in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{DIGESTS} is damaged"
+    for name, (length, digest) in expected.items():
+        if wanted(name) and (damage := _file_damage(folder / name, length, digest)):
+            return f"{name} {damage}"
+    return None
+
+
+def _file_damage(path: epath.Path, length: int, digest: str) -> str | None:
+    if not path.exists():
+        return "is missing"
+    if path.stat().length != length:
+        return f"has {path.stat().length} bytes instead of {length}"
+    return None if _sha256(path) == digest else "has changed (its SHA-256 differs)"
+
+
+def _file_names(folder: epath.Path) -> list[str]:
+    names = []
+    pending = [folder]
+    while pending:
+        for path in pending.pop().iterdir():
+            if path.is_dir():
+                pending.append(path)
+            elif path.name != DIGESTS:
+                names.append(path.relative_to(folder).as_posix())
+    return sorted(names)
+
+
+def _sha256(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,49 @@
+"""Which checkpoints stay: the newest and the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from t5x_ext.contracts import UserError
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints stay; a step stays when it is among the newest or among the best.
+
+    Args:
+      keep_last: newest steps that stay, at least 1.
+      keep_best: best steps that stay besides, by `metric`; 0 for none.
+      metric: the name of the metric that decides, among those given to `save`; None when nothing is selected.
+      mode: whether the largest (`max`) or the smallest (`min`) value is best.
+    """
+
+    keep_last: int = 3
+    keep_best: int = 1
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise UserError(f"keep_last = {self.keep_last} must be at least 1: a run without a checkpoint is lost")
+        if self.keep_best < 0:
+            raise UserError(f"keep_best = {self.keep_best} must not be negative")
+        if self.mode not in ("max", "min"):
+            raise UserError(f"mode = {self.mode!r} must be 'max' or 'min'")
+
+    def ranked(self, values: Mapping[int, float | None]) -> list[int]:
+        """Steps from best to worst; those without a finite value are left out, of equal ones the newer comes first."""
+        sign = -1.0 if self.mode == "max" else 1.0
+        finite = [(sign * value, -step) for step, value in values.items() if value is not None and math.isfinite(value)]
+        return [-negative for _, negative in sorted(finite)]
+
+    def kept(self, values: Mapping[int, float | None]) -> set[int]:
+        """Of the given steps (with their value of the metric), those that stay.
+
+        >>> sorted(Retention(keep_last=2, keep_best=1, metric="bleu").kept({1: 30.0, 2: 10.0, 3: 20.0, 4: None}))
+        [1, 3, 4]
+        """
+        return set(sorted(values)[-self.keep_last :]) | set(self.ranked(values)[: self.keep_best])

@@ -1,0 +1,73 @@
+"""The names of files in a run folder, and the record that says what model it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from t5x_ext.checkpoints.files import write_json
+from t5x_ext.contracts import UserError
+
+MODEL_FORMAT = 1
+
+
+class ModelRecord(NamedTuple):
+    """What a reader needs to build the model of a run and to use it, as JSON."""
+
+    model: dict[str, Any]  # the fields of a TransformerConfig
+    tags: dict[str, Any]  # the fields of a TagPolicy
+    directions: tuple[str, ...]  # trained directions, such as "en-de"
+
+
+class RunFolder:
+    """Paths inside the folder of one run, which may live in a bucket.
+
+    Args:
+      path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: epath.PathLike) -> None:
+        self.path = epath.Path(path)
+        self.config_gin = self.path / "config.gin"
+        self.environment_json = self.path / "environment.json"
+        self.model_json = self.path / "model.json"
+        self.metrics_jsonl = self.path / "metrics.jsonl"
+        self.results_json = self.path / "results.json"
+        self.learning_curve_png = self.path / "learning_curve.png"
+        self.vocabulary = self.path / "vocabulary"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.cache = self.path / "cache"
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    def write_model(self, model: Mapping[str, Any], tags: Mapping[str, Any], directions: Sequence[str]) -> None:
+        """Writes `model.json` atomically, making the folder if there is none."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {"format": MODEL_FORMAT, "model": dict(model), "tags": dict(tags), "directions": list(directions)}
+        write_json(self.model_json, record)
+
+    def read_model(self) -> ModelRecord:
+        """Reads `model.json`.
+
+        Raises:
+          UserError: if the folder is not that of a run, or its record is damaged or of another format.
+        """
+        if not self.model_json.exists():
+            missing = "does not exist" if not self.path.exists() else "is not the folder of a run: it has no model.json"
+            raise UserError(f"{self.path} {missing}; give the --run_dir of a finished `t5x_ext train`")
+        try:
+            record = json.loads(self.model_json.read_text())
+            version = record["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.model_json} is not a model record: {error!r}; was it changed by hand?") from error
+        if version != MODEL_FORMAT:
+            raise UserError(f"{self.model_json} has format {version}; this version reads format {MODEL_FORMAT}")
+        try:
+            return ModelRecord(dict(record["model"]), dict(record["tags"]), tuple(record["directions"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.model_json} is incomplete: {error!r}; was it changed by hand?") from error

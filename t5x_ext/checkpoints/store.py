@@ -1,0 +1,338 @@
+"""The checkpoints of a run: written in the background, atomic, verified, and never all lost at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from t5x_ext.checkpoints import trees
+from t5x_ext.checkpoints.files import DIGESTS, find_damage, write_digests
+from t5x_ext.checkpoints.retention import Retention
+from t5x_ext.contracts import Params, PyTree, UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+WEIGHTS = ("params", "ema")
+"""Parts of a state that are stored apart, so that reading parameters touches nothing else."""
+
+_STATE = "state"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_FOLDER_NAME = re.compile(r"(\d+)(?:\.(\d+))?")
+
+
+class _Saved(NamedTuple):
+    """A folder of one saved step; saving the same step again makes a new revision beside it."""
+
+    step: int
+    revision: int
+    folder: epath.Path
+
+
+class CheckpointStore:
+    """Checkpoints in one directory, a folder a step, through Orbax.
+
+    A save blocks for the copy from device to host only. In the background the folder is written under a temporary name,
+    renamed, and then given `digests.json` (size and SHA-256 of every file): only then it counts as whole, and only then
+    older ones are deleted. A load verifies the digests first. Folders that an interrupted save left behind are
+    deleted by the next save that finishes.
+
+    One process at a time writes to a directory; any number may read.
+
+    Args:
+      directory: a local path or a bucket (`gs://...`); made by the first save.
+      retention: which steps stay. For reading alone it is not needed: the checkpoints know by which metric they were
+        selected.
+    """
+
+    def __init__(self, directory: epath.PathLike, retention: Retention | None = None) -> None:
+        self.directory = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+        self._retention = retention
+        self._pending: Future[None] | None = None
+        self._refused: set[epath.Path] = set()
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        extra: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving; waits only for an earlier save and for the copy of `state` to the host.
+
+        Args:
+          step: updates done so far; saving a step again replaces it once the new one is whole.
+          state: any tree of arrays, typed random keys and Python numbers. It may be donated as soon as this returns.
+          extra: what else a resumed run needs, as JSON (the data position, for example).
+          metrics: values that retention selects by.
+
+        Raises:
+          Exception: what made an earlier save fail in the background, for example `OSError` for a full disk.
+        """
+        self.wait()
+        leaves = trees.flatten(state)
+        specs = {name: trees.leaf_spec(name, leaf) for name, leaf in leaves.items()}
+        retention = self._retention or Retention()
+        meta = {
+            "format": FORMAT,
+            "step": int(step),
+            "metrics": {name: _finite_or_none(value) for name, value in (metrics or {}).items()},
+            "selection": {"metric": retention.metric, "mode": retention.mode},
+            "leaves": specs,
+            "extra": dict(extra or {}),
+        }
+        revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
+        folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
+        arrays = {name: trees.to_stored(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
+        ocp = _orbax()
+        items = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(arrays).items()}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._checkpointer.save(folder, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+        self._pending = self._finalizer.submit(self._finish, folder)
+
+    def wait(self) -> None:
+        """Returns when no save is under way.
+
+        Raises:
+          Exception: what made the save fail.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            # Neither exists before its first use.
+            if "_finalizer" in self.__dict__:
+                self._finalizer.shutdown()
+            if "_checkpointer" in self.__dict__:
+                self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """Steps whose save has finished, ascending. Their files are verified when they are loaded."""
+        return sorted({saved.step for saved in self._finished()})
+
+    def best_step(self) -> int | None:
+        """The best finished step by the metric of the retention (or the one the newest checkpoint names), if any."""
+        return next(iter(self._ranked()), None)
+
+    def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
+        """Loads a state and its `extra`, after verifying every file.
+
+        Without `step` the newest whole checkpoint is taken; each newer one that had to be refused is logged as a
+        warning with the reason.
+
+        Args:
+          template: a tree of arrays or `jax.ShapeDtypeStruct`s like the saved state. Leaves come back with the
+            template's sharding, which may differ from that of the save; without one, on the first device. NumPy arrays
+            and Python numbers come back as such.
+          step: exactly this step, or None.
+
+        Returns:
+          `(state, extra)`.
+
+        Raises:
+          UserError: if there is no whole checkpoint.
+          StructureError: if it holds another tree; `details` lists the differences.
+        """
+        self.wait()
+        saved = self._newest_whole(step)
+        meta = _read_meta(saved.folder)
+        leaves = trees.flatten(template)
+        specs = {name: trees.leaf_spec(name, leaf) for name, leaf in leaves.items()}
+        trees.check_same(_specs(meta), specs, where=f"checkpoint {saved.folder}")
+        requests = {name: _restore_args(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
+        arrays = self._read(saved.folder, requests)
+        restored = (
+            trees.from_stored(arrays[name], leaf) if name in arrays else _empty_like(leaf)
+            for name, leaf in leaves.items()
+        )
+        return jax.tree.unflatten(jax.tree.structure(template), restored), meta["extra"]
+
+    def restore_params(
+        self, which: Literal["best", "last"] | int = "best", subtree: Literal["params", "ema"] = "params"
+    ) -> Params:
+        """Loads only the parameters, as NumPy arrays, knowing nothing about the rest of the state.
+
+        Args:
+          which: `last`, a step, or `best`: the best by metric, or the newest where no metric was recorded. `best` and
+            `last` fall back to the next whole one, with a warning.
+          subtree: `params`, or `ema` for the averaged weights.
+
+        Returns:
+          Nested dictionaries of NumPy arrays.
+
+        Raises:
+          UserError: if there is no such checkpoint, or it has no such weights.
+        """
+        self.wait()
+        step = which if isinstance(which, int) else None
+        others = {_STATE, *WEIGHTS} - {subtree}
+        saved = self._newest_whole(
+            step, first=self._ranked() if which == "best" else (), wanted=lambda name: name.split("/")[0] not in others
+        )
+        specs = {name: spec for name, spec in _specs(_read_meta(saved.folder)).items() if _item_of(name) == subtree}
+        if not specs:
+            raise UserError(f"checkpoint {saved.folder} holds no weights named {subtree!r}")
+        as_numpy = _orbax().RestoreArgs(restore_type=np.ndarray)
+        arrays = self._read(saved.folder, {name: as_numpy for name, spec in specs.items() if _is_stored(spec)})
+        empty = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not _is_stored(spec)}
+        return trees.nested(arrays | empty)[subtree]
+
+    @cached_property
+    def _checkpointer(self) -> Any:
+        ocp = _orbax()
+        # Trained weights are noise to a compressor: it would cost time and save little.
+        trees_of_arrays = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in (_STATE, *WEIGHTS)}
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees_of_arrays)
+        )
+
+    @cached_property
+    def _finalizer(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def _finish(self, folder: epath.Path) -> None:
+        """In the background: after Orbax has renamed the folder, proves it whole, then deletes what need not stay."""
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            write_digests(folder)
+            self._delete_others()
+        logger.info("checkpoint %s saved", folder)
+
+    def _delete_others(self) -> None:
+        newest = {saved.step: saved.folder for saved in self._finished()}
+        retention = self._retention or Retention()
+        values = {step: _read_meta(folder)["metrics"].get(retention.metric) for step, folder in newest.items()}
+        kept = {newest[step] for step in retention.kept(values)}
+        for folder in self.directory.iterdir():
+            if folder not in kept and (_parse(folder) or _TEMPORARY in folder.name):
+                # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
+                (folder / DIGESTS).unlink(missing_ok=True)
+                folder.rmtree()
+
+    def _folders(self) -> list[_Saved]:
+        """Folders of steps, finished or not, ascending by step and revision."""
+        if not self.directory.exists():
+            return []
+        return sorted(saved for folder in self.directory.iterdir() if (saved := _parse(folder)))
+
+    def _finished(self) -> list[_Saved]:
+        return [
+            saved
+            for saved in self._folders()
+            if saved.folder not in self._refused and (saved.folder / DIGESTS).exists()
+        ]
+
+    def _ranked(self) -> list[int]:
+        """Finished steps from best to worst."""
+        metas = {saved.step: _read_meta(saved.folder) for saved in self._finished()}
+        if not metas:
+            return []
+        retention = self._retention or Retention(**metas[max(metas)]["selection"])
+        return retention.ranked({step: meta["metrics"].get(retention.metric) for step, meta in metas.items()})
+
+    def _newest_whole(
+        self, step: int | None, first: Sequence[int] = (), wanted: Callable[[str], bool] = lambda name: True
+    ) -> _Saved:
+        """The first folder without damage: of `step`, or of the steps `first` in their order, then the newest."""
+        order = {step: rank for rank, step in enumerate(first)}
+        folders = [saved for saved in self._folders() if step is None or saved.step == step]
+        folders.sort(key=lambda saved: (order.get(saved.step, len(order)), -saved.step, -saved.revision))
+        reasons = []
+        for saved in folders:
+            damage = find_damage(saved.folder, wanted)
+            if damage is None:
+                return saved
+            self._refused.add(saved.folder)
+            reasons.append(f"{saved.folder.name}: {damage}")
+            logger.warning("checkpoint %s refused: %s", saved.folder, damage)
+        asked = "checkpoint" if step is None else f"checkpoint of step {step}"
+        why = f" ({'; '.join(reasons)})" if reasons else f"; finished steps: {self.steps() or 'none'}"
+        raise UserError(f"no whole {asked} in {self.directory}{why}")
+
+    def _read(self, folder: epath.Path, requests: Mapping[str, Any]) -> dict[str, Any]:
+        """The requested arrays by name."""
+        ocp = _orbax()
+        items = {item: ocp.args.PyTreeRestore(item=tree, restore_args=tree) for item, tree in _items(requests).items()}
+        restored = self._checkpointer.restore(folder, args=ocp.args.Composite(**items))
+        return {name: leaf for item in items for name, leaf in trees.flatten(restored[item]).items()}
+
+
+def _orbax() -> Any:
+    """Orbax on first use: importing it takes as long as importing the rest of the room."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
+def _parse(folder: epath.Path) -> _Saved | None:
+    match = _FOLDER_NAME.fullmatch(folder.name)
+    return _Saved(int(match[1]), int(match[2] or 0), folder) if match else None
+
+
+def _item_of(name: str) -> str:
+    head = name.split("/")[0]
+    return head if head in WEIGHTS else _STATE
+
+
+def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Nested dictionaries a part of the folder, full names kept inside."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, leaf in leaves.items():
+        parts.setdefault(_item_of(name), {})[name] = leaf
+    return {item: trees.nested(part) for item, part in parts.items()}
+
+
+def _is_stored(spec: trees.LeafSpec) -> bool:
+    """Orbax refuses arrays without elements; their shape and dtype say all about them."""
+    return 0 not in spec.shape
+
+
+def _empty_like(leaf: Any) -> Any:
+    return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _restore_args(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return _orbax().RestoreArgs(restore_type=np.ndarray)
+    plain = jax.eval_shape(jax.random.key_data, leaf) if trees.is_key(leaf) else leaf
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    return _orbax().ArrayRestoreArgs(sharding=sharding, global_shape=plain.shape, dtype=plain.dtype)
+
+
+def _read_meta(folder: epath.Path) -> dict[str, Any]:
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    if meta["format"] != FORMAT:
+        raise UserError(f"checkpoint {folder} has format {meta['format']}; this version reads format {FORMAT}")
+    return meta
+
+
+def _specs(meta: Mapping[str, Any]) -> dict[str, trees.LeafSpec]:
+    return {name: trees.LeafSpec(tuple(shape), dtype) for name, (shape, dtype) in meta["leaves"].items()}
+
+
+def _finite_or_none(value: float) -> float | None:
+    """Strict JSON knows no NaN, and a NaN is never best."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,88 @@
+"""Shardings derived from logical axis names; those of optimizer state follow the parameters by structure."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_ext.contracts import Params, PyTree, UserError, path_name
+from t5x_ext.parallel.rules import AxisRules
+
+logger = logging.getLogger(__name__)
+
+
+def tree_shardings(mesh: Mesh, rules: AxisRules, logical_axes: PyTree, params: Params) -> PyTree:
+    """A `NamedSharding` for every parameter.
+
+    An axis stays whole when its mesh axis does not divide its size (logged), or when an earlier axis of the same array
+    has taken that mesh axis.
+
+    Args:
+      mesh: from `make_mesh`.
+      rules: logical axis name to mesh axis.
+      logical_axes: the tree of `params` with a tuple of axis names (None: never cut) for each array.
+      params: arrays or `jax.ShapeDtypeStruct`s; only shapes are read.
+
+    Raises:
+      UserError: if names and shapes disagree in number or a name is unknown.
+    """
+    is_axes = lambda node: isinstance(node, tuple)
+    leaves = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_axes)
+    axes = {path_name(path): names for path, names in leaves}
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        if len(axes.get(name, ())) != len(leaf.shape):
+            raise UserError(f"parameter {name} of shape {leaf.shape} has axis names {axes.get(name)}: want one an axis")
+        return NamedSharding(mesh, _spec(mesh, rules, name, axes[name], leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: PyTree) -> PyTree:
+    """A `NamedSharding` for every array of a training state or optimizer state.
+
+    A leaf whose path ends in the path of a parameter and has its shape is cut as that parameter: the parameters
+    themselves, averages of them, and moments, however chained, masked or partitioned the optimizer is. Everything else
+    (counts, keys, factored moments) is replicated.
+
+    Args:
+      mesh: the mesh of `param_shardings`.
+      state: arrays or `jax.ShapeDtypeStruct`s, for example `jax.eval_shape(optimizer.init, params)`.
+      params: arrays or `jax.ShapeDtypeStruct`s.
+      param_shardings: from `tree_shardings`, shaped like `params`.
+    """
+    shapes = {_parts(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shardings = dict(zip(shapes, jax.tree.leaves(param_shardings), strict=True))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        parts = _parts(path)
+        suffixes = (parts[start:] for start in range(len(parts) + 1))
+        owner = next((suffix for suffix in suffixes if suffix in shapes), None)
+        return shardings[owner] if owner is not None and shapes[owner] == leaf.shape else replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _parts(path: tuple) -> tuple[str, ...]:
+    return tuple(path_name((key,)) for key in path)
+
+
+def _spec(
+    mesh: Mesh, rules: AxisRules, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    taken: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axis = rules.mesh_axis(axis)
+        if mesh_axis in taken:
+            mesh_axis = None
+        if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            reason = f"{mesh.shape[mesh_axis]} devices along {mesh_axis} do not divide it"
+            logger.info("parameter %s: axis %s of size %d stays whole: %s", name, axis, size, reason)
+            mesh_axis = None
+        taken.append(mesh_axis)
+    return PartitionSpec(*taken)
