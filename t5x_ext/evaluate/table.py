@@ -1,0 +1,79 @@
+"""Scores as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from t5x_ext.contracts import UserError
+from t5x_ext.evaluate.scores import Scores
+
+
+def format_table(scores: Mapping[str, Scores], label: str = "direction") -> str:
+    """Scores by direction (or by domain), a row each, a mean where there are several, and the signatures below.
+
+    A signature that all rows share is printed once; where rows differ (another tokenizer for another language) each
+    signature names its rows.
+
+    Args:
+      scores: by the name of the row; the order is kept.
+      label: heading of the first column.
+
+    Raises:
+      UserError: nothing to print.
+    """
+    if not scores:
+        raise UserError("no scores to print: evaluate something first")
+    rows = list(scores.values())
+    columns: list[tuple[str, Callable[[Scores], float | None]]] = [
+        ("BLEU", lambda row: row.bleu.value),
+        ("chrF", lambda row: row.chrf.value),
+        ("TER", lambda row: row.ter.value if row.ter else None),
+        ("exact %", lambda row: row.exact_match),
+    ]
+    columns = [(name, value) for name, value in columns if any(value(row) is not None for row in rows)]
+    body = [
+        [name, f"{row.num_lines:,}", *(_number(value(row)) for _, value in columns)] for name, row in scores.items()
+    ]
+    head = [label, "lines", *(name for name, _ in columns)]
+    foot = []
+    if len(rows) > 1:
+        means = [_mean([value(row) for row in rows]) for _, value in columns]
+        foot = [["mean", f"{sum(row.num_lines for row in rows):,}", *map(_number, means)]]
+    return "\n".join([*_align(head, body, foot), "", *_signatures(scores)])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _align(head: list[str], body: list[list[str]], foot: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *body, *foot)]
+
+    def line(cells: list[str]) -> str:
+        first, *numbers = (
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
+        )
+        return "  ".join([first, *numbers]).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [line(head), rule, *map(line, body)]
+    return [*lines, rule, *map(line, foot)] if foot else lines
+
+
+def _signatures(scores: Mapping[str, Scores]) -> list[str]:
+    names: dict[tuple[str, str], list[str]] = {}
+    for metric in ("BLEU", "chrF", "TER"):
+        for name, row in scores.items():
+            score = getattr(row, metric.lower())
+            if score is not None:
+                names.setdefault((metric, score.signature), []).append(name)
+    width = max(len(metric) for metric, _ in names)
+    return [
+        f"{metric.ljust(width)}  {signature}" + ("" if len(members) == len(scores) else f"  [{', '.join(members)}]")
+        for (metric, signature), members in names.items()
+    ]
