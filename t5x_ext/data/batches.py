@@ -1,0 +1,233 @@
+"""Packed batches: the plan's rows filled with the cache's tokens, in whole-array operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, cast
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from t5x_ext.contracts import Batch
+from t5x_ext.data.plan import BatchPlan, RowExamples
+from t5x_ext.data.vocabulary import Vocabulary
+
+# As many batches as any run can ask for: the plan is endless, grain wants a length.
+_ENDLESS = 1 << 60
+
+
+class PreviewExample(NamedTuple):
+    """One example of a packed row, as text; `direction` as in `en-de`."""
+
+    direction: str
+    source: str
+    target: str
+
+
+class PackedBatches:
+    """Batch i of a plan as arrays: numpy int32 [rows, length], the same shapes for every i.
+
+    Attributes:
+      plan: what stands where.
+      vocabulary: gives the end-of-sentence id and the text of previews.
+    """
+
+    def __init__(self, plan: BatchPlan, vocabulary: Vocabulary):
+        self.plan = plan
+        self.vocabulary = vocabulary
+        self._source_prefixes = _Prefixes.of(plan.source_prefixes)
+        self._target_prefixes = _Prefixes.of(plan.target_prefixes)
+        self._reverse = np.array([stream.reverse for stream in plan.streams])
+        caches = {stream.cache.path: stream.cache for stream in plan.streams}
+        self._caches = list(caches.values())
+        self._cache_numbers = np.array([list(caches).index(stream.cache.path) for stream in plan.streams])
+
+    def skipping(self, ranges: Sequence[tuple[int, int]]) -> PackedBatches:
+        """The same batches without some ranges [start, stop) of them, see `BatchPlan.skipping`."""
+        return PackedBatches(self.plan.skipping(ranges), self.vocabulary)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Batch `index`, all rows."""
+        return self.rows(index, 0, self.plan.config.rows)
+
+    def rows(self, index: int, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop` of batch `index`; only their records are read, with one read a cache."""
+        config, eos_id = self.plan.config, self.vocabulary.eos_id
+        examples = self.plan.examples(index, start, stop)
+        source_text, target_text = self._read(examples)
+        source = _Side(examples.rows, examples.source_lengths, (stop - start, config.source_length))
+        target = _Side(examples.rows, examples.target_lengths, (stop - start, config.target_length))
+        labels = target.tokens(self._target_prefixes.select(examples.streams), target_text, eos_id)
+        batch = {
+            "source_tokens": source.tokens(self._source_prefixes.select(examples.streams), source_text, eos_id),
+            "source_segment_ids": source.segment_ids,
+            "source_positions": source.positions,
+            "target_inputs": target.shift(labels, eos_id),
+            "target_labels": labels,
+            "target_segment_ids": target.segment_ids,
+            "target_positions": target.positions,
+        }
+        return cast(Batch, batch)  # the contract's arrays are JAX's; these become so when they are put on devices
+
+    def _read(self, examples: RowExamples) -> tuple[_Text, _Text]:
+        """Where the tokens of every example's source and target stand among those that were read."""
+        numbers = self._cache_numbers[examples.streams]
+        blocks = [np.zeros(0, dtype=np.int32)]
+        starts = np.zeros((2, len(numbers)), dtype=np.int64)
+        offset = 0
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            tokens = self._caches[number].read_tokens(examples.records[places])
+            both = tokens.source_lengths + tokens.target_lengths
+            starts[0, places] = offset + np.cumsum(both, dtype=np.int64) - both
+            starts[1, places] = starts[0, places] + tokens.source_lengths
+            blocks.append(tokens.ids)
+            offset += len(tokens.ids)
+        ids = np.concatenate(blocks)
+        reverse = self._reverse[examples.streams]
+        return _Text(ids, np.where(reverse, starts[1], starts[0])), _Text(ids, np.where(reverse, starts[0], starts[1]))
+
+    def preview(self, index: int, rows: int = 2) -> list[list[PreviewExample]]:
+        """The first rows of a batch as text: for every row its examples, read back from the packed arrays."""
+        rows = min(rows, self.plan.config.rows)
+        batch, examples = self.rows(index, 0, rows), self.plan.examples(index, 0, rows)
+        preview: list[list[PreviewExample]] = [[] for _ in range(rows)]
+        for row, stream in zip(examples.rows.tolist(), examples.streams.tolist()):
+            segment = len(preview[row]) + 1
+            source = batch["source_tokens"][row][batch["source_segment_ids"][row] == segment]
+            target = batch["target_labels"][row][batch["target_segment_ids"][row] == segment]
+            texts = self.vocabulary.decode([np.asarray(source), np.asarray(target)])
+            preview[row].append(PreviewExample(self.plan.streams[stream].name, *texts))
+        return preview
+
+
+class _Text(NamedTuple):
+    """Token ids of many examples in one array, and where each example's begin."""
+
+    ids: Int[np.ndarray, " tokens"]
+    starts: Int[np.ndarray, " examples"]
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """The tags of examples, left-aligned in a table."""
+
+    ids: Int[np.ndarray, "examples longest"]
+    lengths: Int[np.ndarray, " examples"]
+
+    @classmethod
+    def of(cls, prefixes: Sequence[tuple[int, ...]]) -> _Prefixes:
+        lengths = np.array([len(prefix) for prefix in prefixes], dtype=np.int64)
+        ids = np.zeros((len(prefixes), lengths.max()), dtype=np.int32)
+        for row, prefix in zip(ids, prefixes):
+            row[: len(prefix)] = prefix
+        return cls(ids, lengths)
+
+    def select(self, streams: Int[np.ndarray, " examples"]) -> _Prefixes:
+        return _Prefixes(self.ids[streams], self.lengths[streams])
+
+
+class _Side:
+    """One side of packed rows: example k takes `lengths[k]` places of its row, after those before it.
+
+    Examples are sorted by row.
+    """
+
+    def __init__(
+        self, rows: Int[np.ndarray, " examples"], lengths: Int[np.ndarray, " examples"], shape: tuple[int, int]
+    ):
+        self._shape = shape
+        self._lengths = lengths
+        self._row_starts = np.searchsorted(rows, rows)
+        before = np.cumsum(lengths) - lengths
+        self._starts = rows * shape[1] + before - before[self._row_starts]
+        self._within = _ranges(lengths)
+        self._places = np.repeat(self._starts, lengths) + self._within
+
+    @cached_property
+    def segment_ids(self) -> Int[np.ndarray, "rows length"]:
+        """Numbers of the examples within their row, from 1; 0 is padding."""
+        numbers = np.arange(len(self._lengths)) - self._row_starts + 1
+        return self._scatter(np.repeat(numbers, self._lengths))
+
+    @cached_property
+    def positions(self) -> Int[np.ndarray, "rows length"]:
+        """Positions within the example, from 0."""
+        return self._scatter(self._within)
+
+    def tokens(self, prefixes: _Prefixes, text: _Text, eos_id: int) -> Int[np.ndarray, "rows length"]:
+        """Prefix, text (cut to what is left of the example's length) and end of sentence of every example."""
+        tokens = np.zeros(self._shape, dtype=np.int32)
+        flat = tokens.reshape(-1)
+        for column in range(prefixes.ids.shape[1]):
+            has = np.flatnonzero(prefixes.lengths > column)
+            flat[self._starts[has] + column] = prefixes.ids[has, column]
+        lengths = self._lengths - prefixes.lengths - 1
+        within = _ranges(lengths)
+        places = np.repeat(self._starts + prefixes.lengths, lengths) + within
+        flat[places] = text.ids[np.repeat(text.starts, lengths) + within]
+        flat[self._starts + self._lengths - 1] = eos_id
+        return tokens
+
+    def shift(self, labels: Int[np.ndarray, "rows length"], eos_id: int) -> Int[np.ndarray, "rows length"]:
+        """Decoder inputs: within every example the labels one place to the right, behind an end of sentence."""
+        inputs = np.zeros_like(labels)
+        inputs[:, 1:] = labels[:, :-1]
+        inputs.reshape(-1)[self._starts] = eos_id
+        return np.where(self.segment_ids > 0, inputs, 0)
+
+    def _scatter(self, values: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, "rows length"]:
+        array = np.zeros(self._shape, dtype=np.int32)
+        array.reshape(-1)[self._places] = values
+        return array
+
+
+def _ranges(lengths: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " total"]:
+    """0 to length - 1 for every length, end to end."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+class _Source:
+    """Rows of an endless sequence of batches, as grain reads them."""
+
+    def __init__(self, batches: PackedBatches, start: int, row_start: int, row_stop: int):
+        self._batches = batches
+        self._start = start
+        self._rows = (row_start, row_stop)
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._batches.rows(self._start + index, *self._rows)
+
+
+def batch_iterator(
+    batches: PackedBatches,
+    start: int = 0,
+    row_start: int = 0,
+    row_stop: int | None = None,
+    num_threads: int = 2,
+    prefetch: int = 8,
+) -> Iterator[Batch]:
+    """Batches from `start` on, without end, read ahead by grain's threads.
+
+    The position in the data is the number of batches consumed, which the caller counts; what has been read ahead does
+    not matter for it.
+
+    Args:
+      batches: what to read.
+      start: number of the first batch.
+      row_start: first row of this host.
+      row_stop: row after this host's last; None: all rows.
+      num_threads: threads that read; 0 reads when asked.
+      prefetch: batches read ahead.
+    """
+    row_stop = batches.plan.config.rows if row_stop is None else row_stop
+    source = grain.MapDataset.source(_Source(batches, start, row_start, row_stop))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    return iter(source.to_iter_dataset(options))

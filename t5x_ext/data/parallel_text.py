@@ -1,0 +1,172 @@
+"""Two aligned text files, or one table of tab-separated columns, as a corpus."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import IO, cast
+
+from etils import epath
+
+from t5x_ext.contracts import UserError
+from t5x_ext.data.tags import check_language
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP_MAGIC = b"\x1f\x8b"
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ParallelText:
+    r"""Aligned lines of two languages: line i of one file translates line i of the other.
+
+    Files are UTF-8, plain or gzipped (told by their first bytes, not by their names), local or remote (`gs://`).
+    Lines end with "\n" only, so that U+2028 or a form feed inside a line does not shift the alignment; a carriage
+    return before it and a byte order mark at the start of a file are dropped.
+
+    Attributes:
+      source_path: the file of the source language.
+      target_path: the file of the target language.
+      source_language: its code, as in `en`, `zh` or `pt_BR`.
+      target_language: likewise.
+      name: a short name for tables and logs; made from the file name when left out.
+      tsv_path: one table instead of two files.
+      source_column: the table's column with the source text, counted from 0.
+      target_column: likewise.
+
+    Raises:
+      UserError: at once for a wrong combination of arguments; while reading for a missing or empty file, unequal
+        line counts, bytes that are not UTF-8 and lines with too few columns, naming file and line.
+    """
+
+    source_path: str | None = None
+    target_path: str | None = None
+    source_language: str = ""
+    target_language: str = ""
+    name: str = ""
+    tsv_path: str | None = None
+    source_column: int = 0
+    target_column: int = 1
+
+    def __post_init__(self) -> None:
+        for role, language in (("source_language", self.source_language), ("target_language", self.target_language)):
+            if not language:
+                raise UserError(f"ParallelText: {role} is missing; give a code such as 'en'")
+            check_language(language)
+        if self.tsv_path is None and not (self.source_path and self.target_path):
+            raise UserError("ParallelText: give source_path and target_path, or tsv_path")
+        if self.tsv_path is not None and (self.source_path or self.target_path):
+            raise UserError("ParallelText: give either tsv_path or source_path and target_path, not both")
+        if self.source_column == self.target_column or min(self.source_column, self.target_column) < 0:
+            raise UserError(
+                f"ParallelText: source_column={self.source_column} and target_column={self.target_column}"
+                " must be two different columns, counted from 0"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", self._name_from_path())
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Language codes of source and target."""
+        return self.source_language, self.target_language
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """The aligned lines, in order, without line ends."""
+        return self._table_pairs() if self.tsv_path is not None else self._file_pairs()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the languages and the files' text as stored once decompressed."""
+        digest = hashlib.sha256(repr((self.languages, self._columns())).encode())
+        for path in self._paths():
+            for block in _blocks(path):
+                digest.update(block)
+            digest.update(b"\0end of file\0")
+        return digest.hexdigest()
+
+    def _columns(self) -> tuple[int, int] | None:
+        return None if self.tsv_path is None else (self.source_column, self.target_column)
+
+    def _paths(self) -> tuple[str, ...]:
+        if self.tsv_path is not None:
+            return (self.tsv_path,)
+        return cast(str, self.source_path), cast(str, self.target_path)
+
+    def _name_from_path(self) -> str:
+        stem = self._paths()[0].rstrip("/").rsplit("/", 1)[-1]
+        for suffix in (".gz", ".tsv", f".{self.source_language}"):
+            stem = stem.removesuffix(suffix)
+        return f"{stem}.{self.source_language}-{self.target_language}"
+
+    def _file_pairs(self) -> Iterator[tuple[str, str]]:
+        source_path, target_path = self._paths()
+        counts = [0, 0]
+        for source, target in zip_longest(read_lines(source_path), read_lines(target_path)):
+            counts[0] += source is not None
+            counts[1] += target is not None
+            if source is not None and target is not None:
+                yield source, target
+        if counts[0] != counts[1]:
+            raise UserError(
+                f"{source_path} has {counts[0]} lines but {target_path} has {counts[1]}: aligned files need as many"
+            )
+
+    def _table_pairs(self) -> Iterator[tuple[str, str]]:
+        path = self._paths()[0]
+        needed = max(self.source_column, self.target_column) + 1
+        for number, line in enumerate(read_lines(path), start=1):
+            columns = line.split("\t")
+            if len(columns) < needed:
+                raise UserError(f"{path}, line {number}: {len(columns)} tab-separated column(s), {needed} are needed")
+            yield columns[self.source_column], columns[self.target_column]
+
+
+def read_lines(path: str) -> Iterator[str]:
+    r"""The lines of a UTF-8 file, plain or gzipped, split at "\n" only and without line ends.
+
+    Raises:
+      UserError: where the file is missing, empty, not whole or not UTF-8; the last names the line.
+    """
+    with _open(path) as file:
+        number = 0
+        try:
+            for number, raw in enumerate(file, start=1):
+                if number == 1:
+                    raw = raw.removeprefix(_BYTE_ORDER_MARK)
+                yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line);"
+                " convert the file to UTF-8"
+            ) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path}, after line {number}: the gzip file is damaged ({error})") from None
+        if number == 0:
+            raise UserError(f"{path}: the file is empty")
+
+
+def _blocks(path: str) -> Iterator[bytes]:
+    with _open(path) as file:
+        try:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path}: the gzip file is damaged ({error})") from None
+
+
+def _open(path: str) -> IO[bytes]:
+    location = epath.Path(path)
+    try:
+        with location.open("rb") as file:
+            is_gzip = file.read(2) == _GZIP_MAGIC
+        file = location.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; a text file is needed") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return cast(IO[bytes], gzip.GzipFile(fileobj=file) if is_gzip else file)

@@ -1,0 +1,246 @@
+"""From corpora to batches: the whole way that data goes before a training step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from t5x_ext.contracts import Batch, Corpus, UserError
+from t5x_ext.data.batches import PackedBatches
+from t5x_ext.data.cache import SubwordSampling, TokenCache, build_cache
+from t5x_ext.data.cleaning import CleaningConfig
+from t5x_ext.data.plan import BatchConfig, BatchPlan
+from t5x_ext.data.streams import Stream, TextDirection, text_directions
+from t5x_ext.data.tags import TagPolicy
+from t5x_ext.data.vocabulary import (
+    DESCRIPTION_FILE,
+    Vocabulary,
+    VocabularyConfig,
+    read_description,
+    train_vocabulary,
+    training_record,
+)
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_FOLDER = "vocabulary"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained and evaluated on.
+
+    Attributes:
+      train: corpora to learn from, at least one.
+      valid: corpora for validation; one loss over all of them, and raw text for decoding.
+      test: corpora for the final test, raw text only.
+      bidirectional: use every corpus in both directions.
+      tags: where language tags stand.
+      vocabulary: the joint vocabulary, trained or given.
+      cleaning: which pairs are left out of training.
+      subword: random segmentations of the training text.
+      batch: shape and mixture of batches.
+    """
+
+    train: tuple[Corpus, ...]
+    valid: tuple[Corpus, ...] = ()
+    test: tuple[Corpus, ...] = ()
+    bidirectional: bool = False
+    tags: TagPolicy = field(default_factory=TagPolicy)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    subword: SubwordSampling = field(default_factory=SubwordSampling)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self) -> None:
+        for role in ("train", "valid", "test"):
+            corpora = getattr(self, role)
+            if isinstance(corpora, Corpus):
+                corpora = (corpora,)
+            object.__setattr__(self, role, tuple(corpora))
+        if not self.train:
+            raise UserError("DataConfig.train: there is no training corpus; give at least one")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that a training run needs of its data.
+
+    Attributes:
+      vocabulary: the joint vocabulary, also saved in the run folder.
+      directions: names of the trained directions, as in `en-de`, without repetition.
+      batches: the endless training batches; `batches.plan` is their plan.
+      valid_plan_batches: unshuffled, one pass is the first epoch; None without validation corpora.
+      valid: validation text by corpus and direction.
+      test: likewise for the test.
+      description: what decides the batches, as JSON; a run that goes on must find the same.
+    """
+
+    vocabulary: Vocabulary
+    directions: tuple[str, ...]
+    batches: PackedBatches
+    valid_plan_batches: PackedBatches | None
+    valid: tuple[TextDirection, ...]
+    test: tuple[TextDirection, ...]
+    description: dict[str, Any]
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan of the training batches."""
+        return self.batches.plan
+
+    def valid_batches(self, row_start: int = 0, row_stop: int | None = None) -> Iterator[Batch]:
+        """These rows of every validation batch, one pass; nothing without validation corpora."""
+        batches = self.valid_plan_batches
+        if batches is not None:
+            stop = batches.plan.config.rows if row_stop is None else row_stop
+            for index in range(batches.plan.batches_per_epoch(0)):
+                yield batches.rows(index, row_start, stop)
+
+
+def prepare(
+    config: DataConfig, run_dir: str, cache_root: str | None = None, seed: int = 0, num_processes: int | None = None
+) -> PreparedData:
+    """Vocabulary, caches and plan of a run; what is there already is reused.
+
+    Args:
+      config: what to train on.
+      run_dir: the vocabulary goes to its folder `vocabulary`.
+      cache_root: local folder of token caches, shared by runs; None: `cache` in the run folder.
+      seed: decides the order of the data.
+      num_processes: see `build_cache`.
+
+    Raises:
+      UserError: for whatever is wrong with the input, and where the run folder's vocabulary is not the one that the
+        configuration asks for.
+    """
+    directions = text_directions(config.train, config.bidirectional)
+    _check_directions(directions, config.tags)
+    vocabulary = prepare_vocabulary(config.vocabulary, config.train, str(epath.Path(run_dir) / VOCABULARY_FOLDER))
+    root = str(epath.Path(run_dir) / "cache") if cache_root is None else cache_root
+    caches = [
+        build_cache(corpus, vocabulary, root, config.cleaning, config.subword, num_processes) for corpus in config.train
+    ]
+    plan = BatchPlan(_streams(caches, config.bidirectional), vocabulary, config.tags, config.batch, seed)
+    for name, rate in plan.rates().items():
+        logger.info("%s: %.2f %% of the examples drawn", name, 100 * rate)
+    return PreparedData(
+        vocabulary=vocabulary,
+        directions=tuple(dict.fromkeys(direction.name for direction in directions)),
+        batches=PackedBatches(plan, vocabulary),
+        valid_plan_batches=_valid_batches(config, vocabulary, root),
+        valid=text_directions(config.valid, config.bidirectional),
+        test=text_directions(config.test, config.bidirectional),
+        description=_describe(config, vocabulary, caches, seed),
+    )
+
+
+def prepare_vocabulary(config: VocabularyConfig, corpora: Sequence[Corpus], directory: str) -> Vocabulary:
+    """The vocabulary in a folder, made from the configuration if there is none yet.
+
+    Args:
+      config: a given model, or how to train one.
+      corpora: trained on where no model is given; their languages get tags.
+      directory: where it is kept.
+
+    Raises:
+      UserError: where the folder holds another vocabulary than the configuration asks for.
+    """
+    languages = _languages(corpora)
+    exists = (epath.Path(directory) / DESCRIPTION_FILE).exists()
+    if config.path is not None:
+        vocabulary = _open_vocabulary(config.path, languages)
+        if exists and Vocabulary.load(directory).fingerprint() != vocabulary.fingerprint():
+            raise UserError(f"{directory}: is not the vocabulary {config.path}; use that one or another run folder")
+        if not exists:
+            vocabulary.save(directory)
+        return vocabulary
+    record = training_record(config, languages, [corpus.fingerprint() for corpus in corpora])
+    if exists:
+        _check_training(directory, record)
+        return Vocabulary.load(directory)
+    vocabulary = train_vocabulary(
+        _all_lines(corpora),
+        config.size,
+        languages,
+        seed=config.seed,
+        model_type=config.model_type,
+        character_coverage=config.character_coverage,
+        split_digits=config.split_digits,
+        max_lines=config.max_lines,
+    )
+    vocabulary.save(directory, record)
+    logger.info("vocabulary: %d pieces, saved in %s", vocabulary.size, directory)
+    return vocabulary
+
+
+def _languages(corpora: Sequence[Corpus]) -> tuple[str, ...]:
+    """Languages in the order of their first mention."""
+    return tuple(dict.fromkeys(language for corpus in corpora for language in corpus.languages))
+
+
+def _open_vocabulary(path: str, languages: Sequence[str]) -> Vocabulary:
+    if not epath.Path(path).is_dir():
+        return Vocabulary(path, languages)
+    saved = Vocabulary.load(path)
+    return Vocabulary.from_model(saved.model, [*saved.languages, *languages])
+
+
+def _all_lines(corpora: Sequence[Corpus]) -> Iterator[str]:
+    for corpus in corpora:
+        for pair in corpus.pairs():
+            yield from pair
+
+
+def _check_training(directory: str, record: dict[str, Any]) -> None:
+    saved = read_description(directory)["training"]
+    if saved is None:
+        raise UserError(f"{directory}: holds a vocabulary that was given, not trained; set VocabularyConfig.path to it")
+    changed = [key for key in record if saved.get(key) != record[key]]
+    if changed:
+        raise UserError(
+            f"{directory}: was trained with other {', '.join(changed)}; restore them, or use another run folder"
+        )
+
+
+def _check_directions(directions: Sequence[TextDirection], tags: TagPolicy) -> None:
+    """One source language into several target languages needs a tag that says which."""
+    targets: dict[str, str] = {}
+    for direction in directions:
+        source, target = direction.source_language, direction.target_language
+        known = targets.setdefault(source, target)
+        if known != target and not tags.names_target:
+            raise UserError(
+                f"{source} is translated into {known} and {target}, and no tag says which: set TagPolicy.encoder or"
+                " TagPolicy.decoder to 'target'"
+            )
+
+
+def _streams(caches: Sequence[TokenCache], bidirectional: bool) -> list[Stream]:
+    ways = (False, True) if bidirectional else (False,)
+    return [Stream(cache, reverse) for cache in caches for reverse in ways]
+
+
+def _valid_batches(config: DataConfig, vocabulary: Vocabulary, root: str) -> PackedBatches | None:
+    if not config.valid:
+        return None
+    caches = [build_cache(corpus, vocabulary, root) for corpus in config.valid]
+    batch = replace(config.batch, temperature=1.0, overlong="truncate")
+    plan = BatchPlan(_streams(caches, config.bidirectional), vocabulary, config.tags, batch, seed=0, shuffle=False)
+    return PackedBatches(plan, vocabulary)
+
+
+def _describe(config: DataConfig, vocabulary: Vocabulary, caches: Sequence[TokenCache], seed: int) -> dict[str, Any]:
+    return {
+        "vocabulary": vocabulary.fingerprint(),
+        "caches": [Path(cache.path).name for cache in caches],
+        "bidirectional": config.bidirectional,
+        "tags": asdict(config.tags),
+        "batch": asdict(config.batch),
+        "seed": seed,
+    }

@@ -1,0 +1,93 @@
+"""Directions of translation over corpora and over their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from t5x_ext.contracts import Corpus
+from t5x_ext.data.cache import TokenCache
+
+
+def direction_name(source_language: str, target_language: str) -> str:
+    """The name of a direction.
+
+    >>> direction_name("en", "de")
+    'en-de'
+    """
+    return f"{source_language}-{target_language}"
+
+
+@dataclass(frozen=True)
+class TextDirection:
+    """A corpus read in one direction, as raw text for decoding and scoring.
+
+    Attributes:
+      corpus: the aligned lines.
+      reverse: translate from the corpus' second language into its first.
+    """
+
+    corpus: Corpus
+    reverse: bool = False
+
+    @property
+    def source_language(self) -> str:
+        """The language translated from."""
+        return self.corpus.languages[self.reverse]
+
+    @property
+    def target_language(self) -> str:
+        """The language translated into."""
+        return self.corpus.languages[not self.reverse]
+
+    @property
+    def name(self) -> str:
+        """As in `en-de`."""
+        return direction_name(self.source_language, self.target_language)
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Source lines and reference lines, as many as the corpus has, in its order."""
+        pairs = list(self.corpus.pairs())
+        return [pair[self.reverse] for pair in pairs], [pair[not self.reverse] for pair in pairs]
+
+
+def text_directions(corpora: Sequence[Corpus], bidirectional: bool) -> tuple[TextDirection, ...]:
+    """Every corpus forward, and after each its reverse if `bidirectional`."""
+    ways = (False, True) if bidirectional else (False,)
+    return tuple(TextDirection(corpus, reverse) for corpus in corpora for reverse in ways)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A cache read in one direction; one cache serves both.
+
+    Attributes:
+      cache: the token cache.
+      reverse: translate from the cache's second language into its first.
+    """
+
+    cache: TokenCache
+    reverse: bool = False
+
+    @property
+    def source_language(self) -> str:
+        """The language translated from."""
+        return self.cache.languages[self.reverse]
+
+    @property
+    def target_language(self) -> str:
+        """The language translated into."""
+        return self.cache.languages[not self.reverse]
+
+    @property
+    def name(self) -> str:
+        """As in `en-de`."""
+        return direction_name(self.source_language, self.target_language)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "records 2"]:
+        """Source and target tokens of every record, without tags and end of sentence."""
+        return self.cache.lengths[:, ::-1] if self.reverse else self.cache.lengths

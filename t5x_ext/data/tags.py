@@ -1,0 +1,91 @@
+"""Language tags: which side of an example says which language is wanted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from t5x_ext.contracts import UserError
+
+if TYPE_CHECKING:
+    from t5x_ext.data.vocabulary import Vocabulary
+
+_LANGUAGE = r"[A-Za-z]{2,8}(?:[-_][A-Za-z0-9]{2,8})*"
+_LANGUAGE_PATTERN = re.compile(_LANGUAGE)
+_TAG_PATTERN = re.compile(f"__({_LANGUAGE})__")
+
+
+def check_language(language: str) -> str:
+    """The code itself if it has the form of one.
+
+    Raises:
+      UserError: otherwise, as for a code with spaces.
+    """
+    if not _LANGUAGE_PATTERN.fullmatch(language):
+        raise UserError(f"language code {language!r}: give a code such as 'en', 'zh' or 'pt_BR'")
+    return language
+
+
+def tag_piece(language: str) -> str:
+    """The vocabulary piece that stands for a language.
+
+    >>> tag_piece("de")
+    '__de__'
+    """
+    return f"__{check_language(language)}__"
+
+
+def tag_language(piece: str) -> str | None:
+    """The language that a piece stands for, None for an ordinary piece.
+
+    >>> tag_language("__de__"), tag_language("de")
+    ('de', None)
+    """
+    match = _TAG_PATTERN.fullmatch(piece)
+    return match.group(1) if match else None
+
+
+@dataclass(frozen=True)
+class TagPolicy:
+    """Where language tags stand, as in fairseq's `--encoder-langtok` and `--decoder-langtok`.
+
+    Encoder input is `prefix + tokens + [eos]`; decoder labels are `prefix + tokens + [eos]` and decoder input is
+    `[eos] + prefix + tokens`. When decoding, the decoder's prefix is forced and left out of the text.
+
+    Attributes:
+      encoder: the language named at the start of the encoder input: `none`, the `source` or the `target` language.
+      decoder: `target`: the decoder's first label is the target language's tag; `none`: no tag.
+    """
+
+    encoder: Literal["none", "source", "target"] = "none"
+    decoder: Literal["none", "target"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ("none", "source", "target"):
+            raise UserError(f"TagPolicy.encoder={self.encoder!r}: allowed are 'none', 'source', 'target'")
+        if self.decoder not in ("none", "target"):
+            raise UserError(f"TagPolicy.decoder={self.decoder!r}: allowed are 'none', 'target'")
+
+    @property
+    def names_target(self) -> bool:
+        """Whether a model can tell from the tags which language is wanted."""
+        return self.encoder == "target" or self.decoder == "target"
+
+    def source_prefix(self, vocabulary: Vocabulary, source_language: str, target_language: str) -> tuple[int, ...]:
+        """Ids at the start of the encoder input.
+
+        Raises:
+          UserError: where the vocabulary has no tag for the language.
+        """
+        if self.encoder == "none":
+            return ()
+        return (vocabulary.tag_id(source_language if self.encoder == "source" else target_language),)
+
+    def target_prefix(self, vocabulary: Vocabulary, target_language: str) -> tuple[int, ...]:
+        """Ids at the start of the decoder labels, forced when decoding.
+
+        Raises:
+          UserError: where the vocabulary has no tag for the language.
+        """
+        return (vocabulary.tag_id(target_language),) if self.decoder == "target" else ()

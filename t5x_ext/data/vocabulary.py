@@ -1,0 +1,360 @@
+"""SentencePiece vocabularies with language tags.
+
+Text is never normalised by SentencePiece (its default, NFKC, turns full-width Chinese punctuation into ASCII) and bytes
+stand in for unseen characters, so that any line can be written and read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import sentencepiece
+from etils import epath
+from jaxtyping import Int
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+from t5x_ext.contracts import UserError
+from t5x_ext.data.cleaning import clean_line
+from t5x_ext.data.tags import tag_language, tag_piece
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "sentencepiece.model"
+DESCRIPTION_FILE = "vocabulary.json"
+_FORMAT = 1
+
+# The result depends on how the sums of the EM algorithm are split over threads: one number for every machine.
+_TRAINER_THREADS = 8
+_MAX_LINE_BYTES = 16384
+# With more distinct characters than this share of the pieces, rare ones are left to byte fallback.
+_CHARACTER_SHARE = 0.25
+_REDUCED_COVERAGE = 0.9995
+_ERRORS_ONLY = 2
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """One joint vocabulary: a SentencePiece model of one's own, or how to train one.
+
+    Attributes:
+      path: a SentencePiece model file, or a folder written by `Vocabulary.save`; None: train on the training corpora.
+      size: pieces, tags and byte pieces included. A corpus too small for it gives a smaller vocabulary and a log line.
+      model_type: `unigram` or `bpe`.
+      character_coverage: share of the text's characters with pieces of their own, the others being written in bytes;
+        None: all of them if they take at most a quarter of the pieces, else 0.9995.
+      split_digits: every digit is a piece of its own.
+      max_lines: at most so many lines are trained on, a fixed random sample of all.
+      seed: of that sample.
+    """
+
+    path: str | None = None
+    size: int = 32768
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: float | None = None
+    split_digits: bool = False
+    max_lines: int = 4_000_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model_type not in ("unigram", "bpe"):
+            raise UserError(f"VocabularyConfig.model_type={self.model_type!r}: allowed are 'unigram', 'bpe'")
+        if self.size < 1:
+            raise UserError(f"VocabularyConfig.size={self.size}: must be a positive number of pieces")
+        if self.max_lines < 1:
+            raise UserError(f"VocabularyConfig.max_lines={self.max_lines}: must be positive")
+        if self.character_coverage is not None and not 0.98 <= self.character_coverage <= 1:
+            raise UserError(f"VocabularyConfig.character_coverage={self.character_coverage}: must be 0.98 to 1")
+
+
+class Vocabulary:
+    """A SentencePiece model with one tag id a language.
+
+    Ids are the model's own; tags that the model lacks follow after its last id in the order of `languages`. Text never
+    encodes to a tag, even if it contains the letters `__de__`, and decoding drops tags.
+    """
+
+    def __init__(self, path: str, languages: Sequence[str] = ()):
+        """Opens a SentencePiece model file.
+
+        Args:
+          path: the model file, local or remote.
+          languages: languages that need tags; those that the model has as pieces `__xx__` are known without.
+
+        Raises:
+          UserError: where the file is missing, is no SentencePiece model, or has no end-of-sentence piece.
+        """
+        try:
+            model = epath.Path(path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise UserError(f"{path}: no such SentencePiece model file") from None
+        self._open(model, languages, origin=path)
+
+    @classmethod
+    def from_model(cls, model: bytes, languages: Sequence[str] = ()) -> Vocabulary:
+        """A vocabulary from a serialised SentencePiece model."""
+        vocabulary = cls.__new__(cls)
+        vocabulary._open(model, languages, origin="the SentencePiece model")
+        return vocabulary
+
+    def _open(self, model: bytes, languages: Sequence[str], origin: str) -> None:
+        self.model = model
+        self._processor = _load_processor(model, origin)
+        if self._processor.eos_id() < 0:
+            raise UserError(
+                f"{origin}: has no end-of-sentence piece; train it with eos_id set (SentencePiece's default)"
+            )
+        self._tags = _tag_ids(self._processor, languages)
+        self._dropped = frozenset(self._tags.values())
+
+    @property
+    def size(self) -> int:
+        """Number of ids, tags included."""
+        return max(self._processor.get_piece_size(), 1 + max(self._tags.values(), default=-1))
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-sentence id."""
+        return self._processor.eos_id()
+
+    @property
+    def unk_id(self) -> int:
+        """The unknown-piece id; with byte fallback text never encodes to it."""
+        return self._processor.unk_id()
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages that have tags, in the order of their ids."""
+        return tuple(self._tags)
+
+    def tag_id(self, language: str) -> int:
+        """The id of a language's tag.
+
+        Raises:
+          UserError: where the vocabulary has none.
+        """
+        if language not in self._tags:
+            known = ", ".join(self._tags) or "none"
+            raise UserError(f"language {language!r} has no tag in the vocabulary; known languages: {known}")
+        return self._tags[language]
+
+    def encode(self, lines: Sequence[str]) -> list[Int[np.ndarray, " length"]]:
+        """Token ids of every line, int32, without end of sentence and without tags; lines are cleaned first."""
+        return self._processor.encode_as_numpy([clean_line(line) for line in lines])
+
+    def sample(self, lines: Sequence[str], alpha: float, seed: int) -> list[Int[np.ndarray, " length"]]:
+        """Token ids of one random segmentation of every line, the same for the same lines, alpha and seed.
+
+        Args:
+          lines: text, cleaned first.
+          alpha: for a unigram model the exponent on segmentations' probabilities (Kudo, arXiv 1804.10959), for a BPE
+            model the share of merges left out (BPE-dropout, arXiv 1910.13267).
+          seed: picks the segmentations.
+        """
+        sampled: list[np.ndarray] = []
+
+        def run() -> None:
+            sentencepiece.set_random_generator_seed(seed)
+            arguments = {"enable_sampling": True, "alpha": alpha, "nbest_size": -1, "num_threads": 1}
+            sampled.extend(self._processor.encode_as_numpy([clean_line(line) for line in lines], **arguments))
+
+        # SentencePiece seeds a generator once for every thread, so that only a fresh thread starts from `seed`.
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return sampled
+
+    def decode(self, ids: Sequence[Sequence[int] | Int[np.ndarray, " length"]]) -> list[str]:
+        """The text of every sequence of ids up to its first end of sentence, tags dropped."""
+        return self._processor.decode([self._text_ids(sequence) for sequence in ids]) if len(ids) else []
+
+    def _text_ids(self, sequence: Sequence[int] | np.ndarray) -> list[int]:
+        ids = np.asarray(sequence, dtype=np.int64).tolist()
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return [token for token in ids if token not in self._dropped]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self.model + json.dumps(list(self._tags.items())).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the model and the tags: equal fingerprints mean equal ids for every text."""
+        return self._fingerprint
+
+    def save(self, directory: str, training: dict[str, Any] | None = None) -> None:
+        """Writes the two files of a vocabulary folder, the description last: a folder without it is not whole.
+
+        Args:
+          directory: made if it is missing; local or remote.
+          training: what the vocabulary was trained from and how, any JSON, kept in the description.
+        """
+        folder = epath.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MODEL_FILE).write_bytes(self.model)
+        description = {
+            "format": _FORMAT,
+            "size": self.size,
+            "languages": list(self.languages),
+            "fingerprint": self.fingerprint(),
+            "training": training,
+        }
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str) -> Vocabulary:
+        """Opens a folder written by `save`.
+
+        Raises:
+          UserError: where it is not one, or its two files do not belong together.
+        """
+        description = read_description(directory)
+        vocabulary = cls(str(epath.Path(directory) / MODEL_FILE), description["languages"])
+        if vocabulary.fingerprint() != description["fingerprint"]:
+            raise UserError(f"{directory}: {MODEL_FILE} is not the model that {DESCRIPTION_FILE} describes")
+        return vocabulary
+
+
+def read_description(directory: str) -> dict[str, Any]:
+    """The description in a vocabulary folder.
+
+    Raises:
+      UserError: where the folder is not a whole vocabulary, or one of an unknown format.
+    """
+    path = epath.Path(directory) / DESCRIPTION_FILE
+    try:
+        description = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{directory}: not a vocabulary folder ({DESCRIPTION_FILE} is missing)") from None
+    except ValueError:
+        raise UserError(f"{path}: not JSON") from None
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise UserError(f"{path}: not a vocabulary description of format {_FORMAT}")
+    return description
+
+
+def _load_processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
+    """A processor whose tags are control pieces, which text never encodes to, as it does to user-defined ones."""
+    proto = model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(model)
+        for piece in proto.pieces:
+            if piece.type == piece.USER_DEFINED and tag_language(piece.piece) is not None:
+                piece.type = piece.CONTROL
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except Exception:  # protobuf's and SentencePiece's own error types differ by version and back end
+        raise UserError(f"{origin}: not a SentencePiece model") from None
+
+
+def _tag_ids(processor: sentencepiece.SentencePieceProcessor, languages: Sequence[str]) -> dict[str, int]:
+    control = (index for index in range(processor.get_piece_size()) if processor.is_control(index))
+    found = ((tag_language(processor.id_to_piece(index)), index) for index in control)
+    tags = {language: index for language, index in found if language is not None}
+    for language in languages:
+        tag_piece(language)
+        if language not in tags:
+            tags[language] = max(processor.get_piece_size(), 1 + max(tags.values(), default=-1))
+    return tags
+
+
+def train_vocabulary(
+    lines: Iterable[str],
+    size: int,
+    languages: Sequence[str],
+    seed: int = 0,
+    model_type: Literal["unigram", "bpe"] = "unigram",
+    character_coverage: float | None = None,
+    split_digits: bool = False,
+    max_lines: int = VocabularyConfig.max_lines,
+) -> Vocabulary:
+    """Trains a SentencePiece model with byte fallback and one tag a language; the same lines and seed give the same.
+
+    Ids: 0 padding, 1 end of sentence, 2 unknown, then the tags in the order of `languages`, then bytes and pieces.
+
+    Args:
+      lines: text of all languages, cleaned first; lines beyond 16 KiB are left out.
+      size: number of ids wanted; a text too small for it gives fewer, and a log line says so.
+      languages: languages that get tags.
+      seed: of the sample taken when there are more than `max_lines` lines.
+      model_type: as in `VocabularyConfig`, like the other arguments.
+      character_coverage: see there.
+      split_digits: see there.
+      max_lines: see there.
+
+    Raises:
+      UserError: where there is no text, or `size` is too small for tags, bytes and characters.
+    """
+    sample = _sample_lines(lines, max_lines, seed)
+    if not any(sample):
+        raise UserError("vocabulary: there is no text to train on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            vocab_size=size,
+            model_type=model_type,
+            user_defined_symbols=[tag_piece(language) for language in dict.fromkeys(languages)],
+            character_coverage=character_coverage or _automatic_coverage(sample, size),
+            split_digits=split_digits,
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            hard_vocab_limit=False,
+            shuffle_input_sentence=False,
+            max_sentence_length=_MAX_LINE_BYTES,
+            train_extremely_large_corpus=len(sample) > 1_000_000,
+            num_threads=_TRAINER_THREADS,
+            minloglevel=_ERRORS_ONLY,
+        )
+    except RuntimeError as error:
+        raise UserError(f"vocabulary: {_trainer_message(error, size)}") from None
+    vocabulary = Vocabulary.from_model(model.getvalue(), languages)
+    if vocabulary.size < size:
+        logger.info("vocabulary: %d pieces instead of %d, the text has no more", vocabulary.size, size)
+    return vocabulary
+
+
+def _sample_lines(lines: Iterable[str], max_lines: int, seed: int) -> list[str]:
+    """A uniform sample of the cleaned lines (Vitter's algorithm R), all of them if there are few."""
+    sample: list[str] = []
+    random = np.random.default_rng(seed)
+    for index, line in enumerate(lines):
+        if index < max_lines:
+            sample.append(clean_line(line))
+        elif (slot := int(random.integers(index + 1))) < max_lines:
+            sample[slot] = clean_line(line)
+    return sample
+
+
+def _automatic_coverage(sample: Sequence[str], size: int) -> float:
+    characters: set[str] = set()
+    for line in sample:
+        characters.update(line)
+    return 1.0 if len(characters) <= _CHARACTER_SHARE * size else _REDUCED_COVERAGE
+
+
+def _trainer_message(error: RuntimeError, size: int) -> str:
+    needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+    if needed:
+        return f"size {size} is too small: tags, bytes and the text's characters alone take {needed.group(1)} pieces"
+    return f"SentencePiece refused the text or the settings: {' '.join(str(error).split())}"
+
+
+def training_record(config: VocabularyConfig, languages: Sequence[str], fingerprints: Sequence[str]) -> dict[str, Any]:
+    """What decides a trained vocabulary, as JSON: kept beside it, compared when a run goes on."""
+    record = asdict(config)
+    del record["path"]
+    return {**record, "languages": list(languages), "corpora": list(fingerprints)}
