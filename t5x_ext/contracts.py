@@ -130,6 +130,15 @@ class Corpus(Protocol):
         ...
 
 
+@runtime_checkable
+class FamilyCorpus(Corpus, Protocol):
+    """A corpus that knows which family (or domain) each pair belongs to; scores are then given by family too."""
+
+    def families(self) -> list[str]:
+        """A label for each pair, aligned with `pairs`."""
+        ...
+
+
 def path_name(path: Sequence[Any]) -> str:
     """The name of a JAX key path, parts joined by slashes.
 

@@ -54,14 +54,14 @@ def linear_decay(peak: float, warmup_steps: int, total_steps: int, end: float = 
     Args:
       peak: the largest learning rate, reached after `warmup_steps` updates.
       warmup_steps: length of the warm-up in updates; 0 starts at `peak`.
-      total_steps: the update at which `end` is reached; more than `warmup_steps`.
+      total_steps: the update at which `end` is reached; a trial run shorter than the warm-up just ends within it.
       end: the last learning rate.
 
     Returns:
       An `optax.Schedule`: a step (an int or an integer array) to a float32 rate.
 
     Raises:
-      UserError: if `peak` is not positive, `end` is not within 0 and `peak`, or the steps are out of order.
+      UserError: if `peak` is not positive, `end` is not within 0 and `peak`, or steps are negative.
 
     Example:
       >>> schedule = linear_decay(1e-3, warmup_steps=100, total_steps=1100)
@@ -74,14 +74,14 @@ def linear_decay(peak: float, warmup_steps: int, total_steps: int, end: float = 
     _check_peak("linear_decay", peak)
     if not 0 <= end <= peak:
         raise UserError(f"linear_decay: end = {end} must lie between 0 and peak = {peak}")
-    if not 0 <= warmup_steps < total_steps:
+    if warmup_steps < 0 or total_steps < 1:
         raise UserError(
-            f"linear_decay: warmup_steps = {warmup_steps} must be at least 0 and below total_steps = {total_steps}"
+            f"linear_decay: warmup_steps = {warmup_steps} must be at least 0 and total_steps = {total_steps} at least 1"
         )
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         count = jnp.asarray(step, jnp.float32)
-        remaining = jnp.clip((total_steps - count) / (total_steps - warmup_steps), 0.0, 1.0)
+        remaining = jnp.clip((total_steps - count) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
         return jnp.where(count < warmup_steps, peak * count / max(warmup_steps, 1), end + (peak - end) * remaining)
 
     return schedule

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Everything that must hold: lint, types, floors, shell scripts, doctests, unit and system tests.
+# Arguments are handed on to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+shellcheck scripts/*.sh .ci/run
+# One worker a core; each keeps to one thread, so that they do not fight over cores.
+export OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
+exec pytest -n auto --dist worksteal -q --durations=15 "$@"

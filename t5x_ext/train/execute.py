@@ -1,0 +1,293 @@
+"""From a `Run` to a finished run folder: data, state, loop, final test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
+from t5x_ext.contracts import Batch, Objective, PyTree, UserError
+from t5x_ext.data import PreparedData, VocabularyConfig, batch_iterator, prepare
+from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params, logical_axes
+from t5x_ext.parallel import global_batch, host_rows, make_mesh, state_shardings, tree_shardings
+from t5x_ext.parallel.batches import batch_sharding
+from t5x_ext.train import hooks
+from t5x_ext.train.evaluation import HeldOut, run_test
+from t5x_ext.train.loop import Loop, train
+from t5x_ext.train.report import draw_learning_curve
+from t5x_ext.train.run import Run
+from t5x_ext.train.state import TrainState, create_state
+from t5x_ext.train.step import TrainStep, make_train_step
+
+logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = ("Run.steps", "Run.log_every", "Run.tensorboard", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig.")
+"""Settings that a restart may change: they do not touch what has been learned so far."""
+
+
+class InitFrom(NamedTuple):
+    """A run to start from, for fine-tuning."""
+
+    run_dir: str
+    checkpoint: str | int = "best"  # "best", "last" or a step
+    keep_optimizer: bool = False  # go on with its optimizer state, else begin with a fresh one
+
+
+def execute(
+    run: Run,
+    run_dir: str,
+    *,
+    config_text: str = "",
+    cache_dir: str | None = None,
+    init_from: InitFrom | None = None,
+) -> dict[str, Any]:
+    """Trains a run, or goes on with one that was interrupted, and tests it.
+
+    Args:
+      run: what to train.
+      run_dir: the run folder; made if there is none.
+      config_text: the resolved configuration, one `name = value` a line; kept as a record, and compared on restart.
+      cache_dir: where token caches live; None keeps them in the run folder.
+      init_from: weights to start from; None starts from random ones.
+
+    Returns:
+      What stands in `results.json`.
+
+    Raises:
+      UserError: for inputs that do not fit, or a folder that holds a run with other settings.
+    """
+    folder = RunFolder(run_dir)
+    _check_config(folder, config_text)
+    data_config = run.data
+    if init_from is not None:
+        vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
+        data_config = dataclasses.replace(data_config, vocabulary=VocabularyConfig(path=vocabulary))
+    data = prepare(data_config, run_dir, cache_dir or str(folder.cache), run.seed)
+    model_config = dataclasses.replace(run.model, vocab_size=data.vocabulary.size)
+    _write_records(folder, run, data, model_config, config_text)
+
+    model = EncoderDecoder(model_config)
+    objective = run.objective(model)
+    mesh = make_mesh(run.mesh)
+    template = _state_template(run, model_config, mesh)
+    retention = Retention(
+        keep_last=run.checkpoints.keep_last,
+        keep_best=run.checkpoints.keep_best,
+        metric=run.evaluation.metric,
+        mode="max" if run.evaluation.higher_is_better else "min",
+    )
+    with CheckpointStore(folder.checkpoints, retention) as store:
+        loop = _first_state(run, model_config, template, store, init_from)
+        if loop.step < run.steps:
+            held_out = HeldOut(run, data, model, objective, mesh)
+            _train(run, folder, loop, data, objective, mesh, template, store, held_out)
+        else:
+            logger.info("%s has done its %d steps", folder.path, run.steps)
+    draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, f"{folder.path.name}")
+    if loop.step < run.steps and loop.stop is not None and "received" in loop.stop:
+        print(f"stopped at step {loop.step:,} of {run.steps:,}: {loop.stop}; the same command goes on", file=sys.stderr)
+        return {}
+    return _finish(run, folder, loop, data, model_config)
+
+
+def _train(
+    run: Run,
+    folder: RunFolder,
+    loop: Loop,
+    data: PreparedData,
+    objective: Objective,
+    mesh: Mesh,
+    template: PyTree,
+    store: CheckpointStore,
+    held_out: HeldOut,
+) -> None:
+    """Compiles the step and runs the loop with the run's hooks."""
+    with loop.clock.section("compile"):
+        train_step = _compiled_step(run, objective, mesh, template)
+    evaluation = run.evaluation
+    chain = [
+        *run.hooks,
+        hooks.StopOnSignal(),
+        hooks.Evaluate(held_out, every=evaluation.every, steps=run.steps),
+        hooks.Save(store, every=run.checkpoints.every),
+        hooks.Log(
+            folder.metrics_jsonl,
+            folder.tensorboard if run.tensorboard else None,
+            every=run.log_every,
+            steps=run.steps,
+            start=loop.step,
+            max_skipped=run.max_skipped_updates,
+        ),
+    ]
+    if evaluation.patience is not None:
+        stop = hooks.EarlyStop(
+            evaluation.metric, higher_is_better=evaluation.higher_is_better, patience=evaluation.patience
+        )
+        # Before Save, so that a checkpoint knows how long there has been no gain.
+        chain.insert(-2, stop)
+    train(loop, train_step, _device_batches(run, data, mesh, loop.batches_consumed), steps=run.steps, hooks=chain)
+    if loop.stop is not None:
+        logger.info("stopped at step %d: %s", loop.step, loop.stop)
+
+
+def _device_batches(run: Run, data: PreparedData, mesh: Mesh, start: int) -> Iterator[Batch]:
+    """Global batches from position `start` on; this host reads its own rows only."""
+    rows = host_rows(mesh, run.data.batch.rows)
+    for batch in batch_iterator(data.batches, start, *rows):
+        yield global_batch(mesh, batch)  # type: ignore[misc]
+
+
+def _state_template(run: Run, config: TransformerConfig, mesh: Mesh) -> PyTree:
+    """Shapes, dtypes and shardings of the training state; nothing is allocated."""
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    shardings = tree_shardings(mesh, run.axis_rules, logical_axes(config), params)
+    state = jax.eval_shape(partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(mesh, state, params, shardings),
+    )
+
+
+def _first_state(
+    run: Run, config: TransformerConfig, template: PyTree, store: CheckpointStore, init_from: InitFrom | None
+) -> Loop:
+    """The newest checkpoint of this run; else the weights of another run; else random weights."""
+    if store.steps():
+        state, extra = store.restore(template)
+        memory = extra["memory"]
+        memory["seconds_before"] = memory.pop("seconds")
+        logger.info("going on from step %d", int(state.step))
+        return Loop(state, int(state.step), extra["batches_consumed"], memory)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+
+    def create(key: jax.Array) -> TrainState:
+        return create_state(init_params(config, key), run.optimizer, with_ema=run.ema_decay is not None)
+
+    if init_from is None:
+        state = jax.jit(create, out_shardings=shardings)(jax.random.key(run.seed))
+    else:
+        state = _state_from(init_from, run, template)
+    return Loop(state, 0, 0)
+
+
+def _state_from(init_from: InitFrom, run: Run, template: TrainState) -> TrainState:
+    """A state with the weights of another run, its counters at zero."""
+    with CheckpointStore(RunFolder(init_from.run_dir).checkpoints) as store:
+        step = None if isinstance(init_from.checkpoint, str) else init_from.checkpoint
+        if init_from.checkpoint == "best":
+            step = store.best_step()
+        if init_from.keep_optimizer:
+            state, _ = store.restore(template, step)
+            return state._replace(step=jax.device_put(np.int32(0), template.step.sharding))
+        weights = store.restore_params(init_from.checkpoint if step is None else step)
+    where = f"--init_from={init_from.run_dir}"
+    params = jax.tree.map(partial(_placed, where), template.params, weights)
+    create = partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None)
+    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))(params)
+
+
+def _placed(where: str, template: jax.ShapeDtypeStruct, weight: np.ndarray) -> jax.Array:
+    if template.shape != weight.shape:
+        raise UserError(f"{where}: its model has a weight of shape {weight.shape} where this one has {template.shape}")
+    return jax.device_put(weight, template.sharding)
+
+
+def _compiled_step(run: Run, objective: Objective, mesh: Mesh, template: PyTree) -> TrainStep:
+    """The update, compiled ahead for the shapes of the run, destroying the state it is given."""
+    step = make_train_step(
+        objective,
+        run.optimizer,
+        run.accumulator,
+        seed=run.seed,
+        num_microbatches=run.num_microbatches,
+        ema_decay=run.ema_decay,
+    )
+    shape = run.data.batch
+    lengths = {"source": shape.source_length, "target": shape.target_length}
+    batch = {
+        name: jax.ShapeDtypeStruct((shape.rows, lengths[name.split("_")[0]]), np.int32, sharding=batch_sharding(mesh))
+        for name in Batch.__annotations__
+    }
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(template, batch).compile()
+
+
+def _finish(
+    run: Run, folder: RunFolder, loop: Loop, data: PreparedData, config: TransformerConfig
+) -> dict[str, Any]:
+    """Decodes and scores the test set with the best checkpoint, and writes `results.json`."""
+    seconds = loop.memory.get("seconds_before", 0.0) + sum(loop.clock.seconds.values())
+    results: dict[str, Any] = {
+        "steps": loop.step,
+        "parameters": config.num_params(),
+        "train_seconds": round(seconds, 2),
+        "target_tokens_per_second": round(loop.memory.get("target_tokens", 0.0) / max(seconds, 1e-9), 1),
+    }
+    if data.test:
+        results |= run_test(str(folder.path), data.test, run.evaluation)
+    write_json(folder.results_json, results)
+    return results
+
+
+def _write_records(
+    folder: RunFolder, run: Run, data: PreparedData, config: TransformerConfig, config_text: str
+) -> None:
+    """What a reader needs (`model.json`), and what a person wants to know later (configuration, environment)."""
+    folder.write_model(config.to_json(), dataclasses.asdict(run.data.tags), data.directions)
+    folder.config_gin.write_text(config_text)
+    versions = {name: metadata.version(name) for name in ("t5x_ext", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+    environment = {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    write_json(folder.environment_json, environment)
+
+
+def _check_config(folder: RunFolder, config_text: str) -> None:
+    """Refuses to go on with a run whose settings have changed.
+
+    Raises:
+      UserError: naming the first difference.
+    """
+    if not folder.config_gin.exists():
+        return
+    before, now = _settings(folder.config_gin.read_text()), _settings(config_text)
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        name = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder.path} holds a run with {name} = {before.get(name, 'unset')}, now it is {now.get(name, 'unset')}{more}; "
+            "give the settings it was started with, or another --run_dir"
+        )
+
+
+def _settings(config_text: str) -> dict[str, str]:
+    lines = (line.split(" = ", 1) for line in config_text.splitlines() if " = " in line and not line.startswith("#"))
+    return {
+        name: value for name, value in lines if not any(part in name for part in _MAY_CHANGE)
+    }
+
+
+def read_results(run_dir: str) -> dict[str, Any] | None:
+    """The results of a finished run; None where there are none yet."""
+    path = RunFolder(run_dir).results_json
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from t5x_ext.contracts import Batch, Context, Loss
+from t5x_ext.optim import mean_accumulator
+from t5x_ext.train.state import create_state
+from t5x_ext.train.step import accepted_arguments, make_train_step, split_rows
+
+ROWS, LENGTH, DIM, VOCAB = 8, 6, 5, 7
+
+
+class LinearTagger:
+    """A log-linear model of labels given inputs: convex, so that its gradients have closed forms."""
+
+    def __init__(self, noise: float = 0.0):
+        self.noise = noise
+
+    def logits(self, params: Any, batch: Batch, context: Context) -> jax.Array:
+        inputs = batch["target_inputs"]
+        if context.rngs is not None and self.noise:
+            inputs = inputs + self.noise * jax.random.normal(context.rngs["dropout"], inputs.shape)
+        return inputs @ params["kernel"]
+
+    def label_weights(self, batch: Batch) -> jax.Array:
+        return (batch["target_segment_ids"] > 0).astype(jnp.float32)
+
+    def __call__(self, params: Any, batch: Batch, context: Context) -> Loss:
+        log_probs = jax.nn.log_softmax(self.logits(params, batch, context))
+        picked = jnp.take_along_axis(log_probs, batch["target_labels"][..., None], axis=-1)[..., 0]
+        weights = self.label_weights(batch)
+        return Loss(-jnp.sum(picked * weights), jnp.sum(weights), {"accuracy": (jnp.zeros(()), jnp.ones(()))})
+
+
+@pytest.fixture
+def batch() -> Any:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, LENGTH + 1, ROWS)
+    return {
+        "target_inputs": random.normal(size=(ROWS, LENGTH, DIM)).astype(np.float32),
+        "target_labels": random.integers(0, VOCAB, (ROWS, LENGTH)),
+        "target_segment_ids": (np.arange(LENGTH) < lengths[:, None]).astype(np.int32),
+    }
+
+
+@pytest.fixture
+def params() -> Any:
+    return {"kernel": np.random.default_rng(1).normal(size=(DIM, VOCAB)).astype(np.float32)}
+
+
+def float64_gradient(params: Any, batch: Any) -> tuple[float, np.ndarray]:
+    """Mean loss over labels and its gradient, by hand."""
+    x = batch["target_inputs"].astype(np.float64)
+    logits = x @ params["kernel"].astype(np.float64)
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    one_hot = np.eye(VOCAB)[batch["target_labels"]]
+    weights = (batch["target_segment_ids"] > 0)[..., None]
+    loss = -(np.log(probabilities) * one_hot * weights).sum() / weights.sum()
+    return loss, np.einsum("bld,blv->dv", x, (probabilities - one_hot) * weights) / weights.sum()
+
+
+def run_step(params: Any, batch: Any, optimizer: Any, noise: float = 0.0, **options: Any) -> Any:
+    step = make_train_step(LinearTagger(noise), optimizer, mean_accumulator(), seed=3, **options)
+    state = create_state(params, optimizer, with_ema="ema_decay" in options)
+    return jax.jit(step)(state, batch)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4, 8])
+def test_gradient_is_the_mean_over_labels_for_any_number_of_microbatches(params, batch, num_microbatches):
+    state, metrics = run_step(params, batch, optax.sgd(1.0), num_microbatches=num_microbatches)
+    loss, gradient = float64_gradient(params, batch)
+    np.testing.assert_allclose(params["kernel"] - state.params["kernel"], gradient, atol=2e-6)
+    np.testing.assert_allclose(metrics.loss.sum / metrics.loss.weight, loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.gradient_norm, np.linalg.norm(gradient), rtol=1e-5)
+    assert metrics.loss.weight == (batch["target_segment_ids"] > 0).sum()
+    assert state.step == 1
+
+
+def test_rows_of_a_microbatch_are_spread_over_the_batch():
+    pieces = split_rows({"x": np.arange(8)}, 4)
+    np.testing.assert_array_equal(pieces["x"], [[0, 4], [1, 5], [2, 6], [3, 7]])
+    with pytest.raises(ValueError, match="do not divide"):
+        split_rows({"x": np.arange(8)}, 3)
+
+
+def test_second_gradient_uses_the_same_rows_and_random_keys(params, batch):
+    """At the weights of the first pass, what an optimizer pulls is what it was given; other noise would be 0.1 away."""
+
+    def update(grads: Any, state: Any, params: Any, *, grad_fn: Any) -> Any:
+        again = grad_fn(params, 0)
+        return grads, jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), grads, again)
+
+    probe = optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(lambda _: jnp.ones(()), params), update)
+    state, _ = run_step(params, batch, probe, noise=0.5, num_microbatches=2)
+    assert state.optimizer_state["kernel"] < 1e-7
+
+
+def test_sharpness_aware_minimization_of_optax_runs_and_matches_its_definition(params, batch):
+    """optax.contrib.sam refuses keywords it does not know; one step must equal the two-gradient formula."""
+    rho, rate = 0.1, 0.5
+    optimizer = optax.contrib.sam(
+        optax.sgd(rate), optax.chain(optax.contrib.normalize(), optax.sgd(rho)), sync_period=2, opaque_mode=True
+    )
+    state, _ = run_step(params, batch, optimizer)
+    _, first = float64_gradient(params, batch)
+    _, second = float64_gradient({"kernel": params["kernel"] + rho * first / np.linalg.norm(first)}, batch)
+    np.testing.assert_allclose(state.params["kernel"], params["kernel"] - rate * second, atol=3e-6)
+
+
+def test_only_accepted_arguments_are_offered():
+    offered = {"grad_fn": 1, "curvature_grad_fn": 2}
+    assert accepted_arguments(lambda grads, state, params=None: None, offered) == {}
+    assert accepted_arguments(lambda grads, state, params, *, grad_fn: None, offered) == {"grad_fn": 1}
+    assert accepted_arguments(lambda grads, state, **extra: None, offered) == offered
+
+
+def test_curvature_gradient_squares_to_the_gauss_newton_matrix(params, batch):
+    """E[g g^T] over sampled labels is the mean over labels of (diag p - p p^T) x x^T: Monte Carlo against the sum."""
+    collected = []
+
+    def update(grads: Any, state: Any, params: Any, *, curvature_grad_fn: Any) -> Any:
+        return curvature_grad_fn(params), state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    step = jax.jit(make_train_step(LinearTagger(), optimizer, mean_accumulator(), seed=0, num_microbatches=2))
+    state = create_state(jax.tree.map(jnp.asarray, params), optimizer, with_ema=False)
+    for draw in range(3000):
+        moved, _ = step(state._replace(step=jnp.asarray(draw, jnp.int32)), batch)
+        collected.append(np.asarray(moved.params["kernel"] - state.params["kernel"]).ravel())
+    estimate = np.mean([np.outer(g, g) for g in collected], axis=0)
+
+    x = batch["target_inputs"].astype(np.float64)
+    probabilities = np.asarray(jax.nn.softmax(x @ params["kernel"]))
+    weights = (batch["target_segment_ids"] > 0).astype(float)
+    hessian = np.einsum("blv,vw->blvw", probabilities, np.eye(VOCAB)) - np.einsum(
+        "blv,blw->blvw", probabilities, probabilities
+    )
+    exact = np.einsum("bl,bli,blj,blvw->ivjw", weights, x, x, hessian).reshape(DIM * VOCAB, DIM * VOCAB)
+    exact /= weights.sum()
+    assert np.linalg.norm(estimate - exact) < 0.12 * np.linalg.norm(exact)
+    assert abs(np.trace(estimate) / np.trace(exact) - 1) < 0.02
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_changes_nothing_but_the_counter(params, batch, poison):
+    optimizer = optax.adam(0.1)
+    bad = dict(batch)
+    if poison == "loss":
+        bad["target_inputs"] = np.where(np.arange(DIM) == 0, np.nan, batch["target_inputs"]).astype(np.float32)
+    else:
+        bad["target_inputs"] = (batch["target_inputs"] * 1e38).astype(np.float32)
+    state, metrics = run_step(params, bad, optimizer, ema_decay=0.9)
+    before = create_state(params, optimizer, with_ema=True)
+    assert not metrics.finite
+    assert state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, state._replace(step=before.step), before)
+
+
+def test_moving_average_follows_its_recursion(params, batch):
+    optimizer = optax.sgd(0.5)
+    step = jax.jit(make_train_step(LinearTagger(), optimizer, mean_accumulator(), seed=0, ema_decay=0.75))
+    state = create_state(params, optimizer, with_ema=True)
+    average = params["kernel"].astype(np.float64)
+    for _ in range(5):
+        state, _ = step(state, batch)
+        average = 0.75 * average + 0.25 * np.asarray(state.params["kernel"], np.float64)
+    np.testing.assert_allclose(state.ema["kernel"], average, atol=1e-6)
+    np.testing.assert_array_equal(state.evaluation_params["kernel"], state.ema["kernel"])
