@@ -15,15 +15,21 @@ DIGESTS = "digests.json"
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON so that a reader finds the old file or the new one, never a part, even after a power cut."""
+    """Writes JSON so that a reader finds the old file or the new one, never a part of it."""
     path = epath.Path(path)
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    with draft.open("w") as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        if isinstance(path, os.PathLike) and hasattr(file, "fileno"):
-            os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            if "://" not in str(path):
+                # Without it a power cut could leave the new name on an empty file.
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_digests(folder: epath.Path) -> None:

@@ -29,6 +29,7 @@ WEIGHTS = ("params", "ema")
 """Parts of a state that are stored apart, so that reading parameters touches nothing else."""
 
 _STATE = "state"
+_UNKNOWN: dict[str, Any] = {"metrics": {}}
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _FOLDER_NAME = re.compile(r"(\d+)(?:\.(\d+))?")
 
@@ -223,8 +224,9 @@ class CheckpointStore:
 
     def _delete_others(self) -> None:
         newest = {saved.step: saved.folder for saved in self._finished()}
+        metas = self._metas()
         retention = self._retention or Retention()
-        values = {step: _read_meta(folder)["metrics"].get(retention.metric) for step, folder in newest.items()}
+        values = {step: metas.get(step, _UNKNOWN)["metrics"].get(retention.metric) for step in newest}
         kept = {newest[step] for step in retention.kept(values)}
         for folder in self.directory.iterdir():
             if folder not in kept and (_parse(folder) or _TEMPORARY in folder.name):
@@ -245,9 +247,20 @@ class CheckpointStore:
             if saved.folder not in self._refused and (saved.folder / DIGESTS).exists()
         ]
 
+    def _metas(self) -> dict[int, dict[str, Any]]:
+        """The records of finished steps, ascending, without those that cannot be read."""
+        metas = {}
+        for saved in self._finished():
+            try:
+                metas[saved.step] = _read_meta(saved.folder)
+            except (OSError, ValueError, LookupError, TypeError, UserError) as error:
+                # Not verified here: a load would refuse this folder, saying why.
+                logger.debug("checkpoint %s has no readable record: %s", saved.folder, error)
+        return metas
+
     def _ranked(self) -> list[int]:
         """Finished steps from best to worst."""
-        metas = {saved.step: _read_meta(saved.folder) for saved in self._finished()}
+        metas = self._metas()
         if not metas:
             return []
         retention = self._retention or Retention(**metas[max(metas)]["selection"])

@@ -1,0 +1,70 @@
+"""Tests on several devices: `@pytest.mark.devices(8)` runs a test in a process that sees 8 virtual CPU devices.
+
+The number of devices is fixed when JAX starts, so such tests need a process of their own. All marked tests of a module
+that ask for the same number share one; each reports its own outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+OUTCOMES_FILE = "T5X_EXT_TEST_OUTCOMES"
+"""Set in the inner process only: the file to which it appends one JSON line a test."""
+
+_outcomes: dict[str, tuple[str, str]] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "devices(count): runs in a process that sees `count` virtual CPU devices")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    marker = pyfuncitem.get_closest_marker("devices")
+    if marker is None or OUTCOMES_FILE in os.environ:
+        return None
+    if pyfuncitem.nodeid not in _outcomes:
+        same_process = [
+            item.nodeid
+            for item in pyfuncitem.session.items
+            if item.path == pyfuncitem.path and item.get_closest_marker("devices") == marker
+        ]
+        _run_inside(same_process, marker.args[0], pyfuncitem.config)
+    outcome, report = _outcomes[pyfuncitem.nodeid]
+    if outcome == "skipped":
+        pytest.skip(report)
+    if outcome == "failed":
+        pytest.fail(report, pytrace=False)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    path = os.environ.get(OUTCOMES_FILE)
+    if path and (report.when == "call" or report.outcome != "passed"):
+        with Path(path).open("a") as file:
+            file.write(json.dumps([report.nodeid, report.outcome, report.longreprtext]) + "\n")
+
+
+def _run_inside(node_ids: list[str], devices: int, config: pytest.Config) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment["JAX_PLATFORMS"] = "cpu"
+    options = ["-q", "-o", "addopts=--import-mode=importlib", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *node_ids]
+    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as file:
+        environment[OUTCOMES_FILE] = file.name
+        process = subprocess.run(command, cwd=config.rootpath, env=environment, capture_output=True, text=True)
+        lines = file.readlines()
+    crashed = (
+        "failed",
+        f"the process with {devices} devices ended with {process.returncode}:\n{process.stdout}{process.stderr}",
+    )
+    _outcomes.update(dict.fromkeys(node_ids, crashed))
+    _outcomes.update({node_id: (outcome, report) for node_id, outcome, report in map(json.loads, lines)})

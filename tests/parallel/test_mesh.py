@@ -1,0 +1,240 @@
+"""The mesh, the rules and the shardings derived from them."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t5x_ext.contracts import UserError
+from t5x_ext.parallel import (
+    MESH_AXES,
+    AxisRules,
+    MeshConfig,
+    data_parallel,
+    fsdp,
+    fsdp_tensor,
+    global_batch,
+    host_rows,
+    make_mesh,
+    state_shardings,
+    tree_shardings,
+)
+
+AXES = {
+    "embedding": ("vocab", "embed"),
+    "layers": {"query": ("layers", "embed", "heads", "head_dim"), "scale": ("layers", "embed")},
+    "odd": ("mlp",),
+}
+PARAMS = {
+    "embedding": jax.ShapeDtypeStruct((16, 8), jnp.float32),
+    "layers": {
+        "query": jax.ShapeDtypeStruct((3, 8, 4, 2), jnp.float32),
+        "scale": jax.ShapeDtypeStruct((3, 8), jnp.float32),
+    },
+    "odd": jax.ShapeDtypeStruct((7,), jnp.float32),
+}
+
+
+def specs(shardings):
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "sizes"),
+    [
+        (MeshConfig(), 8, (8, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1), 8, (1, 8, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 2)),
+        (MeshConfig(data=1), 1, (1, 1, 1)),
+    ],
+)
+def test_sizes(config, devices, sizes):
+    assert config.sizes(devices) == sizes
+
+
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=3), MeshConfig(data=2, fsdp=2), MeshConfig(data=16)])
+def test_sizes_that_do_not_fit_are_refused(config):
+    with pytest.raises(UserError, match="multiply to 8"):
+        config.sizes(8)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (-1, -1, 1), (1, -2, 1)])
+def test_impossible_axes_are_refused(sizes):
+    with pytest.raises(UserError, match="at least 1"):
+        MeshConfig(*sizes)
+
+
+def test_rules_know_their_names():
+    with pytest.raises(UserError, match="embed = 'model' is not a mesh axis"):
+        AxisRules(embed="model")
+    with pytest.raises(UserError, match="unknown axis name 'width'"):
+        data_parallel().mesh_axis("width")
+    assert AxisRules(embed="fsdp").mesh_axis("embed") == "fsdp"
+    assert fsdp().mesh_axis(None) is None
+
+
+def test_one_device_needs_no_special_case():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    batch = global_batch(mesh, {"tokens": np.arange(6).reshape(3, 2)})
+    assert host_rows(mesh, 3) == (0, 3)
+    np.testing.assert_array_equal(batch["tokens"], np.arange(6).reshape(3, 2))
+
+
+@pytest.mark.devices(8)
+def test_presets_give_these_specs(caplog):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert mesh.axis_names == MESH_AXES
+    assert specs(tree_shardings(mesh, data_parallel(), AXES, PARAMS)) == {
+        "embedding": P(None, None),
+        "layers": {"query": P(None, None, None, None), "scale": P(None, None)},
+        "odd": P(None),
+    }
+    assert specs(tree_shardings(mesh, fsdp(), AXES, PARAMS)) == {
+        "embedding": P(None, "fsdp"),
+        "layers": {"query": P(None, "fsdp", None, None), "scale": P(None, "fsdp")},
+        "odd": P(None),
+    }
+    with caplog.at_level(logging.INFO, logger="t5x_ext.parallel.shardings"):
+        assert specs(tree_shardings(mesh, fsdp_tensor(), AXES, PARAMS)) == {
+            "embedding": P("tensor", "fsdp"),
+            "layers": {"query": P(None, "fsdp", "tensor", None), "scale": P(None, "fsdp")},
+            "odd": P(None),
+        }
+    [message] = caplog.messages
+    assert message == "parameter odd: axis mlp of size 7 stays whole: 2 devices along tensor do not divide it"
+
+
+@pytest.mark.devices(8)
+def test_a_mesh_axis_is_used_once_an_array_first_come():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    rules = AxisRules(vocab="fsdp", embed="fsdp")
+    assert tree_shardings(mesh, rules, AXES, PARAMS)["embedding"].spec == P("fsdp", None)
+    # An axis that cannot be cut leaves its mesh axis to the next one.
+    shapes = PARAMS | {"embedding": jax.ShapeDtypeStruct((15, 8), jnp.float32)}
+    assert tree_shardings(mesh, rules, AXES, shapes)["embedding"].spec == P(None, "fsdp")
+
+
+def test_names_and_shapes_must_agree():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="parameter odd of shape"):
+        tree_shardings(mesh, fsdp(), AXES | {"odd": ("mlp", "embed")}, PARAMS)
+    with pytest.raises(UserError, match="parameter odd of shape"):
+        tree_shardings(mesh, fsdp(), {name: AXES[name] for name in ("embedding", "layers")}, PARAMS)
+
+
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(1e-3),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3), optax.ema(0.9)),
+    "bfloat16 moment": lambda: optax.adam(1e-3, mu_dtype=jnp.bfloat16),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(0, 1, 9)),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(),
+    "masked": lambda: optax.masked(optax.adam(1e-3), {"embedding": True, "layers": True, "odd": False}),
+    "partition": lambda: optax.partition(
+        {"a": optax.adam(1e-3), "b": optax.sgd(1e-3, momentum=0.9)}, {"embedding": "a", "layers": "b", "odd": "a"}
+    ),
+    "adafactor": lambda: optax.adafactor(1e-3, min_dim_size_to_factor=4),
+}
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_follows_the_parameters(name):
+    """Oracle: a moment has its parameter's spec wherever it sits; counts and factors are whole; jit keeps it so."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    optimizer = OPTIMIZERS[name]()
+    param_shardings = tree_shardings(mesh, fsdp_tensor(), AXES, PARAMS)
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    shardings = state_shardings(mesh, state, PARAMS, param_shardings)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    by_shape = {PARAMS[name].shape: param_shardings[name].spec for name in ("embedding", "odd")}
+    by_shape |= {PARAMS["layers"][name].shape: param_shardings["layers"][name].spec for name in ("query", "scale")}
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        # Of these parameters no two have the same shape, so a shape names its parameter.
+        assert sharding.spec == by_shape.get(leaf.shape, P())
+    if name == "adam":
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.device_put(jnp.ones(leaf.shape), sharding), PARAMS, param_shardings
+        )
+        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        _, after = jax.jit(optimizer.update, out_shardings=(param_shardings, shardings))(params, state, params)
+        assert jax.tree.map(lambda leaf: leaf.sharding.spec, after) == specs(shardings)
+
+
+@pytest.mark.devices(8)
+def test_a_whole_training_state_is_cut_in_one_call():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    param_shardings = tree_shardings(mesh, fsdp(), AXES, PARAMS)
+    state = {"step": jax.ShapeDtypeStruct((), jnp.int32), "params": PARAMS, "ema": PARAMS, "mutable": None}
+    shardings = state_shardings(mesh, state, PARAMS, param_shardings)
+    assert shardings == {
+        "step": NamedSharding(mesh, P()),
+        "params": param_shardings,
+        "ema": param_shardings,
+        "mutable": None,
+    }
+
+
+@pytest.mark.devices(8)
+def test_rows_are_cut_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rows = np.arange(24).reshape(8, 3)
+    batch = global_batch(mesh, {"tokens": rows, "weights": rows[:, 0].astype(np.float32)})
+    assert host_rows(mesh, 8) == (0, 8)
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(batch["tokens"], rows)
+    np.testing.assert_array_equal(batch["weights"], rows[:, 0])
+    with pytest.raises(UserError, match="6 rows cannot be cut over 4"):
+        host_rows(mesh, 6)
+    with pytest.raises(UserError, match=r"host rows \{'tokens': 6\}"):
+        global_batch(mesh, {"tokens": rows[:6]})
+
+
+def linear_step(optimizer, params, state, batch):
+    def loss(params):
+        hidden = jnp.einsum("be,ehd->bhd", batch["x"] @ params["embedding"], params["layers"]["query"][0])
+        return jnp.mean((hidden.sum((1, 2)) - batch["y"]) ** 2)
+
+    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(
+    ("rules", "config"),
+    [
+        (data_parallel(), MeshConfig()),
+        (fsdp(), MeshConfig(data=1, fsdp=8)),
+        (fsdp(), MeshConfig(data=2, fsdp=4)),
+        (fsdp_tensor(), MeshConfig(data=2, fsdp=2, tensor=2)),
+    ],
+)
+def test_a_step_on_eight_devices_equals_one(rules, config):
+    optimizer = optax.adam(1e-2)
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {
+        "embedding": jax.random.normal(keys[0], (16, 8)),
+        "layers": {"query": jax.random.normal(keys[1], (3, 8, 4, 2)), "scale": jnp.ones((3, 8))},
+        "odd": jnp.ones(7),
+    }
+    batch = {"x": np.asarray(jax.random.normal(keys[2], (16, 16))), "y": np.asarray(jax.random.normal(keys[3], (16,)))}
+    mesh = make_mesh(config)
+    param_shardings = tree_shardings(mesh, rules, AXES, params)
+    shardings = state_shardings(mesh, jax.eval_shape(optimizer.init, params), params, param_shardings)
+    step = jax.jit(partial(linear_step, optimizer))
+    sharded_step = jax.jit(partial(linear_step, optimizer), out_shardings=(param_shardings, shardings))
+    alone, alone_state = params, optimizer.init(params)
+    together = jax.device_put(params, param_shardings)
+    together_state = jax.device_put(optimizer.init(params), shardings)
+    for _ in range(3):
+        alone, alone_state = step(alone, alone_state, batch)
+        together, together_state = sharded_step(together, together_state, global_batch(mesh, batch))
+    assert together["embedding"].sharding == param_shardings["embedding"]
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-6), together, alone)
