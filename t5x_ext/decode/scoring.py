@@ -1,0 +1,99 @@
+"""Forced log-probabilities: how probable the model finds given translations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from t5x_ext.contracts import Batch, Params
+from t5x_ext.decode.search import log_prob_of
+
+
+class Score(NamedTuple):
+    """The log-probability of one translation, natural logarithm."""
+
+    token_log_probs: tuple[float, ...]
+    """One for each label: the forced prefix, the tokens, and the end of sentence."""
+
+    @property
+    def log_prob(self) -> float:
+        """The sum over the tokens."""
+        return math.fsum(self.token_log_probs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels that were scored."""
+        return len(self.token_log_probs)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(-log_prob / num_tokens)`."""
+        return perplexity([self])
+
+
+def perplexity(scores: Sequence[Score]) -> float:
+    """Perplexity of a corpus: `exp` of minus the mean log-probability over all its tokens; nan for an empty corpus.
+
+    >>> perplexity([Score((math.log(0.5),)), Score((math.log(0.125),))])
+    4.0
+    """
+    tokens = sum(score.num_tokens for score in scores)
+    total = math.fsum(score.log_prob for score in scores)
+    return math.exp(-total / tokens) if tokens else math.nan
+
+
+def encoder_inputs(
+    tokens: Int[Array, "rows length"], lengths: Int[Array, " rows"]
+) -> tuple[Int[Array, "rows length"], Int[Array, "rows length"]]:
+    """Segment ids (1 for a row's own tokens, 0 beyond) and positions of unpacked rows."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return (positions < lengths[:, None]).astype(jnp.int32), positions
+
+
+@partial(jax.jit, static_argnames=("model", "eos_id"))
+def label_log_probs(
+    model: nn.Module,
+    params: Params,
+    source: Int[Array, "rows source_length"],
+    source_lengths: Int[Array, " rows"],
+    labels: Int[Array, "rows length"],
+    label_lengths: Int[Array, " rows"],
+    eos_id: int,
+) -> Float[Array, "rows length"]:
+    """Log-probability of every label given the source and the labels before it, float32; 0 beyond a row's length.
+
+    The vocabulary projection is made for one row at a time, so that no [rows, length, vocab] array exists.
+
+    Args:
+      model: any module with the methods `hidden` and `project`.
+      params: its parameters.
+      source: encoder input, tag and end of sentence included, padded with anything.
+      source_lengths: real tokens of each row.
+      labels: forced prefix, tokens and end of sentence.
+      label_lengths: real labels of each row.
+      eos_id: the decoder's first input.
+    """
+    source_segment_ids, source_positions = encoder_inputs(source, source_lengths)
+    segment_ids, positions = encoder_inputs(labels, label_lengths)
+    batch = Batch(
+        source_tokens=source,
+        source_segment_ids=source_segment_ids,
+        source_positions=source_positions,
+        target_inputs=jnp.roll(labels, 1, axis=1).at[:, 0].set(eos_id),
+        target_labels=labels,
+        target_segment_ids=segment_ids,
+        target_positions=positions,
+    )
+    hidden = model.apply({"params": params}, batch, method="hidden")
+
+    def row_log_probs(row: tuple[Float[Array, "length embed"], Int[Array, " length"]]) -> Float[Array, " length"]:
+        return log_prob_of(jnp.asarray(model.apply({"params": params}, row[0], method="project")), row[1])
+
+    return jnp.where(segment_ids > 0, jax.lax.map(row_log_probs, (hidden, labels)), 0.0)

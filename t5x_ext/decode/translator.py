@@ -1,0 +1,366 @@
+"""A trained model with its vocabulary: lines in, lines out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from t5x_ext.checkpoints import CheckpointStore, RunFolder
+from t5x_ext.contracts import Params, PyTree, UserError, path_name
+from t5x_ext.data.tags import TagPolicy
+from t5x_ext.data.vocabulary import Vocabulary
+from t5x_ext.decode.batching import LengthBatch, pad, plan_batches
+from t5x_ext.decode.config import DecodeConfig
+from t5x_ext.decode.programs import decode_batch
+from t5x_ext.decode.scoring import Score, label_log_probs
+from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int], object]
+"""Told the number of lines that are done since the last call."""
+
+
+class Hypothesis(NamedTuple):
+    """One translation of a line."""
+
+    text: str
+    score: float
+    """Log-probability divided by the length penalty (`search.Hypotheses`)."""
+    num_tokens: int
+    """Tokens, forced prefix and end of sentence included; 0 for an empty line."""
+
+
+class Direction(NamedTuple):
+    """Language codes of a direction of translation."""
+
+    source_language: str
+    target_language: str
+
+
+class Translator:
+    """Translates and scores lines of text.
+
+    Lines are sorted by length into batches of few shapes, and come back in their order, one for one. A line without
+    tokens (empty, or white space) is not given to the model: its translation is the empty line.
+    """
+
+    def __init__(
+        self,
+        model: EncoderDecoder,
+        params: Params,
+        vocabulary: Vocabulary,
+        tags: TagPolicy,
+        directions: Sequence[str],
+    ):
+        """Puts the parts together.
+
+        Args:
+          model: the module that computes.
+          params: its parameters; NumPy arrays go to the default device, JAX arrays stay where they are.
+          vocabulary: whose ids the model was trained on.
+          tags: where language tags stand.
+          directions: what the model was trained for, such as `("en-de", "de-en")`.
+
+        Raises:
+          UserError: where vocabulary or parameters do not fit the model.
+        """
+        if vocabulary.size != model.config.vocab_size:
+            raise UserError(
+                f"the vocabulary has {vocabulary.size} pieces, the model {model.config.vocab_size}: "
+                "they are not of the same run"
+            )
+        _check_shapes(params, jax.eval_shape(lambda: init_params(model.config, jax.random.key(0))))
+        self.model = model
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.vocabulary = vocabulary
+        self.tags = tags
+        self.directions = tuple(directions)
+
+    @classmethod
+    def from_run(cls, run_dir: epath.PathLike, checkpoint: str | int = "best") -> Translator:
+        """Opens a run folder; reads its JSON, its vocabulary and the weights of one checkpoint, nothing else.
+
+        The moving average of the weights is taken where the run kept one.
+
+        Args:
+          run_dir: local or remote folder.
+          checkpoint: `best`, `last` or a step.
+
+        Raises:
+          UserError: where the folder is not that of a run, has no such checkpoint, or its parts do not fit.
+        """
+        run = RunFolder(run_dir)
+        record = run.read_model()
+        model = EncoderDecoder(TransformerConfig.from_json(record.model))
+        vocabulary = Vocabulary.load(str(run.vocabulary))
+        try:
+            tags = TagPolicy(**record.tags)
+        except TypeError:
+            raise UserError(f"{run.model_json}: tags {record.tags} are not those of a TagPolicy") from None
+        params = _restore_weights(run, checkpoint)
+        return cls(model, params, vocabulary, tags, record.directions)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides a translation but the options: weights, model, vocabulary, tags."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        parts = (repr(self.model), self.vocabulary.fingerprint(), repr(self.tags), repr(self.directions))
+        digest = hashlib.sha256("\n".join(parts).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            digest.update(path_name(path).encode())
+            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def translate(
+        self,
+        lines: Sequence[str],
+        source_language: str | None = None,
+        target_language: str | None = None,
+        config: DecodeConfig | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """The best translation of each line, in order.
+
+        Args:
+          lines: text without line ends.
+          source_language: may be left out where it follows from the other language and the model's directions.
+          target_language: likewise.
+          config: how to decode; `DecodeConfig()`, beam search, where left out.
+          progress: told how many more lines are done.
+
+        Raises:
+          UserError: for a direction that the model was not trained for.
+        """
+        results = self.translate_n_best(lines, source_language, target_language, config, progress)
+        return [hypotheses[0].text for hypotheses in results]
+
+    def translate_n_best(
+        self,
+        lines: Sequence[str],
+        source_language: str | None = None,
+        target_language: str | None = None,
+        config: DecodeConfig | None = None,
+        progress: Progress | None = None,
+        first_line: int = 0,
+    ) -> list[list[Hypothesis]]:
+        """The `config.n_best` best translations of each line, best first.
+
+        An empty line has one empty hypothesis of score 0. Hypotheses are distinct as tokens; their texts may agree.
+
+        Args:
+          lines: as in `translate`, like all but the last.
+          source_language: see there.
+          target_language: see there.
+          config: see there.
+          progress: see there.
+          first_line: number of the first line; sampling draws by line numbers, so that the parts of a text are sampled
+            like the whole.
+        """
+        config = config or DecodeConfig()
+        direction = self.resolve(source_language, target_language)
+        sources = self._sources(lines, direction, config.max_source_length)
+        results = [[Hypothesis("", 0.0, 0)] for _ in lines]
+        filled = [index for index, source in enumerate(sources) if source]
+        if progress and len(filled) < len(lines):
+            progress(len(lines) - len(filled))
+        for batch in plan_batches([len(sources[index]) for index in filled], config.batch_tokens):
+            indices = [filled[member] for member in batch.indices]
+            batch_sources = [sources[index] for index in indices]
+            line_ids = [first_line + index for index in indices]
+            for index, hypotheses in zip(indices, self._decode(batch_sources, line_ids, batch, direction, config)):
+                results[index] = hypotheses
+            if progress:
+                progress(len(indices))
+        return results
+
+    def score(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        source_language: str | None = None,
+        target_language: str | None = None,
+        config: DecodeConfig | None = None,
+        progress: Progress | None = None,
+    ) -> list[Score]:
+        """How probable the model finds given translations: forced log-probabilities of all tokens.
+
+        The forced prefix and the end of sentence count, as in training. Sources are cut as in `translate`, targets
+        never; empty lines are scored like any other.
+
+        Args:
+          sources: lines to translate.
+          targets: a translation of each.
+          source_language: as in `translate`, like all that follows.
+          target_language: see there.
+          config: gives `max_source_length` and `batch_tokens`; the rest does not matter.
+          progress: see there.
+
+        Raises:
+          UserError: for unequal numbers of lines or an unknown direction.
+        """
+        _check_lines(targets)
+        if len(sources) != len(targets):
+            raise UserError(f"score: {len(sources)} source lines but {len(targets)} target lines; give one for each")
+        config = config or DecodeConfig()
+        direction = self.resolve(source_language, target_language)
+        eos = self.vocabulary.eos_id
+        prefix = self.tags.target_prefix(self.vocabulary, direction.target_language)
+        inputs = [
+            source or self._source((), direction)
+            for source in self._sources(sources, direction, config.max_source_length)
+        ]
+        labels = [[*prefix, *tokens.tolist(), eos] for tokens in self.vocabulary.encode(targets)]
+        return self.score_tokens(inputs, labels, config.batch_tokens, progress)
+
+    def score_tokens(
+        self,
+        inputs: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        batch_tokens: int = DecodeConfig.batch_tokens,
+        progress: Progress | None = None,
+    ) -> list[Score]:
+        """`score` on token ids: whole encoder inputs and whole decoder labels, tags and ends included."""
+        results: list[Score] = [Score(())] * len(inputs)
+        longest = [max(len(source), len(target)) for source, target in zip(inputs, labels)]
+        for batch in plan_batches(longest, batch_tokens):
+            source, source_lengths = pad([inputs[i] for i in batch.indices], batch.rows, batch.length)
+            target, target_lengths = pad([labels[i] for i in batch.indices], batch.rows, batch.length)
+            log_probs = np.asarray(
+                label_log_probs(
+                    self.model, self.params, source, source_lengths, target, target_lengths, self.vocabulary.eos_id
+                )
+            )
+            for row, index in enumerate(batch.indices):
+                results[index] = Score(tuple(log_probs[row, : target_lengths[row]].tolist()))
+            if progress:
+                progress(len(batch.indices))
+        return results
+
+    def _decode(
+        self,
+        sources: Sequence[Sequence[int]],
+        line_ids: Sequence[int],
+        batch: LengthBatch,
+        direction: Direction,
+        config: DecodeConfig,
+    ) -> list[list[Hypothesis]]:
+        """Hypotheses of one batch, padded to its shape."""
+        prefix = self.tags.target_prefix(self.vocabulary, direction.target_language)
+        source_prefix = len(self._source((), direction)) - 1
+        limits = [len(prefix) + config.max_target_length(len(source) - source_prefix) for source in sources]
+        tokens, lengths = pad(sources, batch.rows, batch.length)
+        # Rows of padding end at once: they have room for the prefix and the end of sentence only.
+        max_lengths = np.full(batch.rows, len(prefix) + 1, np.int32)
+        max_lengths[: len(limits)] = limits
+        row_ids = np.zeros(batch.rows, np.int32)
+        row_ids[: len(line_ids)] = line_ids
+        found = decode_batch(
+            self.model,
+            self.params,
+            tokens,
+            lengths,
+            np.tile(np.asarray(prefix, np.int32), (batch.rows, 1)),
+            max_lengths,
+            row_ids,
+            jax.random.key(config.seed),
+            eos_id=self.vocabulary.eos_id,
+            max_length=len(prefix) + config.max_target_length(batch.length),
+            # Neither takes part in the program: another seed must not compile it again.
+            config=dataclasses.replace(config, seed=0, batch_tokens=1),
+        )
+        token_ids, ends, scores = (np.asarray(leaf)[: len(sources)] for leaf in found)
+        return [self._hypotheses(token_ids[row], ends[row], scores[row], len(prefix)) for row in range(len(sources))]
+
+    def _hypotheses(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, prefix: int) -> list[Hypothesis]:
+        found = [rank for rank in range(len(lengths)) if lengths[rank] > 0]
+        texts = self.vocabulary.decode([tokens[rank, prefix : lengths[rank]] for rank in found])
+        return [
+            # Byte pieces can spell a line end; one line in is one line out.
+            Hypothesis(" ".join(text.splitlines()), float(scores[rank]), int(lengths[rank]))
+            for rank, text in zip(found, texts)
+        ]
+
+    def _sources(self, lines: Sequence[str], direction: Direction, max_length: int) -> list[list[int]]:
+        """Encoder inputs, cut to `max_length`; none for a line without tokens."""
+        _check_lines(lines)
+        room = max_length - len(self._source((), direction))
+        encoded = self.vocabulary.encode(lines)
+        cut = sum(len(tokens) > room for tokens in encoded)
+        if cut:
+            logger.warning("%d of %d lines are longer than %d tokens and were cut", cut, len(lines), max_length)
+        return [self._source(tokens[:room].tolist(), direction) if len(tokens) else [] for tokens in encoded]
+
+    def _source(self, tokens: Iterable[int], direction: Direction) -> list[int]:
+        return [*self.tags.source_prefix(self.vocabulary, *direction), *tokens, self.vocabulary.eos_id]
+
+    def resolve(self, source_language: str | None, target_language: str | None) -> Direction:
+        """The one direction of the model that fits the languages given.
+
+        Raises:
+          UserError: where none fits, or several.
+        """
+        known = [self._split(name) for name in self.directions]
+        fitting = [
+            direction
+            for direction in known
+            if source_language in (None, direction.source_language)
+            and target_language in (None, direction.target_language)
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        asked = f"{source_language or '?'}-{target_language or '?'}"
+        problem = "fits several directions" if fitting else "is not a direction of this model"
+        raise UserError(f"{asked} {problem}; it translates {', '.join(self.directions)}")
+
+    def _split(self, name: str) -> Direction:
+        """Languages of a direction's name; where codes hold hyphens themselves, the vocabulary's languages decide."""
+        parts = name.split("-")
+        splits = [Direction("-".join(parts[:i]), "-".join(parts[i:])) for i in range(1, len(parts))]
+        known = [split for split in splits if set(split) <= set(self.vocabulary.languages)]
+        if len(splits) != 1 and len(known) != 1:
+            raise UserError(f"direction {name!r}: cannot tell its two languages apart; write codes with '_', not '-'")
+        return splits[0] if len(splits) == 1 else known[0]
+
+
+def _restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
+    which: Literal["best", "last"] | int
+    if checkpoint in ("best", "last"):
+        which = "best" if checkpoint == "best" else "last"
+    elif str(checkpoint).isdecimal():
+        which = int(checkpoint)
+    else:
+        raise UserError(f"checkpoint {checkpoint!r}: must be best, last or a step")
+    with CheckpointStore(run.checkpoints) as store:
+        try:
+            return store.restore_params(which, subtree="ema")
+        except UserError:
+            # Most runs keep no average; where it is the checkpoint that is missing, this says so.
+            return store.restore_params(which)
+
+
+def _check_shapes(params: PyTree, expected: PyTree) -> None:
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    wanted = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise UserError(
+                f"the weights are of another model: {name} is {shapes.get(name, 'missing')}, "
+                f"the model has {wanted.get(name, 'no such parameter')}"
+            )
+
+
+def _check_lines(lines: Sequence[str]) -> None:
+    if isinstance(lines, str):
+        raise UserError("lines: give a list of strings, not one string")

@@ -1,0 +1,156 @@
+"""File translation: lines and order, restart after SIGKILL, refusals that leave nothing behind."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from t5x_ext.contracts import UserError
+from t5x_ext.decode import DecodeConfig, Hypothesis, translate_file, translate_stream
+from t5x_ext.decode.files import decode_lines
+
+GREEDY = DecodeConfig(strategy="greedy", max_length_extra=2, max_length_ratio=1.0)
+
+
+class Reverser:
+    """Stands for a Translator: reverses lines, and kills its process in the chunk that starts at `dies_at`."""
+
+    def __init__(self, dies_at: int | None = None):
+        self.dies_at = dies_at
+        self.chunks: list[tuple[int, int]] = []
+
+    def resolve(self, source_language, target_language):
+        return "en", "de"
+
+    def fingerprint(self):
+        return "reverser"
+
+    def translate_n_best(self, lines, source, target, config, progress=None, first_line=0):
+        if first_line == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.chunks.append((first_line, len(lines)))
+        return [[Hypothesis(line[::-1] + str(n), -1.0 - n, 3) for n in range(config.n_best)] for line in lines]
+
+
+def translate(translator, folder, name="out.txt", config=GREEDY, source="in.txt", chunk_lines=4):
+    return translate_file(
+        translator, folder / source, folder / name, "en", "de", config, chunk_lines=chunk_lines, show_progress=False
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = [f"{a} dog and {b} cat" if b else "" for a in "abcd" for b in ("", "e", "f")]
+    (tmp_path / "in.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_gives_line_for_line_what_its_lines_give(translator, folder):
+    report = translate(translator, folder)
+    lines = (folder / "in.txt").read_text().split("\n")[:-1]
+    expected = translator.translate(lines, "en", "de", GREEDY)
+    assert (folder / "out.txt").read_text() == "\n".join(expected) + "\n"
+    assert (report.lines, report.resumed_lines) == (12, 0)
+    assert report.sentences_per_second == pytest.approx(12 / report.seconds)
+    assert report.target_tokens_per_second > 0
+    assert names(folder) == ["in.txt", "out.txt"]
+    stream = translate_stream(translator, (line + "\n" for line in lines), "en", "de", GREEDY, chunk_lines=5)
+    assert list(stream) == [line + "\n" for line in expected]
+
+
+def test_gzip_and_other_line_ends_and_a_last_line_without_one(folder):
+    translate(Reverser(), folder)
+    content = (folder / "in.txt").read_bytes().replace(b"\n", b"\r\n").rstrip(b"\r\n")
+    (folder / "in.gz").write_bytes(gzip.compress(content))
+    translate(Reverser(), folder, "zipped.txt", source="in.gz")
+    assert (folder / "zipped.txt").read_bytes() == (folder / "out.txt").read_bytes()
+
+
+def test_chunks_are_of_equal_size(folder):
+    translator = Reverser()
+    translate(translator, folder, chunk_lines=5)
+    assert translator.chunks == [(0, 4), (4, 4), (8, 4)]
+
+
+def test_a_killed_translation_goes_on_where_it_stopped(folder):
+    translate(Reverser(), folder, "whole.txt")
+    killed = subprocess.run([sys.executable, __file__, str(folder)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert names(folder) == ["in.txt", "out.txt.part", "out.txt.progress", "whole.txt"]
+    # What was being written when it was killed is not trusted.
+    with (folder / "out.txt.part").open("ab") as part:
+        part.write(b"half a li")
+    second = Reverser()
+    report = translate(second, folder)
+    assert second.chunks == [(8, 4)]
+    assert (report.lines, report.resumed_lines) == (4, 8)
+    assert (folder / "out.txt").read_bytes() == (folder / "whole.txt").read_bytes()
+    assert names(folder) == ["in.txt", "out.txt", "whole.txt"]
+
+
+@pytest.mark.parametrize("change", ["input", "options", "part"])
+def test_other_work_starts_over(folder, change):
+    subprocess.run([sys.executable, __file__, str(folder)], check=False)
+    config = GREEDY
+    if change == "input":
+        (folder / "in.txt").write_text("another text\n" * 12)
+    elif change == "options":
+        config = DecodeConfig(beam_size=2)
+    else:
+        (folder / "out.txt.part").write_bytes(b"lost")
+    translator = Reverser()
+    assert translate(translator, folder, config=config).resumed_lines == 0
+    assert len(translator.chunks) == 3
+
+
+def test_n_best_lines_are_numbered(folder):
+    translate(Reverser(), folder, config=DecodeConfig(n_best=2))
+    lines = (folder / "out.txt").read_text().splitlines()
+    assert len(lines) == 24
+    assert lines[10:12] == ["5 ||| tac f dna god b0 ||| -1.000000", "5 ||| tac f dna god b1 ||| -2.000000"]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (None, "in.txt", "no such file"),
+        (b"", "in.txt", "is empty"),
+        (b"good\n\xff\xfe\n", "in.txt", "line 2: not UTF-8"),
+        (b"not zipped", "in.gz", "not a whole gzip file"),
+        (gzip.compress(b"some text\n" * 100)[:-20], "in.gz", "not a whole gzip file"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, content, name, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        translate(Reverser(), tmp_path, source=name)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == before
+
+
+def test_an_output_without_a_folder_is_refused(folder):
+    with pytest.raises(UserError, match="in a folder that exists"):
+        translate(Reverser(), folder, "missing/out.txt")
+
+
+def test_standard_input_is_checked_line_by_line():
+    assert list(decode_lines([b"one\r\n", b"two"], "standard input")) == ["one", "two"]
+    with pytest.raises(UserError, match="standard input, line 2: not UTF-8"):
+        list(decode_lines([b"fine\n", b"\xc3\n"], "standard input"))
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    translate(Reverser(dies_at=8), Path(sys.argv[1]))
