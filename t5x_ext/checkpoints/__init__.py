@@ -3,7 +3,7 @@
 from t5x_ext.checkpoints.averaging import average_params
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder, write_json
-from t5x_ext.checkpoints.store import CheckpointStore
+from t5x_ext.checkpoints.store import CheckpointStore, SaveError
 from t5x_ext.checkpoints.trees import StructureError
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ModelRecord",
     "Retention",
     "RunFolder",
+    "SaveError",
     "StructureError",
     "average_params",
     "write_json",

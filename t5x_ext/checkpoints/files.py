@@ -45,7 +45,7 @@ def find_damage(folder: epath.Path, wanted: Callable[[str], bool] = lambda name:
     try:
         files = json.loads((folder / DIGESTS).read_text())["files"]
         expected = {name: (int(length), str(digest)) for name, (length, digest) in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{DIGESTS} is damaged"
     for name, (length, digest) in expected.items():
         if wanted(name) and (damage := _file_damage(folder / name, length, digest)):
@@ -54,11 +54,15 @@ def find_damage(folder: epath.Path, wanted: Callable[[str], bool] = lambda name:
 
 
 def _file_damage(path: epath.Path, length: int, digest: str) -> str | None:
-    if not path.exists():
+    try:
+        actual = path.stat().length
+        if actual != length:
+            return f"has {actual} bytes instead of {length}"
+        return None if _sha256(path) == digest else "has changed (its SHA-256 differs)"
+    except FileNotFoundError:
         return "is missing"
-    if path.stat().length != length:
-        return f"has {path.stat().length} bytes instead of {length}"
-    return None if _sha256(path) == digest else "has changed (its SHA-256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _file_names(folder: epath.Path) -> list[str]:

@@ -29,9 +29,12 @@ WEIGHTS = ("params", "ema")
 """Parts of a state that are stored apart, so that reading parameters touches nothing else."""
 
 _STATE = "state"
-_UNKNOWN: dict[str, Any] = {"metrics": {}}
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _FOLDER_NAME = re.compile(r"(\d+)(?:\.(\d+))?")
+
+
+class SaveError(Exception):
+    """A save failed in the background, for example because the disk is full; earlier checkpoints are untouched."""
 
 
 class _Saved(NamedTuple):
@@ -86,7 +89,7 @@ class CheckpointStore:
           metrics: values that retention selects by.
 
         Raises:
-          Exception: what made an earlier save fail in the background, for example `OSError` for a full disk.
+          SaveError: if an earlier save failed in the background.
         """
         self.wait()
         leaves = trees.flatten(state)
@@ -103,6 +106,7 @@ class CheckpointStore:
         revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
         folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
         arrays = {name: trees.to_stored(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
+        self._delete_temporary()
         ocp = _orbax()
         items = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(arrays).items()}
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -113,11 +117,16 @@ class CheckpointStore:
         """Returns when no save is under way.
 
         Raises:
-          Exception: what made the save fail.
+          SaveError: if it failed.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is None:
+            return
+        try:
             pending.result()
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise SaveError(f"a checkpoint in {self.directory} could not be saved: {reason}") from error
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
@@ -216,23 +225,34 @@ class CheckpointStore:
 
     def _finish(self, folder: epath.Path) -> None:
         """In the background: after Orbax has renamed the folder, proves it whole, then deletes what need not stay."""
-        self._checkpointer.wait_until_finished()
+        try:
+            self._checkpointer.wait_until_finished()
+        except BaseException:
+            # A part of a checkpoint is of no use, and where the disk is full it stands in the way of the next one.
+            self._delete_temporary()
+            raise
         if jax.process_index() == 0:
             write_digests(folder)
-            self._delete_others()
+            self._delete_others(folder)
         logger.info("checkpoint %s saved", folder)
 
-    def _delete_others(self) -> None:
-        newest = {saved.step: saved.folder for saved in self._finished()}
+    def _delete_temporary(self) -> None:
+        if jax.process_index() == 0 and self.directory.exists():
+            for folder in self.directory.iterdir():
+                if _TEMPORARY in folder.name:
+                    folder.rmtree()
+
+    def _delete_others(self, just_saved: epath.Path) -> None:
+        folders = {saved.step: saved.folder for saved in self._finished()}
         metas = self._metas()
         retention = self._retention or Retention()
-        values = {step: metas.get(step, _UNKNOWN)["metrics"].get(retention.metric) for step in newest}
-        kept = {newest[step] for step in retention.kept(values)}
-        for folder in self.directory.iterdir():
-            if folder not in kept and (_parse(folder) or _TEMPORARY in folder.name):
+        values = {step: metas[step]["metrics"].get(retention.metric) if step in metas else None for step in folders}
+        kept = {folders[step] for step in retention.kept(values)} | {just_saved}
+        for saved in self._folders():
+            if saved.folder not in kept:
                 # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
-                (folder / DIGESTS).unlink(missing_ok=True)
-                folder.rmtree()
+                (saved.folder / DIGESTS).unlink(missing_ok=True)
+                saved.folder.rmtree()
 
     def _folders(self) -> list[_Saved]:
         """Folders of steps, finished or not, ascending by step and revision."""

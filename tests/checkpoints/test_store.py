@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_ext.checkpoints import CheckpointStore, Retention, StructureError
+from t5x_ext.checkpoints import CheckpointStore, Retention, SaveError, StructureError
 from t5x_ext.checkpoints.files import DIGESTS
 from t5x_ext.contracts import UserError
 
@@ -310,19 +312,30 @@ def test_older_checkpoints_stay_until_the_new_one_is_whole(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["00000002"]
 
 
-def test_a_failed_save_is_reported_and_loses_nothing(tmp_path, monkeypatch):
-    from t5x_ext.checkpoints import store as module
+@contextmanager
+def files_of_at_most(limit: int):
+    """As on a full disk, writing beyond the limit fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
+
+def test_a_save_that_finds_no_room_is_reported_and_loses_nothing(tmp_path):
+    state = {"params": jnp.ones((512, 1024))}
     with CheckpointStore(tmp_path, Retention(keep_last=1)) as store:
-        store.save(1, make_state(1))
+        store.save(1, state)
         store.wait()
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "write_digests", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left")))
-            store.save(2, make_state(2))
-            with pytest.raises(OSError, match="No space left"):
+        with files_of_at_most(1_000_000):
+            store.save(2, state)
+            with pytest.raises(SaveError, match=r"could not be saved: .*File too large") as caught:
                 store.wait()
+        assert "\n" not in str(caught.value)
         assert store.steps() == [1]
-        store.save(3, make_state(3))
+        assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+        store.save(3, state)
         store.wait()
         assert [path.name for path in tmp_path.iterdir()] == ["00000003"]
 
