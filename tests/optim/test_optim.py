@@ -28,6 +28,8 @@ def test_linear_decay_is_its_formula():
     expected = np.interp(STEPS, [0, 4, 16], [0.0, 1.0, 0.25])
     np.testing.assert_allclose([schedule(step) for step in STEPS.tolist()], expected, rtol=1e-6)
     assert float(linear_decay(1.0, warmup_steps=0, total_steps=2)(0)) == 1.0
+    trial = linear_decay(1.0, warmup_steps=100, total_steps=2)  # as under --steps=2: it ends within the warm-up
+    np.testing.assert_allclose([trial(0), trial(1), trial(99)], [0.0, 0.01, 0.99], rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", [inverse_sqrt(3e-4, 10), linear_decay(3e-4, 10, 500), linear_decay(3e-4, 0, 9)])
@@ -44,7 +46,7 @@ def test_schedules_are_the_same_compiled_and_vectorised(schedule):
     [
         (lambda: inverse_sqrt(0.0, 10), "peak = 0.0 must be positive"),
         (lambda: inverse_sqrt(1.0, 0), "warmup_steps = 0"),
-        (lambda: linear_decay(1.0, 10, 10), "below total_steps = 10"),
+        (lambda: linear_decay(1.0, 10, 0), "total_steps = 0 at least 1"),
         (lambda: linear_decay(1.0, -1, 10), "at least 0"),
         (lambda: linear_decay(1.0, 1, 10, end=2.0), "end = 2.0"),
         (lambda: adam(-1.0), "learning_rate = -1.0"),
