@@ -1,0 +1,3 @@
+"""Keeps pytest's doctest collection from importing the program that test_seqio.py runs with TensorFlow."""
+
+collect_ignore = ["seqio_program.py"]
