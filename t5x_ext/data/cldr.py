@@ -412,6 +412,7 @@ def _table(seed: int, num_tuples: int) -> tuple[Row, ...]:
 @functools.lru_cache(maxsize=12)
 def _split(seed: int, num_tuples: int, valid: int, test: int, split: str) -> tuple[Row, ...]:
     """Rows of one split, families mixed: of every family the first rows are test, the next valid, the rest train."""
+    part = {"test": slice(test), "valid": slice(test, test + valid), "train": slice(test + valid, None)}[split]
     taken: list[Row] = []
     by_family: dict[str, list[Row]] = {}
     for row in _table(seed, num_tuples):
@@ -420,7 +421,7 @@ def _split(seed: int, num_tuples: int, valid: int, test: int, split: str) -> tup
         if family == NAMES_FAMILY:
             taken += rows if split == "train" else []
         else:
-            taken += {"test": rows[:test], "valid": rows[test : test + valid], "train": rows[test + valid :]}[split]
+            taken += rows[part]
     return tuple(_Dice("cldr", _FORMAT_VERSION, seed, "order", split).shuffled(taken))
 
 
@@ -489,7 +490,7 @@ class CldrCorpus:
 
     def fingerprint(self) -> str:
         """A hash of everything the phrases follow from (babel's and CLDR's versions included); makes no phrases."""
-        parts = (_FORMAT_VERSION, babel.__version__, get_cldr_version(), unicodedata.unidata_version, *self._key())
+        parts = (_FORMAT_VERSION, babel.__version__, get_cldr_version(), *self._key())
         return hashlib.sha256(repr((*parts, self.split, *self.languages)).encode()).hexdigest()
 
     def _key(self) -> tuple[int, int, int, int]:
