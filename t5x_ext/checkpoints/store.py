@@ -145,7 +145,15 @@ class CheckpointStore:
 
     def best_step(self) -> int | None:
         """The best finished step by the metric of the retention (or the one the newest checkpoint names), if any."""
-        return next(iter(self._ranked()), None)
+        return next(iter(self.ranked_steps()), None)
+
+    def ranked_steps(self) -> list[int]:
+        """Finished steps from best to worst by that metric; those that were not measured are left out."""
+        metas = self._metas()
+        if not metas:
+            return []
+        retention = self._retention or Retention(**metas[max(metas)]["selection"])
+        return retention.ranked({step: meta["metrics"].get(retention.metric) for step, meta in metas.items()})
 
     def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Loads a state and its `extra`, after verifying every file.
@@ -200,7 +208,9 @@ class CheckpointStore:
         step = which if isinstance(which, int) else None
         others = {_STATE, *WEIGHTS} - {subtree}
         saved = self._newest_whole(
-            step, first=self._ranked() if which == "best" else (), wanted=lambda name: name.split("/")[0] not in others
+            step,
+            first=self.ranked_steps() if which == "best" else (),
+            wanted=lambda name: name.split("/")[0] not in others,
         )
         specs = {name: spec for name, spec in _specs(_read_meta(saved.folder)).items() if _item_of(name) == subtree}
         if not specs:
@@ -277,14 +287,6 @@ class CheckpointStore:
                 # Not verified here: a load would refuse this folder, saying why.
                 logger.debug("checkpoint %s has no readable record: %s", saved.folder, error)
         return metas
-
-    def _ranked(self) -> list[int]:
-        """Finished steps from best to worst."""
-        metas = self._metas()
-        if not metas:
-            return []
-        retention = self._retention or Retention(**metas[max(metas)]["selection"])
-        return retention.ranked({step: meta["metrics"].get(retention.metric) for step, meta in metas.items()})
 
     def _newest_whole(
         self, step: int | None, first: Sequence[int] = (), wanted: Callable[[str], bool] = lambda name: True

@@ -1,0 +1,302 @@
+"""gin files and bindings become one `Run`, checked on the way.
+
+The objects are built here and not by gin's registry, which is global, silent about unused bindings and wrong types,
+and looks bindings up when a function is called: here a reference passed on as a function (`@Name` without
+parentheses) keeps its bindings for good, two builds cannot disturb each other, and each mistake has its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from t5x_ext.cli.gin_read import Binding, Config, Key, Macro, Reference, Scopes, Source, Target, map_leaves, parameters
+from t5x_ext.cli.messages import did_you_mean, one_line
+from t5x_ext.cli.type_check import annotations_of, describe, fits
+from t5x_ext.contracts import UserError
+
+
+def build_run(
+    gin_files: Sequence[str], bindings: Sequence[str | Source] = (), root: type | None = None
+) -> tuple[Any, str]:
+    """Builds the root object of a run.
+
+    Args:
+      gin_files: paths, or names below the packaged gin folder (`runs/two_files.gin`); later files override.
+      bindings: what overrides the files: texts `NAME=VALUE` from the command line, or whole `Source`s.
+      root: the class to build; None builds `t5x_ext.train.run.Run`.
+
+    Returns:
+      The object, and the resolved configuration: gin text with every value in force, which builds an equal object.
+
+    Raises:
+      UserError: for a missing file, a syntax error, a misspelt or unused name, a value of the wrong type, or one that a
+        class refuses; the message begins with the file and line, or the flag.
+    """
+    config = _read(gin_files, bindings)
+    builder = _Builder(config)
+    run = builder.call(root or _default_root(), (), "")
+    _refuse_unused(config, builder)
+    return run, _resolved_text(config, builder.records)
+
+
+def build_field(
+    name: str, gin_files: Sequence[str], bindings: Sequence[str | Source] = (), root: type | None = None
+) -> Any:
+    """One field of the root object (its model, say), where the rest need not be bound or used.
+
+    Args:
+      name: the field.
+      gin_files: as for `build_run`, like the others.
+      bindings: see there.
+      root: see there.
+
+    Raises:
+      UserError: as `build_run`, and where the field is not bound.
+    """
+    config = _read(gin_files, bindings)
+    return _Builder(config).field(root or _default_root(), name)
+
+
+def _read(gin_files: Sequence[str], bindings: Sequence[str | Source]) -> Config:
+    config = Config()
+    for name in gin_files:
+        config.read_file(name)
+    for binding in bindings:
+        config.read(binding if isinstance(binding, Source) else Source.from_flag(binding))
+    return config
+
+
+def _default_root() -> type:
+    return importlib.import_module("t5x_ext.train.run").Run
+
+
+class _Builder:
+    """Calls what the configuration names.
+
+    `records` holds, for every class and function that was called, the values bound to it; `used` and `used_macros`
+    what they were taken from.
+    """
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._calling: list[tuple[Scopes, Target]] = []
+        self.records: dict[tuple[Scopes, Target], dict[str, Any]] = {}
+        self.used: set[Key] = set()
+        self.used_macros: set[str] = set()
+
+    def call(self, target: Target, scopes: Scopes, where: str) -> Any:
+        """The result of calling a class or function with the bindings of its scope and of the scopes around it."""
+        bound = self._bound(target, scopes)
+        arguments = self._arguments(target, scopes, bound, where)
+        for name, parameter in (parameters(target) or {}).items():
+            if parameter.default is parameter.empty and name not in arguments:
+                raise UserError(f"{_prefix(where)}{_name(target)}.{name} has no value; it must be bound")
+        try:
+            return target(**arguments)
+        except (UserError, ValueError) as error:
+            about = "" if _name(target) in str(error) else f"{_name(target)}: "
+            raise UserError(f"{_blamed(error, bound, where)}{about}{error}") from error
+
+    def field(self, target: Target, name: str) -> Any:
+        """The value bound to one parameter."""
+        bound = self._bound(target, ())
+        if name not in bound:
+            raise UserError(f"{_name(target)}.{name} has no value; it must be bound")
+        return self._arguments(target, (), {name: bound[name]}, "")[name]
+
+    def _bound(self, target: Target, scopes: Scopes) -> dict[str, Binding]:
+        bound: dict[str, Binding] = {}
+        for depth in range(len(scopes) + 1):
+            for key, binding in self._config.bindings.items():
+                if key[:2] == (scopes[:depth], target):
+                    self.used.add(key)
+                    value = map_leaves(binding.value, partial(self._without_macros, where=binding.where))
+                    bound[key[2]] = dataclasses.replace(self._origin(binding), value=value)
+        return bound
+
+    def _arguments(self, target: Target, scopes: Scopes, bound: Mapping[str, Binding], where: str) -> dict[str, Any]:
+        if (scopes, target) in self._calling:
+            raise UserError(f"{_prefix(where)}{_name(target)} refers to itself")
+        self._calling.append((scopes, target))
+        self.records[scopes, target] = {name: binding.value for name, binding in bound.items()}
+        hints = annotations_of(target)
+        arguments = {}
+        for name, binding in bound.items():
+            value = map_leaves(binding.value, partial(self._built, scopes=scopes, where=binding.where))
+            arguments[name] = _checked(value, hints.get(name, Any), f"{binding.where}: {_name(target)}.{name}")
+        self._calling.pop()
+        return arguments
+
+    def _without_macros(self, leaf: Any, where: str, inside: tuple[str, ...] = ()) -> Any:
+        if not isinstance(leaf, Macro):
+            # As in gin, what a macro refers to is built in a scope of the macro's name.
+            in_scope = isinstance(leaf, Reference) and inside and not leaf.scopes
+            return dataclasses.replace(leaf, scopes=tuple(inside[-1].split("/"))) if in_scope else leaf
+        if leaf.name in inside:
+            raise UserError(f"{where}: %{leaf.name} refers to itself")
+        if leaf.name not in self._config.macros:
+            raise UserError(f"{where}: %{leaf.name} has no value{did_you_mean(leaf.name, self._config.macros)}")
+        self.used_macros.add(leaf.name)
+        binding = self._config.macros[leaf.name]
+        inner = partial(self._without_macros, where=binding.where, inside=(*inside, leaf.name))
+        return map_leaves(binding.value, inner)
+
+    def _origin(self, binding: Binding) -> Binding:
+        """The binding itself or, where its value is just a macro, the binding of the macro: the one to be blamed."""
+        while isinstance(binding.value, Macro):
+            binding = self._config.macros[binding.value.name]
+        return binding
+
+    def _built(self, leaf: Any, scopes: Scopes, where: str) -> Any:
+        if not isinstance(leaf, Reference):
+            return leaf
+        assert leaf.target is not None
+        scopes = leaf.scopes or scopes
+        if leaf.evaluate:
+            return self.call(leaf.target, scopes, where)
+        bound = self._bound(leaf.target, scopes)
+        return partial(leaf.target, **self._arguments(leaf.target, scopes, bound, where)) if bound else leaf.target
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    if isinstance(value, list) and not fits(value, hint) and fits(tuple(value), hint):
+        return tuple(value)
+    if fits(value, hint):
+        return value
+    shown = repr(value) if isinstance(value, str | int | float | list | tuple | dict | None) else _name(value)
+    call = f"; write @{_name(value)}() to call it" if callable(value) else ""
+    raise UserError(f"{where} is {describe(hint)}, not {shown}{call}")
+
+
+def _blamed(error: Exception, bound: Mapping[str, Binding], where: str) -> str:
+    """The place of the binding that a refused call is about: one whose parameter the message names, else the last."""
+    named = [binding for name, binding in bound.items() if re.search(rf"\b{name}\b", str(error))]
+    suspects = named or list(bound.values())
+    by_flag = [binding for binding in suspects if binding.is_flag]
+    return _prefix((by_flag or suspects)[-1].where if suspects else where)
+
+
+def _refuse_unused(config: Config, builder: _Builder) -> None:
+    """Raises UserError for the first binding that nothing used, unless it belongs to a part that was replaced."""
+    unused = {key: binding for key, binding in config.bindings.items() if key not in builder.used}
+    macros = {name: binding for name, binding in config.macros.items() if name not in builder.used_macros}
+    replaced = _reachable(config, config.replaced)
+    for (scopes, target, name), binding in unused.items():
+        if binding.is_flag or target not in replaced:
+            full = "/".join((*scopes, f"{_name(target)}.{name}"))
+            hint = _instead(target, name, scopes, builder.records)
+            raise UserError(f"{binding.where}: nothing in this run uses {full}{hint}")
+    for name, binding in macros.items():
+        if binding.is_flag or name not in replaced:
+            raise UserError(f"{binding.where}: nothing in this run uses %{name}")
+
+
+def _reachable(config: Config, values: list[Any]) -> set[Any]:
+    """Targets and macro names that values refer to, directly or through the bindings of what they refer to."""
+    found: set[Any] = set()
+    waiting = list(values)
+    while waiting:
+        for leaf in _leaves(waiting.pop()):
+            name = leaf.name if isinstance(leaf, Macro) else leaf.target if isinstance(leaf, Reference) else None
+            if name is None or name in found:
+                continue
+            found.add(name)
+            if name in config.macros:
+                waiting.append(config.macros[name].value)
+            waiting += [binding.value for key, binding in config.bindings.items() if key[1] is name]
+    return found
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _instead(target: Target, name: str, scopes: Scopes, built: Mapping[tuple[Scopes, Target], Any]) -> str:
+    """A hint at what the run does have in the place of an unused binding."""
+    same = ["/".join(at) for at, other in built if other is target and at]
+    if scopes and same:
+        return did_you_mean("/".join(scopes), same).replace("mean ", "mean the scope ")
+    have = [other for _, other in built if name in (parameters(other) or {})]
+    related = [other for other in have if _is_related(other, target)] or have
+    return f"; did you mean {_name(related[0])}.{name}?" if related else ""
+
+
+def _is_related(one: Target, other: Target) -> bool:
+    return inspect.isclass(one) and inspect.isclass(other) and (issubclass(one, other) or issubclass(other, one))
+
+
+def _resolved_text(config: Config, records: Mapping[tuple[Scopes, Target], Mapping[str, Any]]) -> str:
+    """Every value in force as gin text; defaults that gin cannot write stand there as comments."""
+    targets = [target for _, target in records]
+    targets += [leaf.target for leaf in _leaves([dict(bound) for bound in records.values()]) if _is_reference(leaf)]
+    imports = sorted({f"import {_module_of(config.path_of(target))}" for target in targets})
+    blocks = []
+    for (scopes, target), bound in records.items():
+        prefix = "/".join((*scopes, config.path_of(target)))
+        lines = {name: f"{prefix}.{name} = {_text(config, value)}" for name, value in bound.items()}
+        for name, parameter in (parameters(target) or {}).items():
+            lines.setdefault(name, _default_text(f"{prefix}.{name}", _default_of(target, parameter)))
+        blocks.append("\n".join(filter(None, (lines[name] for name in sorted(lines)))))
+    header = "\n".join(["from __gin__ import dynamic_registration", *imports])
+    return "\n\n".join([header, *sorted(filter(None, blocks))]) + "\n"
+
+
+def _module_of(path: str) -> str:
+    """The longest beginning of a dotted path that is a module; what follows are its attributes."""
+    module = path.rpartition(".")[0]
+    while module not in sys.modules:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def _text(config: Config, value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_text(config, key)}: {_text(config, item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_text(config, item) for item in value) + "]"
+    if isinstance(value, tuple):
+        return "(" + "".join(f"{_text(config, item)}, " for item in value).rstrip() + ")"
+    if _is_reference(value):
+        return "@" + "/".join((*value.scopes, config.path_of(value.target))) + "()" * value.evaluate
+    return repr(value)
+
+
+def _default_of(target: Target, parameter: inspect.Parameter) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else {}
+    factory = fields[parameter.name].default_factory if parameter.name in fields else dataclasses.MISSING
+    return parameter.default if factory is dataclasses.MISSING else factory()
+
+
+def _default_text(name: str, default: Any) -> str:
+    if default is inspect.Parameter.empty:
+        return ""
+    plain = all(leaf is None or type(leaf) in (bool, int, float, str) for leaf in _leaves(default))
+    # Addresses in memory would make equal configurations differ.
+    shown = one_line(re.sub(r" at 0x[0-9a-f]+", "", repr(default)))
+    return f"{'' if plain else '# '}{name} = {shown}"
+
+
+def _is_reference(leaf: Any) -> bool:
+    return isinstance(leaf, Reference)
+
+
+def _name(value: Any) -> str:
+    value = value.func if isinstance(value, partial) else value
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _prefix(where: str) -> str:
+    return f"{where}: " if where else ""

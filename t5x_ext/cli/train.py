@@ -1,0 +1,121 @@
+"""Trains a translation model; the same command goes on where an interrupted one stopped.
+
+Two text files are enough: vocabulary, model and batches come from the packaged default run. Everything else is in gin
+files and bindings.
+
+example: t5x_ext train --train_source=a.en --train_target=a.de --valid_source=b.en --valid_target=b.de
+             --source_language=en --target_language=de --run_dir=out
+example: t5x_ext train --gin_file=runs/multi30k_en_de.gin --run_dir=out --gin.Run.steps=2000
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from t5x_ext.cli.files import check_folder, check_writable, report
+from t5x_ext.cli.flags import require
+from t5x_ext.cli.messages import UsageError
+from t5x_ext.cli.run_flags import check_texts, define_run_flags, run_from_flags
+
+if TYPE_CHECKING:
+    from t5x_ext.train import InitFrom, Run
+
+_SHAPE_FIELDS = (
+    "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers", "encoder_sharing", "decoder_sharing",
+    "norm", "use_bias", "final_norm", "tied_embeddings",
+)  # fmt: skip
+_INIT_FROM = re.compile(r"(?P<run_dir>.+?)(:(?P<checkpoint>best|last|\d+))?")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares the flags of `t5x_ext train`."""
+    flags.DEFINE_string("run_dir", None, "folder for everything the run writes; required", flag_values=values)
+    define_run_flags(values)
+    flags.DEFINE_string("init_from", None, "run folder to start from, as DIR, DIR:last or DIR:STEP", flag_values=values)
+    flags.DEFINE_boolean(
+        "keep_optimizer", False, "go on with the optimizer state of --init_from, too; by default it starts afresh",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "cache_dir", None, "folder of token caches that runs share; by default in --run_dir", flag_values=values
+    )
+    flags.DEFINE_string("json_out", None, "file for the results as JSON; - is standard output", flag_values=values)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Runs `t5x_ext train`."""
+    require(values, "run_dir")
+    check_writable(values.json_out, "--json_out")
+    check_folder(values.run_dir, "--run_dir")
+    if values.init_from and (values.vocabulary or values.vocab_size):
+        raise UsageError("--init_from brings its own vocabulary: leave --vocabulary and --vocab_size out")
+    if values.keep_optimizer and not values.init_from:
+        raise UsageError("--keep_optimizer goes with --init_from")
+    run, text = run_from_flags(values)
+    init_from = _init_from(values, run)
+    if not (Path(values.run_dir) / "checkpoints").is_dir():
+        check_texts(run)
+
+    from t5x_ext.train import execute
+
+    results = execute(run, values.run_dir, config_text=text, cache_dir=values.cache_dir, init_from=init_from)
+    report(_summary(values.run_dir, results), results, values.json_out)
+
+
+def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:
+    """The run to start from, after checking that its weights fit this one."""
+    if not values.init_from:
+        return None
+    from t5x_ext.checkpoints import CheckpointStore, RunFolder
+    from t5x_ext.data import Vocabulary
+    from t5x_ext.train import InitFrom
+
+    match = _INIT_FROM.fullmatch(values.init_from)
+    assert match is not None
+    run_dir, checkpoint = match["run_dir"], match["checkpoint"] or "best"
+    folder = RunFolder(run_dir)
+    _check_same_model(values.init_from, folder.read_model().model, run)
+    known = Vocabulary.load(str(folder.vocabulary)).languages
+    for language in (language for corpus in run.data.train for language in corpus.languages):
+        if language not in known:
+            raise UsageError(f"--init_from={values.init_from}: its vocabulary has no tag for {language}, only {known}")
+    with CheckpointStore(folder.checkpoints) as store:
+        steps = store.steps()
+    if not steps or (checkpoint.isdecimal() and int(checkpoint) not in steps):
+        raise UsageError(f"--init_from={values.init_from}: no such checkpoint; finished steps: {steps or 'none'}")
+    which = int(checkpoint) if checkpoint.isdecimal() else checkpoint
+    return InitFrom(run_dir, which, keep_optimizer=values.keep_optimizer)
+
+
+def _check_same_model(init_from: str, fields: dict[str, Any], run: Run) -> None:
+    import dataclasses
+
+    from t5x_ext.models import TransformerConfig
+
+    theirs = TransformerConfig.from_json(fields)
+    ours = TransformerConfig.from_json(dataclasses.replace(run.model, vocab_size=theirs.vocab_size).to_json())
+    for name in _SHAPE_FIELDS:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise UsageError(
+                f"--init_from={init_from} holds another model: {name} is {getattr(theirs, name)} there, "
+                f"{getattr(ours, name)} here; give the gin file that it was trained with"
+            )
+
+
+def _summary(run_dir: str, results: dict[str, Any]) -> str:
+    if not results:
+        return ""
+    lines = [
+        f"{results['steps']:,} updates in {results['train_seconds'] / 60:.1f} min, "
+        f"{results['target_tokens_per_second']:,.0f} target tokens/s, {results['parameters']:,} parameters"
+    ]
+    for name, scores in results.get("directions", {}).items():
+        lines.append(
+            f"{name}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}, exact match {scores['exact_match']:.1f} %"
+            f"  ({scores['signature']})"
+        )
+    return "\n".join([*lines, f"everything is in {run_dir}; next: t5x_ext translate --run_dir={run_dir} --input=-"])

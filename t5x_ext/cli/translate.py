@@ -1,0 +1,104 @@
+"""Translates a file, or standard input, with a trained run: n lines in, n lines out, in order.
+
+From file to file an interrupted command goes on where it stopped. With --n_best above 1 the output is in Moses'
+format: line number ||| text ||| score.
+
+example: t5x_ext translate --run_dir=out --input=test.en --output=test.de
+example: echo 'Good morning.' | t5x_ext translate --run_dir=out
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from t5x_ext.cli.decoding import decode_config, define_decode_flags, define_model_flags, open_translator
+from t5x_ext.cli.files import check_writable, output_text, report
+from t5x_ext.cli.flags import require
+from t5x_ext.cli.messages import UsageError
+
+if TYPE_CHECKING:
+    from t5x_ext.decode import DecodeConfig, Translator
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares the flags of `t5x_ext translate`."""
+    define_model_flags(values)
+    flags.DEFINE_string("input", "-", "text to translate, one sentence a line; - is standard input", flag_values=values)
+    flags.DEFINE_string("output", "-", "file for the translations; - is standard output", flag_values=values)
+    flags.DEFINE_string("json_out", None, "file for counts and speed as JSON", flag_values=values)
+    define_decode_flags(values)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Runs `t5x_ext translate`."""
+    from t5x_ext.decode import translate_file
+
+    require(values, "run_dir")
+    check_writable(values.output, "--output")
+    check_writable(values.json_out, "--json_out")
+    if values.json_out == "-":
+        raise UsageError("--json_out=-: standard output is for translations; name a file")
+    config = decode_config(values)
+    translator = open_translator(values)
+    languages = (values.source_language, values.target_language)
+    if "-" not in (values.input, values.output):
+        done = translate_file(
+            translator, values.input, values.output, *languages, config, show_progress=sys.stderr.isatty()
+        )
+        result: dict[str, Any] = {
+            **done._asdict(),
+            "sentences_per_second": done.sentences_per_second,
+            "target_tokens_per_second": done.target_tokens_per_second,
+        }
+        report(f"{done.lines + done.resumed_lines:,} lines: {values.output}", result, values.json_out)
+    else:
+        result = _stream(translator, values, config)
+        report("", result, values.json_out)
+
+
+def _stream(translator: Translator, values: flags.FlagValues, config: DecodeConfig) -> dict[str, Any]:
+    """Translates where input or output is a stream; returns counts and speed."""
+    from t5x_ext.decode import translate_stream
+    from t5x_ext.decode.files import CHUNK_LINES
+
+    start = time.monotonic()
+    # A person who types waits for an answer to every line.
+    chunk = 1 if values.input == "-" and sys.stdin.isatty() else CHUNK_LINES
+    languages = (values.source_language, values.target_language)
+    counted = _Counted(_input_lines(values.input))
+    with output_text(values.output) as output:
+        for line in translate_stream(translator, counted, *languages, config, chunk_lines=chunk):
+            output.write(line)
+            if chunk == 1:
+                output.flush()
+    seconds = time.monotonic() - start
+    return {"lines": counted.count, "seconds": seconds, "sentences_per_second": counted.count / seconds}
+
+
+class _Counted(Iterator[str]):
+    """Lines, counted as they pass."""
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines = lines
+        self.count = 0
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.count += 1
+        return line
+
+
+def _input_lines(path: str) -> Iterator[str]:
+    from t5x_ext.data import read_lines
+    from t5x_ext.decode.files import decode_lines
+
+    if path == "-":
+        return decode_lines(sys.stdin.buffer, "standard input")
+    for _ in read_lines(path):  # whatever is wrong with the file is said before anything is written
+        pass
+    return read_lines(path)
