@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import gzip
+
+import pytest
+
+from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data import ParallelText, read_lines
+
+
+def test_aligned_files_give_pairs_in_order(write):
+    corpus = ParallelText(write("a.en", b"one\ntwo\n"), write("a.de", "eins\nzwö\n".encode()), "en", "de")
+    assert isinstance(corpus, Corpus)
+    assert list(corpus.pairs()) == [("one", "eins"), ("two", "zwö")]
+    assert list(corpus.pairs()) == [("one", "eins"), ("two", "zwö")], "pairs can be read again"
+    assert corpus.languages == ("en", "de")
+    assert corpus.name == "a.en-de"
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"a\nb", ["a", "b"]),
+        (b"a\r\nb\r\n", ["a", "b"]),
+        (b"\xef\xbb\xbfa\nb\n", ["a", "b"]),
+        (b"\n\na\n", ["", "", "a"]),
+        ("a\u2028b\n\x0cc\x85d\re\n".encode(), ["a\u2028b", "\x0cc\x85d\re"]),
+        ("\ufeffa\n\ufeffb\n".encode(), ["a", "\ufeffb"]),
+    ],
+    ids=["no last line end", "carriage returns", "byte order mark", "empty lines", "other breaks", "mark inside"],
+)
+def test_only_line_feeds_end_lines(write, content, lines):
+    assert list(read_lines(write("text", content))) == lines
+    assert list(read_lines(write("text.packed", gzip.compress(content)))) == lines
+
+
+def test_gzip_is_told_by_content_not_by_name(write):
+    source, target = write("a.en", gzip.compress(b"one\n")), write("a.de.gz", b"eins\n")
+    assert list(ParallelText(source, target, "en", "de").pairs()) == [("one", "eins")]
+
+
+def test_table_columns(write):
+    path = write("t.tsv", b"1\tone\teins\tx\n2\ttwo\tzwei\n")
+    corpus = ParallelText(tsv_path=path, source_column=2, target_column=1, source_language="de", target_language="en")
+    assert list(corpus.pairs()) == [("eins", "one"), ("zwei", "two")]
+    assert corpus.name == "t.de-en"
+
+
+def test_fingerprint_follows_content_and_languages_only(write):
+    source, target, other = write("a", b"one\n"), write("b", b"eins\n"), write("c", b"zwei\n")
+    original = ParallelText(source, target, "en", "de").fingerprint()
+    assert ParallelText(write("d", gzip.compress(b"one\n")), target, "en", "de", name="x").fingerprint() == original
+    assert ParallelText(source, other, "en", "de").fingerprint() != original
+    assert ParallelText(source, target, "en", "nl").fingerprint() != original
+    assert ParallelText(target, source, "en", "de").fingerprint() != original
+    table = write("t", b"one\teins\n")
+    forward = ParallelText(tsv_path=table, source_language="en", target_language="de")
+    swapped = ParallelText(
+        tsv_path=table, source_column=1, target_column=0, source_language="en", target_language="de"
+    )
+    assert forward.fingerprint() != swapped.fingerprint()
+
+
+def test_fingerprint_sees_where_one_file_ends(write):
+    one = ParallelText(write("a", b"x\ny\n"), write("b", b"z\n"), "en", "de").fingerprint()
+    other = ParallelText(write("c", b"x\n"), write("d", b"y\nz\n"), "en", "de").fingerprint()
+    assert one != other
+
+
+@pytest.mark.parametrize(("source_lines", "target_lines"), [(2, 3), (3, 2)])
+def test_unequal_line_counts_name_both(write, source_lines, target_lines):
+    corpus = ParallelText(write("a.en", b"x\n" * source_lines), write("a.de", b"y\n" * target_lines), "en", "de")
+    with pytest.raises(UserError, match=rf"a\.en has {source_lines} lines but .*a\.de has {target_lines}"):
+        list(corpus.pairs())
+
+
+def test_bytes_that_are_not_utf8_name_file_and_line(write):
+    corpus = ParallelText(write("a.en", b"x\ny\n"), write("a.de", b"gut\nf\xfcr\n"), "en", "de")
+    with pytest.raises(UserError, match=r"a\.de, line 2: not UTF-8"):
+        list(corpus.pairs())
+
+
+def test_surrogates_are_not_utf8(write):
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        list(read_lines(write("a", b"\xed\xa0\x80\n")))
+
+
+def test_empty_and_missing_files_and_folders(write, tmp_path):
+    with pytest.raises(UserError, match=r"empty\.en: the file is empty"):
+        list(read_lines(write("empty.en", b"")))
+    with pytest.raises(UserError, match=r"empty\.gz: the file is empty"):
+        list(read_lines(write("empty.gz", gzip.compress(b""))))
+    with pytest.raises(UserError, match=r"absent\.en: no such file"):
+        list(read_lines(str(tmp_path / "absent.en")))
+    with pytest.raises(UserError, match="is a folder"):
+        list(read_lines(str(tmp_path)))
+    with pytest.raises(UserError, match=r"absent\.en: no such file"):
+        ParallelText(str(tmp_path / "absent.en"), str(tmp_path / "absent.de"), "en", "de").fingerprint()
+
+
+def test_damaged_gzip_names_the_file(write):
+    content = gzip.compress(b"".join(b"%d\n" % number for number in range(10_000)))
+    path = write("cut.gz", content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cut\.gz, after line \d+: the gzip file is damaged"):
+        list(read_lines(path))
+    with pytest.raises(UserError, match="damaged"):
+        ParallelText(path, path, "en", "de").fingerprint()
+
+
+def test_table_with_too_few_columns_names_the_line(write):
+    path = write("t.tsv", b"one\teins\ntwo zwei\n")
+    corpus = ParallelText(tsv_path=path, source_language="en", target_language="de")
+    with pytest.raises(UserError, match=r"t\.tsv, line 2: 1 tab-separated column\(s\), 2 are needed"):
+        list(corpus.pairs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source_path": "a", "source_language": "en", "target_language": "de"}, "target_path"),
+        ({"source_language": "en", "target_language": "de"}, "tsv_path"),
+        ({"source_path": "a", "target_path": "b", "target_language": "de"}, "source_language is missing"),
+        ({"source_path": "a", "target_path": "b", "source_language": "e n", "target_language": "de"}, "'e n'"),
+        ({"tsv_path": "t", "source_path": "a", "source_language": "en", "target_language": "de"}, "not both"),
+        ({"tsv_path": "t", "source_column": 1, "source_language": "en", "target_language": "de"}, "two different"),
+        ({"tsv_path": "t", "source_column": -1, "source_language": "en", "target_language": "de"}, "counted from 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ParallelText(**arguments)
