@@ -500,6 +500,18 @@ class CldrCorpus:
         return _split(*self._key(), self.split)
 
 
+def english_corpora(split: str, seed: int = 0, num_tuples: int = 40_000) -> tuple[CldrCorpus, ...]:
+    """English with each of the other five languages; read both ways, these are the ten directions of Vega-MT.
+
+    Args:
+      split: `train`, `valid` or `test`.
+      seed: as for `CldrCorpus`.
+      num_tuples: as for `CldrCorpus`.
+    """
+    others = (language for language in LANGUAGES if language != "en")
+    return tuple(CldrCorpus("en", language, split, seed, num_tuples) for language in others)
+
+
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
