@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import itertools
 import json
 import os
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
 from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import UserError
+from t5x_ext.data.parallel_text import read_lines
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.translator import Hypothesis, Translator
 
@@ -70,7 +69,7 @@ def translate_file(
 
     Args:
       translator: opened model.
-      input_path: UTF-8 text with one sentence a line, gzipped where the name ends in `.gz`.
+      input_path: UTF-8 text with one sentence a line, plain or gzipped.
       output_path: where the translations go. With `config.n_best` above 1 each line of input gives its hypotheses as
         `line number ||| text ||| score`, line numbers from 0 (Moses' n-best format).
       source_language: as in `Translator.translate`.
@@ -84,7 +83,7 @@ def translate_file(
     """
     start = time.monotonic()
     config = config or DecodeConfig()
-    source, output = Path(input_path), Path(output_path)
+    source, output = os.fspath(input_path), Path(output_path)
     direction = translator.resolve(source_language, target_language)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"{output}: give the path of a file in a folder that exists")
@@ -100,22 +99,19 @@ def translate_file(
     }
     part, sidecar = output.with_name(output.name + ".part"), output.with_name(output.name + ".progress")
     done = _Progress.read(sidecar, part, work)
-    tokens = 0
+    lines = itertools.islice(read_lines(source), done.lines, None)
+    tokens, finished = 0, done.lines
     with (
         part.open("r+b" if done.lines else "wb") as sink,
         tqdm(total=num_lines, initial=done.lines, unit="line", disable=not show_progress) as bar,
     ):
         sink.truncate(done.bytes)
         sink.seek(done.bytes)
-        lines = itertools.islice(read_lines(source), done.lines, None)
-        finished = done.lines
         for size in _remaining(chunks, done.lines):
             chunk = list(itertools.islice(lines, size))
             results = translator.translate_n_best(chunk, *direction, config, bar.update, first_line=finished)
             tokens += sum(hypotheses[0].num_tokens for hypotheses in results)
-            sink.write("".join(format_results(results, finished, config.n_best)).encode())
-            sink.flush()
-            os.fsync(sink.fileno())
+            _append(sink, "".join(format_results(results, finished, config.n_best)))
             finished += size
             write_json(sidecar, _Progress(finished, sink.tell())._asdict() | {"work": work})
     os.replace(part, output)
@@ -172,25 +168,11 @@ class _Progress(NamedTuple):
         return cls(0, 0)
 
 
-def read_lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Lines of a text file without their ends; only a line feed ends a line, so that other programs count the same.
-
-    Args:
-      path: UTF-8 text, gzipped where the name ends in `.gz`.
-
-    Raises:
-      UserError: where it cannot be read, or a line is not UTF-8.
-    """
-    path = Path(path)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            yield from decode_lines(stream, str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (gzip.BadGzipFile, zlib.error, EOFError):
-        raise UserError(f"{path}: not a whole gzip file, which its name says it is") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+def _append(sink: BinaryIO, text: str) -> None:
+    """Writes down to the disk, so that what the progress file counts is there even after a power cut."""
+    sink.write(text.encode())
+    sink.flush()
+    os.fsync(sink.fileno())
 
 
 def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
@@ -206,14 +188,12 @@ def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
             raise UserError(f"{name}, line {number}: not UTF-8 ({error.reason}); convert it first") from None
 
 
-def _examine(path: Path) -> tuple[str, int]:
+def _examine(path: str) -> tuple[str, int]:
     """SHA-256 of the text and its number of lines; every line is checked, before anything is written."""
     digest, count = hashlib.sha256(), 0
     for line in read_lines(path):
         digest.update(line.encode() + b"\n")
         count += 1
-    if not count:
-        raise UserError(f"{path}: is empty; give one sentence a line")
     return digest.hexdigest(), count
 
 
