@@ -11,13 +11,25 @@ import dataclasses
 import importlib
 import inspect
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from t5x_ext.cli.gin_read import Binding, Config, Key, Macro, Reference, Scopes, Source, Target, map_leaves, parameters
-from t5x_ext.cli.messages import did_you_mean, one_line
+from t5x_ext.cli.gin_read import (
+    Binding,
+    Config,
+    Key,
+    Macro,
+    Reference,
+    Scopes,
+    Source,
+    Target,
+    leaves,
+    map_leaves,
+    parameters,
+)
+from t5x_ext.cli.gin_text import resolved_text
+from t5x_ext.cli.messages import did_you_mean
 from t5x_ext.cli.type_check import annotations_of, describe, fits
 from t5x_ext.contracts import UserError
 
@@ -43,13 +55,13 @@ def build_run(
     builder = _Builder(config)
     run = builder.call(root or _default_root(), (), "")
     _refuse_unused(config, builder)
-    return run, _resolved_text(config, builder.records)
+    return run, resolved_text(config, builder.records)
 
 
 def build_field(
     name: str, gin_files: Sequence[str], bindings: Sequence[str | Source] = (), root: type | None = None
 ) -> Any:
-    """One field of the root object (its model, say), where the rest need not be bound or used.
+    """One field of the root object (its model, say), where the rest need not be bound or used; None if it is not bound.
 
     Args:
       name: the field.
@@ -58,7 +70,7 @@ def build_field(
       root: see there.
 
     Raises:
-      UserError: as `build_run`, and where the field is not bound.
+      UserError: as `build_run`.
     """
     config = _read(gin_files, bindings)
     return _Builder(config).field(root or _default_root(), name)
@@ -105,11 +117,9 @@ class _Builder:
             raise UserError(f"{_blamed(error, bound, where)}{about}{error}") from error
 
     def field(self, target: Target, name: str) -> Any:
-        """The value bound to one parameter."""
+        """The value bound to one parameter, None if there is none."""
         bound = self._bound(target, ())
-        if name not in bound:
-            raise UserError(f"{_name(target)}.{name} has no value; it must be bound")
-        return self._arguments(target, (), {name: bound[name]}, "")[name]
+        return self._arguments(target, (), {name: bound[name]}, "")[name] if name in bound else None
 
     def _bound(self, target: Target, scopes: Scopes) -> dict[str, Binding]:
         bound: dict[str, Binding] = {}
@@ -157,7 +167,6 @@ class _Builder:
     def _built(self, leaf: Any, scopes: Scopes, where: str) -> Any:
         if not isinstance(leaf, Reference):
             return leaf
-        assert leaf.target is not None
         scopes = leaf.scopes or scopes
         if leaf.evaluate:
             return self.call(leaf.target, scopes, where)
@@ -203,7 +212,7 @@ def _reachable(config: Config, values: list[Any]) -> set[Any]:
     found: set[Any] = set()
     waiting = list(values)
     while waiting:
-        for leaf in _leaves(waiting.pop()):
+        for leaf in leaves(waiting.pop()):
             name = leaf.name if isinstance(leaf, Macro) else leaf.target if isinstance(leaf, Reference) else None
             if name is None or name in found:
                 continue
@@ -212,16 +221,6 @@ def _reachable(config: Config, values: list[Any]) -> set[Any]:
                 waiting.append(config.macros[name].value)
             waiting += [binding.value for key, binding in config.bindings.items() if key[1] is name]
     return found
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
 
 
 def _instead(target: Target, name: str, scopes: Scopes, built: Mapping[tuple[Scopes, Target], Any]) -> str:
@@ -236,61 +235,6 @@ def _instead(target: Target, name: str, scopes: Scopes, built: Mapping[tuple[Sco
 
 def _is_related(one: Target, other: Target) -> bool:
     return inspect.isclass(one) and inspect.isclass(other) and (issubclass(one, other) or issubclass(other, one))
-
-
-def _resolved_text(config: Config, records: Mapping[tuple[Scopes, Target], Mapping[str, Any]]) -> str:
-    """Every value in force as gin text; defaults that gin cannot write stand there as comments."""
-    targets = [target for _, target in records]
-    targets += [leaf.target for leaf in _leaves([dict(bound) for bound in records.values()]) if _is_reference(leaf)]
-    imports = sorted({f"import {_module_of(config.path_of(target))}" for target in targets})
-    blocks = []
-    for (scopes, target), bound in records.items():
-        prefix = "/".join((*scopes, config.path_of(target)))
-        lines = {name: f"{prefix}.{name} = {_text(config, value)}" for name, value in bound.items()}
-        for name, parameter in (parameters(target) or {}).items():
-            lines.setdefault(name, _default_text(f"{prefix}.{name}", _default_of(target, parameter)))
-        blocks.append("\n".join(filter(None, (lines[name] for name in sorted(lines)))))
-    header = "\n".join(["from __gin__ import dynamic_registration", *imports])
-    return "\n\n".join([header, *sorted(filter(None, blocks))]) + "\n"
-
-
-def _module_of(path: str) -> str:
-    """The longest beginning of a dotted path that is a module; what follows are its attributes."""
-    module = path.rpartition(".")[0]
-    while module not in sys.modules:
-        module = module.rpartition(".")[0]
-    return module
-
-
-def _text(config: Config, value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_text(config, key)}: {_text(config, item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_text(config, item) for item in value) + "]"
-    if isinstance(value, tuple):
-        return "(" + "".join(f"{_text(config, item)}, " for item in value).rstrip() + ")"
-    if _is_reference(value):
-        return "@" + "/".join((*value.scopes, config.path_of(value.target))) + "()" * value.evaluate
-    return repr(value)
-
-
-def _default_of(target: Target, parameter: inspect.Parameter) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else {}
-    factory = fields[parameter.name].default_factory if parameter.name in fields else dataclasses.MISSING
-    return parameter.default if factory is dataclasses.MISSING else factory()
-
-
-def _default_text(name: str, default: Any) -> str:
-    if default is inspect.Parameter.empty:
-        return ""
-    plain = all(leaf is None or type(leaf) in (bool, int, float, str) for leaf in _leaves(default))
-    # Addresses in memory would make equal configurations differ.
-    shown = one_line(re.sub(r" at 0x[0-9a-f]+", "", repr(default)))
-    return f"{'' if plain else '# '}{name} = {shown}"
-
-
-def _is_reference(leaf: Any) -> bool:
-    return isinstance(leaf, Reference)
 
 
 def _name(value: Any) -> str:

@@ -14,7 +14,7 @@ import os
 import pkgutil
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,12 +67,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Reference:
-    """`@scope/Name` or, evaluated, `@scope/Name()`; `target` is None until the name is resolved."""
+    """`@scope/Name`, a class or function, or `@scope/Name()`, what it returns."""
 
-    name: str
+    scopes: Scopes
+    target: Target
     evaluate: bool
-    scopes: Scopes = ()
-    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,10 @@ class Config:
             _put(self.bindings, key, binding, self.replaced)
 
     def _resolved(self, leaf: Any, symbols: Mapping[str, ModuleType], is_flag: bool) -> Any:
-        if not isinstance(leaf, Reference):
+        if not isinstance(leaf, _Name):
             return leaf
-        *scopes, name = leaf.name.split("/")
-        return replace(leaf, scopes=tuple(scopes), target=self._resolve(name, symbols, is_flag))
+        *scopes, name = leaf.scoped_name.split("/")
+        return Reference(tuple(scopes), self._resolve(name, symbols, is_flag), leaf.evaluate)
 
     def _resolve(self, selector: str, symbols: Mapping[str, ModuleType], is_flag: bool) -> Target:
         first, *rest = selector.split(".")
@@ -251,6 +250,17 @@ def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """Whatever in the value is not a plain list, tuple or dict."""
+    if type(value) in (list, tuple):
+        for item in value:
+            yield from leaves(item)
+    elif type(value) is dict:
+        yield from leaves([*value.keys(), *value.values()])
+    else:
+        yield value
+
+
 def parameters(target: Target) -> dict[str, inspect.Parameter] | None:
     """The parameters that can be bound by name; None where any name is accepted."""
     try:
@@ -263,9 +273,17 @@ def parameters(target: Target) -> dict[str, inspect.Parameter] | None:
     return {name: parameter for name, parameter in signature.items() if parameter.kind in by_name}
 
 
+@dataclass(frozen=True)
+class _Name:
+    """A reference as it is written, before its file's imports say what it means."""
+
+    scoped_name: str
+    evaluate: bool
+
+
 class _Delegate(config_parser.ParserDelegate):
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
-        return Reference(scoped_configurable_name, evaluate)
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Name:
+        return _Name(scoped_configurable_name, evaluate)
 
     def macro(self, macro_name: str) -> Macro:
         return Macro(macro_name)
@@ -279,7 +297,7 @@ def _statements(source: Source) -> Iterator[Any]:
         reason = error.msg.splitlines()[-1].strip().rstrip(".")
         raise LocatedError(f"{_where(source, error.lineno or 1)}: {reason}: {(error.text or '').strip()}") from None
     except tokenize.TokenError as error:
-        raise LocatedError(f"{_where(source, error.args[1][0])}: {error.args[0]}") from None
+        raise LocatedError(f"{_where(source, error.args[1][0])}: a bracket or a quote is not closed") from None
 
 
 def _where(source: Source, line: int) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from t5x_ext.cli.files import check_writable, report
-from t5x_ext.cli.messages import UsageError
+from t5x_ext.cli.messages import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from t5x_ext.models import LayerSharing, TransformerConfig
@@ -51,14 +51,24 @@ def _model(values: flags.FlagValues, run: dict[str, Any]) -> TransformerConfig:
     if values.run_dir:
         return TransformerConfig.from_json(run["model"])
     if values.gin_file:
-        from t5x_ext.cli.gin_config import build_field
-
-        return build_field("model", values.gin_file, values.gin)
+        return _model_of_gin(values)
     if values.preset not in PRESETS:
-        from t5x_ext.cli.messages import did_you_mean
-
         raise UsageError(f"--preset={values.preset} is unknown{did_you_mean(values.preset, PRESETS)}")
     return PRESETS[values.preset]()
+
+
+def _model_of_gin(values: flags.FlagValues) -> TransformerConfig:
+    """The model of a gin file with the vocabulary that it asks for; its corpora need not be there."""
+    import dataclasses
+
+    from t5x_ext.cli.gin_config import build_field
+    from t5x_ext.data import DataConfig
+
+    model = build_field("model", values.gin_file, values.gin)
+    if model is None:
+        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Run.model")
+    vocabulary = build_field("vocabulary", values.gin_file, values.gin, root=DataConfig)
+    return dataclasses.replace(model, vocab_size=vocabulary.size) if vocabulary else model
 
 
 def _describe(model: TransformerConfig, length: int) -> dict[str, Any]:

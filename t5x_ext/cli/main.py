@@ -81,10 +81,20 @@ def _run_verb(verb: str, arguments: Sequence[str]) -> int:
         return module.main(values) or 0
 
 
+class _LogHandler(logging.StreamHandler):
+    """Writes lines above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record."""
+        tqdm = sys.modules.get("tqdm")
+        with tqdm.tqdm.external_write_mode(file=self.stream) if tqdm else contextlib.nullcontext():
+            super().emit(record)
+
+
 @contextlib.contextmanager
 def _log_to_stderr() -> Iterator[None]:
     """Shows what the library logs, as plain lines."""
-    logger, handler = logging.getLogger("t5x_ext"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("t5x_ext"), _LogHandler(sys.stderr)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

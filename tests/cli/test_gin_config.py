@@ -179,7 +179,7 @@ FLAG_MISTAKES = {
     "Run.model=@toy_plugin.Small": "--gin.Run.model: Run.model is Model, not Small; write @Small() to call it",
     "Run.model=@Smal()": "--gin.Run.model: the run has no 'Smal'; did you mean Small?",
     "Run.steps=%STESP": "--gin.Run.steps: %STESP has no value; did you mean STEPS?",
-    "Run.steps=(1": "--gin.Run.steps: EOF in multi-line statement",
+    "Run.steps=(1": "--gin.Run.steps: a bracket or a quote is not closed",
     "Run.steps=": "--gin.Run.steps needs a value: --gin.NAME=VALUE",
     "Small.norm=sandwich": "--gin.Small.norm: Small.norm is one of 'pre', 'post', not 'sandwich'",
     "Small.width=5": "--gin.Small.width: Small: width 5 is odd; it must be even",
