@@ -118,8 +118,8 @@ class _Builder:
 
     def field(self, target: Target, name: str) -> Any:
         """The value bound to one parameter, None if there is none."""
-        bound = self._bound(target, ())
-        return self._arguments(target, (), {name: bound[name]}, "")[name] if name in bound else None
+        binding = self._config.bindings.get(((), target, name))
+        return self._arguments(target, (), {name: self._plain(binding)}, "")[name] if binding else None
 
     def _bound(self, target: Target, scopes: Scopes) -> dict[str, Binding]:
         bound: dict[str, Binding] = {}
@@ -127,9 +127,15 @@ class _Builder:
             for key, binding in self._config.bindings.items():
                 if key[:2] == (scopes[:depth], target):
                     self.used.add(key)
-                    value = map_leaves(binding.value, partial(self._without_macros, where=binding.where))
-                    bound[key[2]] = dataclasses.replace(self._origin(binding), value=value)
+                    bound[key[2]] = self._plain(binding)
         return bound
+
+    def _plain(self, binding: Binding) -> Binding:
+        """The binding with values in the place of macros; where it is just a macro, that one's place is to be blamed."""
+        value = map_leaves(binding.value, partial(self._without_macros, where=binding.where))
+        while isinstance(binding.value, Macro):
+            binding = self._config.macros[binding.value.name]
+        return dataclasses.replace(binding, value=value)
 
     def _arguments(self, target: Target, scopes: Scopes, bound: Mapping[str, Binding], where: str) -> dict[str, Any]:
         if (scopes, target) in self._calling:
@@ -157,12 +163,6 @@ class _Builder:
         binding = self._config.macros[leaf.name]
         inner = partial(self._without_macros, where=binding.where, inside=(*inside, leaf.name))
         return map_leaves(binding.value, inner)
-
-    def _origin(self, binding: Binding) -> Binding:
-        """The binding itself or, where its value is just a macro, the binding of the macro: the one to be blamed."""
-        while isinstance(binding.value, Macro):
-            binding = self._config.macros[binding.value.name]
-        return binding
 
     def _built(self, leaf: Any, scopes: Scopes, where: str) -> Any:
         if not isinstance(leaf, Reference):
