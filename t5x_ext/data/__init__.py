@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from t5x_ext.data.batches import PackedBatches, batch_iterator
 from t5x_ext.data.cache import SubwordSampling, TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig, clean_line
-from t5x_ext.data.parallel_text import ParallelText, read_lines
+from t5x_ext.data.parallel_text import ParallelText, aligned_files, read_lines
 from t5x_ext.data.pipeline import DataConfig, PreparedData, prepare, prepare_vocabulary
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
@@ -39,6 +39,7 @@ __all__ = [
     "TokenCache",
     "Vocabulary",
     "VocabularyConfig",
+    "aligned_files",
     "batch_iterator",
     "build_cache",
     "clean_line",

@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
@@ -60,7 +61,7 @@ class SubwordSampling:
 
     Attributes:
       variants: segmentations a pair; 0: the best one only.
-      alpha: see `Vocabulary.sample`.
+      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`.
     """
 
     variants: int = 0
@@ -341,14 +342,20 @@ def _encoded_chunks(pairs: Iterator[tuple[str, str]], encoder: _Encoder, process
         return
     # Workers are spawned, not forked: JAX may hold threads in this process.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, encoder.arguments) as pool:
-        waiting: deque[Future[_Chunk]] = deque()
-        for number, chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, number, chunk))
-            if len(waiting) > 2 * processes:
+    waiting: deque[Future[_Chunk]] = deque()
+    try:
+        with ProcessPoolExecutor(processes, context, _start_worker, encoder.arguments) as pool:
+            for number, chunk in chunks:
+                waiting.append(pool.submit(_encode_in_worker, number, chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenising process died: out of memory, or the calling script lacks `if __name__ == '__main__':`"
+            " (num_processes=1 needs neither)"
+        ) from None
 
 
 class _Writer(ExitStack):
@@ -457,6 +464,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _open_shard(path: Path, records: int) -> Any:
     try:
+        path.stat()
         reader = array_record_module.ArrayRecordReader(str(path))
         found = reader.num_records()
     except Exception:  # array_record raises different types for missing and for damaged files

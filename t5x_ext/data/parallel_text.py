@@ -124,6 +124,23 @@ class ParallelText:
             yield columns[self.source_column], columns[self.target_column]
 
 
+def aligned_files(directory: str, stem: str, source_language: str, target_language: str) -> ParallelText:
+    """Two files of a folder named by their language, as `train.en` and `train.de`, or the same with `.gz`.
+
+    Raises:
+      UserError: where one of them is missing.
+    """
+
+    def find(language: str) -> str:
+        plain = epath.Path(directory) / f"{stem}.{language}"
+        for path in (plain, plain.with_name(f"{plain.name}.gz")):
+            if path.exists():
+                return str(path)
+        raise UserError(f"{plain}: no such file, plain or with .gz")
+
+    return ParallelText(find(source_language), find(target_language), source_language, target_language)
+
+
 def read_lines(path: str) -> Iterator[str]:
     r"""The lines of a UTF-8 file, plain or gzipped, split at "\n" only and without line ends.
 

@@ -75,7 +75,7 @@ class PreparedData:
       vocabulary: the joint vocabulary, also saved in the run folder.
       directions: names of the trained directions, as in `en-de`, without repetition.
       batches: the endless training batches; `batches.plan` is their plan.
-      valid_plan_batches: unshuffled, one pass is the first epoch; None without validation corpora.
+      valid_packed: unshuffled, one pass is the first epoch; None without validation corpora.
       valid: validation text by corpus and direction.
       test: likewise for the test.
       description: what decides the batches, as JSON; a run that goes on must find the same.
@@ -84,7 +84,7 @@ class PreparedData:
     vocabulary: Vocabulary
     directions: tuple[str, ...]
     batches: PackedBatches
-    valid_plan_batches: PackedBatches | None
+    valid_packed: PackedBatches | None
     valid: tuple[TextDirection, ...]
     test: tuple[TextDirection, ...]
     description: dict[str, Any]
@@ -96,7 +96,7 @@ class PreparedData:
 
     def valid_batches(self, row_start: int = 0, row_stop: int | None = None) -> Iterator[Batch]:
         """These rows of every validation batch, one pass; nothing without validation corpora."""
-        batches = self.valid_plan_batches
+        batches = self.valid_packed
         if batches is not None:
             stop = batches.plan.config.rows if row_stop is None else row_stop
             for index in range(batches.plan.batches_per_epoch(0)):
@@ -128,12 +128,12 @@ def prepare(
     ]
     plan = BatchPlan(_streams(caches, config.bidirectional), vocabulary, config.tags, config.batch, seed)
     for name, rate in plan.rates().items():
-        logger.info("%s: %.2f %% of the examples drawn", name, 100 * rate)
+        logger.info("%s: %.2f %% of the examples that an epoch draws", name, 100 * rate)
     return PreparedData(
         vocabulary=vocabulary,
         directions=tuple(dict.fromkeys(direction.name for direction in directions)),
         batches=PackedBatches(plan, vocabulary),
-        valid_plan_batches=_valid_batches(config, vocabulary, root),
+        valid_packed=_valid_batches(config, vocabulary, root),
         valid=text_directions(config.valid, config.bidirectional),
         test=text_directions(config.test, config.bidirectional),
         description=_describe(config, vocabulary, caches, seed),

@@ -178,11 +178,14 @@ class BatchPlan:
         return np.array(rates) / sum(weights.values())
 
     def _draws(self) -> list[int]:
-        """Examples an epoch draws from every stream: the rates in whole numbers, by largest remainder."""
+        """Examples an epoch draws from every stream: the rates in whole numbers, by largest remainder, at least 1."""
         exact = self._stream_rates() * self.examples_per_epoch
         draws = np.floor(exact + 1e-6).astype(np.int64)
         missing = self.examples_per_epoch - int(draws.sum())
         draws[np.argsort(draws - exact, kind="stable")[:missing]] += 1
+        starved = draws == 0
+        draws[draws.argmax()] -= starved.sum()
+        draws[starved] = 1
         return draws.tolist()
 
     # Lengths
@@ -196,7 +199,7 @@ class BatchPlan:
         stream = self.streams[index]
         source, target = self._whole_lengths(index, stream.lengths)
         all_fit = (source <= self.config.source_length) & (target <= self.config.target_length)
-        fits: np.ndarray = all_fit.reshape(stream.cache.variants, -1).all(axis=0)
+        fits = np.logical_and.reduce(all_fit.reshape(stream.cache.variants, -1), axis=0)
         overlong = int(len(fits) - fits.sum())
         self.overlong[stream.name] += overlong
         if overlong:

@@ -6,20 +6,24 @@ stand in for unseen characters, so that any line can be written and read back.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 import json
 import logging
+import os
 import re
-import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
 from etils import epath
+from google.protobuf.message import DecodeError
 from jaxtyping import Int
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
@@ -40,6 +44,9 @@ _MAX_LINE_BYTES = 16384
 _CHARACTER_SHARE = 0.25
 _REDUCED_COVERAGE = 0.9995
 _ERRORS_ONLY = 2
+# Segmentations of a word that sampling draws from, and words of which they are kept in memory.
+_N_BEST = 32
+_MAX_CANDIDATES = 30_000
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,16 @@ class VocabularyConfig:
             raise UserError(f"VocabularyConfig.character_coverage={self.character_coverage}: must be 0.98 to 1")
 
 
+class _Candidates(NamedTuple):
+    """The best segmentations of a word, and the probability of each with those before it."""
+
+    segmentations: list[list[int]]
+    cumulative: list[float]
+
+    def pick(self, draw: float) -> list[int]:
+        return self.segmentations[min(bisect.bisect_right(self.cumulative, draw), len(self.cumulative) - 1)]
+
+
 class Vocabulary:
     """A SentencePiece model with one tag id a language.
 
@@ -108,13 +125,21 @@ class Vocabulary:
 
     def _open(self, model: bytes, languages: Sequence[str], origin: str) -> None:
         self.model = model
-        self._processor = _load_processor(model, origin)
+        proto = _parse(model, origin)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._is_unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+        self._splits_words = (
+            proto.trainer_spec.split_by_whitespace
+            and proto.normalizer_spec.add_dummy_prefix
+            and not proto.trainer_spec.treat_whitespace_as_suffix
+        )
         if self._processor.eos_id() < 0:
             raise UserError(
                 f"{origin}: has no end-of-sentence piece; train it with eos_id set (SentencePiece's default)"
             )
         self._tags = _tag_ids(self._processor, languages)
         self._dropped = frozenset(self._tags.values())
+        self._candidates: dict[tuple[float, str], _Candidates] = {}
 
     @property
     def size(self) -> int:
@@ -149,33 +174,44 @@ class Vocabulary:
 
     def encode(self, lines: Sequence[str]) -> list[Int[np.ndarray, " length"]]:
         """Token ids of every line, int32, without end of sentence and without tags; lines are cleaned first."""
-        return self._processor.encode_as_numpy([clean_line(line) for line in lines])
+        return self._processor.encode_as_numpy([clean_line(line) for line in lines], num_threads=1)
 
     def sample(self, lines: Sequence[str], alpha: float, seed: int) -> list[Int[np.ndarray, " length"]]:
         """Token ids of one random segmentation of every line, the same for the same lines, alpha and seed.
 
+        Sampling from the 32 best segmentations (Kudo, arXiv 1804.10959, section 3.2) of every word instead of the line,
+        which is sampling from far more of the line's; lines are sampled whole where the model's pieces may cross words.
+        SentencePiece's own sampling is not used: it cannot be seeded across processes.
+
         Args:
           lines: text, cleaned first.
-          alpha: for a unigram model the exponent on segmentations' probabilities (Kudo, arXiv 1804.10959), for a BPE
-            model the share of merges left out (BPE-dropout, arXiv 1910.13267).
+          alpha: a segmentation is drawn in proportion to its probability to this power: 0 uniform, 1 as the model says.
           seed: picks the segmentations.
+
+        Raises:
+          UserError: where the model is not a unigram model, which alone gives probabilities.
         """
-        sampled: list[np.ndarray] = []
+        if not self._is_unigram:
+            raise UserError("subword sampling needs a unigram vocabulary; use model_type='unigram' or variants=0")
+        units = [clean_line(line).split(" ") if self._splits_words else [clean_line(line)] for line in lines]
+        candidates = self._candidates_of({unit for line in units for unit in line}, alpha)
+        draws = iter(np.random.default_rng(seed).random(sum(map(len, units))).tolist())
+        return [np.array([*chain(*(candidates[unit].pick(next(draws)) for unit in line))], np.int32) for line in units]
 
-        def run() -> None:
-            sentencepiece.set_random_generator_seed(seed)
-            arguments = {"enable_sampling": True, "alpha": alpha, "nbest_size": -1, "num_threads": 1}
-            sampled.extend(self._processor.encode_as_numpy([clean_line(line) for line in lines], **arguments))
-
-        # SentencePiece seeds a generator once for every thread, so that only a fresh thread starts from `seed`.
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        return sampled
+    def _candidates_of(self, units: set[str], alpha: float) -> dict[str, _Candidates]:
+        if len(self._candidates) > _MAX_CANDIDATES:
+            self._candidates.clear()
+        missing = [unit for unit in units if (alpha, unit) not in self._candidates]
+        for unit, segmentations in zip(missing, self._processor.nbest_encode_as_ids(missing, nbest_size=_N_BEST)):
+            scores = np.array([sum(map(self._processor.get_score, ids)) for ids in segmentations])
+            weights = np.exp(alpha * (scores - scores.max()))
+            self._candidates[alpha, unit] = _Candidates(segmentations, (weights.cumsum() / weights.sum()).tolist())
+        return {unit: self._candidates[alpha, unit] for unit in units}
 
     def decode(self, ids: Sequence[Sequence[int] | Int[np.ndarray, " length"]]) -> list[str]:
         """The text of every sequence of ids up to its first end of sentence, tags dropped."""
-        return self._processor.decode([self._text_ids(sequence) for sequence in ids]) if len(ids) else []
+        # SentencePiece takes an empty list for an empty sequence.
+        return self._processor.decode([self._text_ids(sequence) for sequence in ids], num_threads=1) if len(ids) else []
 
     def _text_ids(self, sequence: Sequence[int] | np.ndarray) -> list[int]:
         ids = np.asarray(sequence, dtype=np.int64).tolist()
@@ -200,7 +236,7 @@ class Vocabulary:
         """
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self.model)
+        _write(folder / MODEL_FILE, self.model)
         description = {
             "format": _FORMAT,
             "size": self.size,
@@ -208,7 +244,7 @@ class Vocabulary:
             "fingerprint": self.fingerprint(),
             "training": training,
         }
-        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        _write(folder / DESCRIPTION_FILE, (json.dumps(description, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, directory: str) -> Vocabulary:
@@ -222,6 +258,13 @@ class Vocabulary:
         if vocabulary.fingerprint() != description["fingerprint"]:
             raise UserError(f"{directory}: {MODEL_FILE} is not the model that {DESCRIPTION_FILE} describes")
         return vocabulary
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.parent / f".{path.name}-{os.getpid()}"
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def read_description(directory: str) -> dict[str, Any]:
@@ -242,17 +285,19 @@ def read_description(directory: str) -> dict[str, Any]:
     return description
 
 
-def _load_processor(model: bytes, origin: str) -> sentencepiece.SentencePieceProcessor:
-    """A processor whose tags are control pieces, which text never encodes to, as it does to user-defined ones."""
+def _parse(model: bytes, origin: str) -> Any:
+    """The model, tags made control pieces: text never encodes to these, as it does to user-defined ones."""
     proto = model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model)
-        for piece in proto.pieces:
-            if piece.type == piece.USER_DEFINED and tag_language(piece.piece) is not None:
-                piece.type = piece.CONTROL
-        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    except Exception:  # protobuf's and SentencePiece's own error types differ by version and back end
+    except DecodeError:
         raise UserError(f"{origin}: not a SentencePiece model") from None
+    if not proto.pieces:
+        raise UserError(f"{origin}: not a SentencePiece model")
+    for piece in proto.pieces:
+        if piece.type == piece.USER_DEFINED and tag_language(piece.piece) is not None:
+            piece.type = piece.CONTROL
+    return proto
 
 
 def _tag_ids(processor: sentencepiece.SentencePieceProcessor, languages: Sequence[str]) -> dict[str, int]:
@@ -293,18 +338,20 @@ def train_vocabulary(
     Raises:
       UserError: where there is no text, or `size` is too small for tags, bytes and characters.
     """
-    sample = _sample_lines(lines, max_lines, seed)
-    if not any(sample):
+    # Repeated lines are counted, because SentencePiece takes quadratic time over repeated stretches of text.
+    counts = Counter(_sample_lines(lines, max_lines, seed))
+    if not any(counts):
         raise UserError("vocabulary: there is no text to train on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(sample),
+            sentence_iterator=(f"{line}\t{count}" for line, count in counts.items()),
+            input_format="tsv",
             model_writer=model,
             vocab_size=size,
             model_type=model_type,
             user_defined_symbols=[tag_piece(language) for language in dict.fromkeys(languages)],
-            character_coverage=character_coverage or _automatic_coverage(sample, size),
+            character_coverage=character_coverage or _automatic_coverage(counts, size),
             split_digits=split_digits,
             normalization_rule_name="identity",
             byte_fallback=True,
@@ -315,7 +362,7 @@ def train_vocabulary(
             hard_vocab_limit=False,
             shuffle_input_sentence=False,
             max_sentence_length=_MAX_LINE_BYTES,
-            train_extremely_large_corpus=len(sample) > 1_000_000,
+            train_extremely_large_corpus=len(counts) > 1_000_000,
             num_threads=_TRAINER_THREADS,
             minloglevel=_ERRORS_ONLY,
         )
@@ -339,9 +386,9 @@ def _sample_lines(lines: Iterable[str], max_lines: int, seed: int) -> list[str]:
     return sample
 
 
-def _automatic_coverage(sample: Sequence[str], size: int) -> float:
+def _automatic_coverage(lines: Iterable[str], size: int) -> float:
     characters: set[str] = set()
-    for line in sample:
+    for line in lines:
         characters.update(line)
     return 1.0 if len(characters) <= _CHARACTER_SHARE * size else _REDUCED_COVERAGE
 

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data import ParallelText, read_lines
+from t5x_ext.data import ParallelText, aligned_files, read_lines
 
 
 def test_aligned_files_give_pairs_in_order(write):
@@ -55,9 +55,7 @@ def test_fingerprint_follows_content_and_languages_only(write):
     assert ParallelText(target, source, "en", "de").fingerprint() != original
     table = write("t", b"one\teins\n")
     forward = ParallelText(tsv_path=table, source_language="en", target_language="de")
-    swapped = ParallelText(
-        tsv_path=table, source_column=1, target_column=0, source_language="en", target_language="de"
-    )
+    swapped = ParallelText(tsv_path=table, source_column=1, target_column=0, source_language="en", target_language="de")
     assert forward.fingerprint() != swapped.fingerprint()
 
 
@@ -65,6 +63,14 @@ def test_fingerprint_sees_where_one_file_ends(write):
     one = ParallelText(write("a", b"x\ny\n"), write("b", b"z\n"), "en", "de").fingerprint()
     other = ParallelText(write("c", b"x\n"), write("d", b"y\nz\n"), "en", "de").fingerprint()
     assert one != other
+
+
+def test_aligned_files_are_found_plain_or_gzipped(write, tmp_path):
+    write("train.en", b"one\n")
+    write("train.de.gz", gzip.compress(b"eins\n"))
+    assert list(aligned_files(str(tmp_path), "train", "de", "en").pairs()) == [("eins", "one")]
+    with pytest.raises(UserError, match=r"train\.fr: no such file, plain or with \.gz"):
+        aligned_files(str(tmp_path), "train", "en", "fr")
 
 
 @pytest.mark.parametrize(("source_lines", "target_lines"), [(2, 3), (3, 2)])

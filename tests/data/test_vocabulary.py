@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,13 +105,21 @@ def test_a_small_text_gives_fewer_pieces_and_says_so(caplog, model_type):
     assert f"{vocabulary.size} pieces instead of 5000" in caplog.text
 
 
+def test_repeated_lines_cost_no_time():
+    """SentencePiece alone takes 10 s for 800 repetitions of this text and quadratic time for more."""
+    rare = ["".join(chr(0x4E00 + number * 10 + offset) for offset in range(10)) for number in range(15)]
+    start = time.process_time()
+    train_vocabulary(["the cat sat on the mat"] * 5000 + rare, 450, (), character_coverage=1.0)
+    assert time.process_time() - start < 2
+
+
 def test_training_is_silent(capfd):
     train_vocabulary(LINES, 300, ("en",))
     assert capfd.readouterr() == ("", "")
 
 
 def test_digits_are_split_on_request():
-    lines = ["in the year 2019"] * 100
+    lines = [f"in the year {1990 + number % 30}" for number in range(60)]
     whole, split = (train_vocabulary(lines, 320, (), split_digits=split) for split in (False, True))
     assert len(whole.encode(["2019"])[0]) < len(split.encode(["2019"])[0])
     assert split.decode(split.encode(["2019 2020"])) == ["2019 2020"]
@@ -139,12 +153,57 @@ def test_config_mistakes(field, value):
 
 
 def test_subword_sampling_is_deterministic_lossless_and_varied(vocabulary):
-    lines = ["the garden the window", "das Fenster"] * 20
-    first, again, other = (vocabulary.sample(lines, alpha=0.01, seed=seed) for seed in (1, 1, 2))
+    lines = ["the garden the window", "das Fenster", "窗户 x\U0001f600y", "7"] * 20
+    first, again, other = (vocabulary.sample(lines, alpha=0.02, seed=seed) for seed in (1, 1, 2))
     assert [ids.tolist() for ids in first] == [ids.tolist() for ids in again]
     assert [ids.tolist() for ids in first] != [ids.tolist() for ids in other]
     assert vocabulary.decode(first) == vocabulary.decode(other) == lines
-    assert len({tuple(ids) for ids in first[::2]}) > 1
+    assert len({tuple(ids) for ids in first[::4]}) > 5
+    assert {ids.dtype for ids in first} == {np.dtype(np.int32)}
+
+
+def test_subword_sampling_is_the_same_in_another_process(vocabulary, tmp_path):
+    vocabulary.save(str(tmp_path))
+    program = (
+        "import sys; from t5x_ext.data import Vocabulary;"
+        "print([ids.tolist() for ids in Vocabulary.load(sys.argv[1]).sample(['the garden window'] * 5, 0.1, 3)])"
+    )
+    there = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == str([ids.tolist() for ids in vocabulary.sample(["the garden window"] * 5, 0.1, 3)])
+
+
+def test_segmentations_are_drawn_by_their_probability(vocabulary):
+    """Against enumeration: every way to cut a word into pieces, weighted by the model's scores."""
+    processor, word, alpha = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.model), "cat", 0.3
+    text = f"\u2581{word}"
+
+    def cuts(start: int) -> Iterator[list[int]]:
+        if start == len(text):
+            yield []
+        for stop in range(start + 1, len(text) + 1):
+            piece = processor.piece_to_id(text[start:stop])
+            if piece != processor.unk_id():
+                yield from ([piece, *rest] for rest in cuts(stop))
+
+    weights = {tuple(ids): math.exp(alpha * sum(map(processor.get_score, ids))) for ids in cuts(0)}
+    assert 2 <= len(weights) <= 32
+    count = 20_000
+    drawn = Counter(tuple(ids.tolist()) for ids in vocabulary.sample([word] * count, alpha, seed=0))
+    for ids, weight in weights.items():
+        assert drawn[ids] / count == pytest.approx(weight / sum(weights.values()), abs=0.015)
+
+
+def test_likely_segmentations_are_the_best_ones(vocabulary):
+    lines = ["the garden the window", "das Fenster"]
+    for sampled, best in zip(vocabulary.sample(lines, alpha=1000, seed=0), vocabulary.encode(lines)):
+        np.testing.assert_array_equal(sampled, best)
+
+
+def test_subword_sampling_of_own_models():
+    crossing = Vocabulary.from_model(own_model(split_by_whitespace=False, vocab_size=200))
+    assert crossing.decode(crossing.sample(LINES[:5], alpha=0.1, seed=0)) == LINES[:5]
+    with pytest.raises(UserError, match="needs a unigram vocabulary"):
+        Vocabulary.from_model(own_model(model_type="bpe")).sample(LINES[:1], alpha=0.1, seed=0)
 
 
 def test_save_and_load(vocabulary, tmp_path):
