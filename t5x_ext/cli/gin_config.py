@@ -131,7 +131,7 @@ class _Builder:
         return bound
 
     def _plain(self, binding: Binding) -> Binding:
-        """The binding with values in the place of macros; one that is just a macro takes over its place, to be blamed."""
+        """The binding with values in the place of macros; one that is just a macro gets its place, to be blamed."""
         value = map_leaves(binding.value, partial(self._without_macros, where=binding.where))
         while isinstance(binding.value, Macro):
             binding = self._config.macros[binding.value.name]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import read_lines
+from t5x_ext.decode.files import decode_lines
 
 
 def read_text(path: str) -> list[str]:
@@ -15,15 +16,9 @@ def read_text(path: str) -> list[str]:
     Raises:
       UserError: where the file is missing, empty or not UTF-8.
     """
-    if path != "-":
-        return list(read_lines(path))
-    lines = sys.stdin.buffer.read().split(b"\n")
-    try:
-        decoded = [line.removesuffix(b"\r").decode("utf-8") for line in lines]
-    except UnicodeDecodeError as error:
-        number = 1 + next(number for number, line in enumerate(lines) if line == error.object)
-        raise UserError(f"standard input, line {number}: not UTF-8 ({error.reason})") from None
-    return decoded[:-1] if decoded[-1] == "" else decoded
+    if path == "-":
+        return list(decode_lines(sys.stdin.buffer, "standard input"))
+    return list(read_lines(path))
 
 
 def read_aligned(paths: Sequence[str]) -> list[list[str]]:
