@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -29,8 +31,8 @@ class LabelSmoothedCrossEntropy:
         `project(hidden)` -> float32 [..., vocab].
       label_smoothing: e, in [0, 1).
       z_loss: weight of the squared log-normaliser; 0 turns it off.
-      chunk_tokens: target positions of a batch (padding included) whose scores are held at once. Larger batches go
-        through in chunks, whose scores are computed again in the backward pass.
+      chunk_tokens: target positions of a batch (padding included) whose scores are held at once. A thousand keeps a
+        CPU's cache warm; accelerators want more.
 
     Raises:
       UserError: for values out of range.
@@ -39,7 +41,7 @@ class LabelSmoothedCrossEntropy:
     model: nn.Module
     label_smoothing: float = 0.1
     z_loss: float = 0.0
-    chunk_tokens: int = 8192
+    chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -59,14 +61,11 @@ class LabelSmoothedCrossEntropy:
         def sums(hidden: Array, labels: Array, weights: Array) -> Float[Array, " sums"]:
             return self._sums(self._project(params, hidden), labels, weights)
 
-        rows, length = labels.shape
-        positions = max(1, self.chunk_tokens // rows)
-        if positions >= length:
-            total = sums(hidden, labels, weights)
-        else:
-            chunks = [_chunks_of_positions(a, positions) for a in (hidden, labels, weights)]
-            add = jax.checkpoint(lambda total, chunk: (total + sums(*chunk), None), prevent_cse=False)
-            total, _ = jax.lax.scan(add, jnp.zeros(3, jnp.float32), tuple(chunks))
+        positions = max(1, self.chunk_tokens // labels.shape[0])
+        chunks = tuple(_chunks_of_positions(a, positions) for a in (hidden, labels, weights))
+        # What `sums` takes from the parameters becomes an argument, so that its gradient can be asked for by name.
+        sums_of, used = jax.closure_convert(sums, *(chunk[0] for chunk in chunks))
+        total = _sum_over_chunks(sums_of, tuple(used), *chunks)
         weight = jnp.sum(weights)
         return Loss(total[0], weight, {"nll": (total[1], weight), "accuracy": (total[2], weight)})
 
@@ -105,6 +104,51 @@ class LabelSmoothedCrossEntropy:
             loss = loss + self.label_smoothing * (label_score - jnp.mean(scores, axis=-1))
         hits = label_score >= best
         return jnp.stack([jnp.sum(weights * term) for term in (loss, jax.lax.stop_gradient(nll), hits)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(
+    sums_of: Callable[..., Array], used: tuple[Array, ...], hidden: Array, labels: Array, weights: Array
+) -> Float[Array, " sums"]:
+    """The sums of all chunks. Only the first sum, the loss, has a gradient.
+
+    The gradient is computed chunk by chunk together with the value: the scores of a chunk are used while they are
+    there, instead of being kept or computed again (as in Liger's fused linear cross-entropy, arXiv 2410.10989).
+    """
+
+    def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + sums_of(*chunk, *used), None
+
+    return jax.lax.scan(add, jnp.zeros(3, jnp.float32), (hidden, labels, weights))[0]
+
+
+def _sum_with_gradients(
+    sums_of: Callable[..., Array], used: tuple[Array, ...], hidden: Array, labels: Array, weights: Array
+) -> tuple[Array, tuple[tuple[Array, ...], Array]]:
+    def add(carry: tuple[Array, tuple[Array, ...]], chunk: tuple[Array, Array, Array]) -> Any:
+        total, used_gradients = carry
+        chunk_hidden, *rest = chunk
+
+        def loss(hidden: Array, used: tuple[Array, ...]) -> tuple[Array, Array]:
+            sums = sums_of(hidden, *rest, *used)
+            return sums[0], sums
+
+        gradients, sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(chunk_hidden, used)
+        return (total + sums, jax.tree.map(jnp.add, used_gradients, gradients[1])), gradients[0]
+
+    initial = (jnp.zeros(3, jnp.float32), jax.tree.map(jnp.zeros_like, used))
+    (total, used_gradients), hidden_gradients = jax.lax.scan(add, initial, (hidden, labels, weights))
+    return total, (used_gradients, hidden_gradients)
+
+
+def _scale_gradients(
+    sums_of: Callable[..., Array], gradients: tuple[tuple[Array, ...], Array], cotangent: Float[Array, " sums"]
+) -> tuple[tuple[Array, ...], Array, None, None]:
+    used, hidden = jax.tree.map(lambda g: (g * cotangent[0]).astype(g.dtype), gradients)
+    return used, hidden, None, None
+
+
+_sum_over_chunks.defvjp(_sum_with_gradients, _scale_gradients)
 
 
 def _chunks_of_positions(a: Array, positions: int) -> Array:
