@@ -148,7 +148,11 @@ class BatchPlan:
         self._lock = threading.RLock()
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> BatchPlan:
-        """The same plan with further ranges of unskipped batch numbers left out; positions before them stay valid."""
+        """The same plan with more ranges [start, stop) left out, in the numbers that `unskipped` gives.
+
+        Positions up to the first new range stay what they were, so that a run which goes back to a checkpoint before
+        the range goes on from the checkpoint's position.
+        """
         plan = BatchPlan.__new__(BatchPlan)
         plan.__dict__.update(self.__dict__)
         plan.skipped = _merge_ranges([*self.skipped, *ranges])
