@@ -127,6 +127,7 @@ class Vocabulary:
         self.model = model
         proto = _parse(model, origin)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._scores = [piece.score for piece in proto.pieces]
         self._is_unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
         self._splits_words = (
             proto.trainer_spec.split_by_whitespace
@@ -203,7 +204,7 @@ class Vocabulary:
             self._candidates.clear()
         missing = [unit for unit in units if (alpha, unit) not in self._candidates]
         for unit, segmentations in zip(missing, self._processor.nbest_encode_as_ids(missing, nbest_size=_N_BEST)):
-            scores = np.array([sum(map(self._processor.get_score, ids)) for ids in segmentations])
+            scores = np.array([sum(map(self._scores.__getitem__, ids)) for ids in segmentations])
             weights = np.exp(alpha * (scores - scores.max()))
             self._candidates[alpha, unit] = _Candidates(segmentations, (weights.cumsum() / weights.sum()).tolist())
         return {unit: self._candidates[alpha, unit] for unit in units}
