@@ -61,8 +61,8 @@ class SubwordSampling:
 
     Attributes:
       variants: segmentations a pair; 0: the best one only.
-      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`. On Multi30k with 8,000 pieces 0.2,
-        0.3 and 0.5 make lines 30, 11 and 3 % longer.
+      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`. On Multi30k with 8,000
+        pieces 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
     """
 
     variants: int = 0
