@@ -20,6 +20,7 @@ class ModelRecord(NamedTuple):
     model: dict[str, Any]  # the fields of a TransformerConfig
     tags: dict[str, Any]  # the fields of a TagPolicy
     directions: tuple[str, ...]  # trained directions, such as "en-de"
+    vocabulary: str  # fingerprint of the vocabulary that the weights belong to
 
 
 class RunFolder:
@@ -45,10 +46,18 @@ class RunFolder:
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
-    def write_model(self, model: Mapping[str, Any], tags: Mapping[str, Any], directions: Sequence[str]) -> None:
+    def write_model(
+        self, model: Mapping[str, Any], tags: Mapping[str, Any], directions: Sequence[str], vocabulary: str
+    ) -> None:
         """Writes `model.json` atomically, making the folder if there is none."""
         self.path.mkdir(parents=True, exist_ok=True)
-        record = {"format": MODEL_FORMAT, "model": dict(model), "tags": dict(tags), "directions": list(directions)}
+        record = {
+            "format": MODEL_FORMAT,
+            "model": dict(model),
+            "tags": dict(tags),
+            "directions": list(directions),
+            "vocabulary": vocabulary,
+        }
         write_json(self.model_json, record)
 
     def read_model(self) -> ModelRecord:
@@ -68,6 +77,7 @@ class RunFolder:
         if version != MODEL_FORMAT:
             raise UserError(f"{self.model_json} has format {version}; this version reads format {MODEL_FORMAT}")
         try:
-            return ModelRecord(dict(record["model"]), dict(record["tags"]), tuple(record["directions"]))
+            directions, vocabulary = tuple(record["directions"]), str(record["vocabulary"])
+            return ModelRecord(dict(record["model"]), dict(record["tags"]), directions, vocabulary)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.model_json} is incomplete: {error!r}; was it changed by hand?") from error

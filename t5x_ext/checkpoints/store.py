@@ -244,7 +244,7 @@ class CheckpointStore:
         if jax.process_index() == 0:
             write_digests(folder)
             self._delete_others(folder)
-        logger.info("checkpoint %s saved", folder)
+        logger.debug("checkpoint %s saved", folder)
 
     def _delete_temporary(self) -> None:
         if jax.process_index() == 0 and self.directory.exists():

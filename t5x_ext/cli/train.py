@@ -22,6 +22,7 @@ from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.run_flags import check_texts, define_run_flags, run_from_flags
 
 if TYPE_CHECKING:
+    from t5x_ext.checkpoints import RunFolder
     from t5x_ext.train import InitFrom, Run
 
 _SHAPE_FIELDS = (
@@ -107,15 +108,40 @@ def _check_same_model(init_from: str, fields: dict[str, Any], run: Run) -> None:
 
 
 def _summary(run_dir: str, results: dict[str, Any]) -> str:
+    """What a person sees at the end: scores, samples, where things are and what to do with them."""
     if not results:
         return ""
+    from t5x_ext.checkpoints import RunFolder
+    from t5x_ext.evaluate import format_table, scores_from_json
+
+    folder = RunFolder(run_dir)
     lines = [
         f"{results['steps']:,} updates in {results['train_seconds'] / 60:.1f} min, "
-        f"{results['target_tokens_per_second']:,.0f} target tokens/s, {results['parameters']:,} parameters"
+        f"{results['target_tokens_per_second']:,.0f} target tokens/s, {results['parameters']:,} parameters",
+        "",
     ]
-    for name, scores in results.get("directions", {}).items():
-        lines.append(
-            f"{name}: BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}, exact match {scores['exact_match']:.1f} %"
-            f"  ({scores['signature']})"
-        )
-    return "\n".join([*lines, f"everything is in {run_dir}; next: t5x_ext translate --run_dir={run_dir} --input=-"])
+    if "directions" in results:
+        lines += [format_table({name: scores_from_json(scores) for name, scores in results["directions"].items()}), ""]
+        for sample in results["samples"]:
+            lines.append(f"{sample['direction']}  {sample['source']}")
+            mark = "=" if sample["translation"] == sample["reference"] else "≠"
+            lines += [f"       {sample['translation']}", f"     {mark} {sample['reference']}"]
+        lines.append("")
+    lines += [
+        f"learning curve  {folder.learning_curve_png}",
+        f"TensorBoard     {folder.tensorboard}   (tensorboard --logdir {folder.tensorboard})",
+        f"checkpoints     {folder.checkpoints}",
+        f"results         {folder.results_json}",
+        "",
+        f"Translate:      t5x_ext translate --run_dir={run_dir} --input=-{_languages(folder)}",
+    ]
+    return "\n".join(lines)
+
+
+def _languages(folder: RunFolder) -> str:
+    """Language flags for an example, where the model has several directions."""
+    directions = folder.read_model().directions
+    if len(directions) < 2:
+        return ""
+    source, _, target = directions[0].partition("-")
+    return f" --source_language={source} --target_language={target}"

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 SHORTEST_BUCKET = 16
+CPU_BATCH_TOKENS = 512
+ACCELERATOR_BATCH_TOKENS = 8192
 
 
 class LengthBatch(NamedTuple):
@@ -29,12 +32,14 @@ def bucket_length(length: int) -> int:
     return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[LengthBatch]:
+def plan_batches(lengths: Sequence[int], batch_tokens: int | None = None) -> list[LengthBatch]:
     """Batches of sentences sorted by length, longest first, one bucket's length in each.
 
-    Rows are `batch_tokens` over the bucket's length, at least 1; for fewer sentences than that the next power of 8,
+    Rows are `batch_tokens` (None: `DecodeConfig` says what) over the bucket's length, at least 1; for fewer sentences than that the next power of 8,
     so that one line does not pay for a whole batch and a growing number of lines does not compile at every step.
     """
+    if batch_tokens is None:
+        batch_tokens = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS
     ordered = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     buckets = np.array([bucket_length(lengths[i]) for i in ordered], np.int64)
     few = 8 ** int(np.ceil(np.log(max(1, len(lengths))) / np.log(8) - 1e-9))

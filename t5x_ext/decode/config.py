@@ -33,8 +33,9 @@ class DecodeConfig:
     max_length_extra: int = 10
     max_source_length: int = 512
     """Tokens of encoder input, tag and end included; longer lines are cut at their end, counted in the log."""
-    batch_tokens: int = 2048
-    """Padded source tokens of a batch: rows times the bucket's length."""
+    batch_tokens: int | None = None
+    """Padded source tokens of a batch: rows times the bucket's length. None: 512 on CPUs, where a large batch only waits
+    for its longest sentence, and 8192 on accelerators, which need many rows to be busy."""
     temperature: float = 1.0
     top_k: int = 0
     """Sampling keeps the k most probable tokens; 0 keeps all."""
@@ -46,8 +47,10 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("length_penalty", self.length_penalty, tuple(LENGTH_PENALTIES))
-        for name in ("beam_size", "n_best", "batch_tokens"):
+        for name in ("beam_size", "n_best"):
             _at_least(name, getattr(self, name), 1)
+        if self.batch_tokens is not None:
+            _at_least("batch_tokens", self.batch_tokens, 1)
         for name in ("alpha", "max_length_ratio", "max_length_extra"):
             _at_least(name, getattr(self, name), 0)
         _at_least("max_source_length", self.max_source_length, 4)

@@ -103,6 +103,8 @@ class Translator:
         record = run.read_model()
         model = EncoderDecoder(TransformerConfig.from_json(record.model))
         vocabulary = Vocabulary.load(str(run.vocabulary))
+        if vocabulary.fingerprint() != record.vocabulary:
+            raise UserError(f"{run.vocabulary} is not the vocabulary that this model was trained with; restore it")
         try:
             tags = TagPolicy(**record.tags)
         except TypeError:
@@ -228,7 +230,7 @@ class Translator:
         self,
         inputs: Sequence[Sequence[int]],
         labels: Sequence[Sequence[int]],
-        batch_tokens: int = DecodeConfig.batch_tokens,
+        batch_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[Score]:
         """`score` on token ids: whole encoder inputs and whole decoder labels, tags and ends included."""
@@ -278,7 +280,7 @@ class Translator:
             eos_id=self.vocabulary.eos_id,
             max_length=len(prefix) + config.max_target_length(batch.length),
             # Neither takes part in the program: another seed must not compile it again.
-            config=dataclasses.replace(config, seed=0, batch_tokens=1),
+            config=dataclasses.replace(config, seed=0, batch_tokens=None),
         )
         token_ids, ends, scores = (np.asarray(leaf)[: len(sources)] for leaf in found)
         return [self._hypotheses(token_ids[row], ends[row], scores[row], len(prefix)) for row in range(len(sources))]

@@ -8,7 +8,7 @@ differ by more than chance, `format_table` prints what a terminal shows.
 from __future__ import annotations
 
 from t5x_ext.evaluate.metrics import TOKENIZERS, MetricScore, bleu, chrf, exact_match, ter, tokenizer_for
-from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts
+from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts, scores_from_json
 from t5x_ext.evaluate.significance import PairedResult, paired_test
 from t5x_ext.evaluate.table import format_table
 
@@ -24,6 +24,7 @@ __all__ = [
     "exact_match",
     "format_table",
     "paired_test",
+    "scores_from_json",
     "ter",
     "tokenizer_for",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,18 @@ class Scores:
         if self.ter is not None:
             fields |= {"ter": self.ter.value, "ter_signature": self.ter.signature}
         return fields
+
+
+def scores_from_json(fields: Mapping[str, Any]) -> Scores:
+    """The scores that `Scores.to_json` wrote."""
+    ter_score = MetricScore("TER", fields["ter"], fields["ter_signature"]) if "ter" in fields else None
+    return Scores(
+        bleu=MetricScore("BLEU", fields["bleu"], fields["signature"]),
+        chrf=MetricScore("chrF2", fields["chrf"], fields["chrf_signature"]),
+        exact_match=fields["exact_match"],
+        num_lines=fields["lines"],
+        ter=ter_score,
+    )
 
 
 def evaluate_texts(

@@ -70,6 +70,10 @@ def execute(
     """
     folder = RunFolder(run_dir)
     _check_config(folder, config_text)
+    done = read_results(run_dir)
+    if done is not None and done["steps"] >= run.steps:
+        print(f"{run_dir} has done its {done['steps']:,} updates; more of them: --steps", file=sys.stderr)
+        return done
     data_config = run.data
     if init_from is not None:
         vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
@@ -89,14 +93,12 @@ def execute(
         mode="max" if run.evaluation.higher_is_better else "min",
     )
     with CheckpointStore(folder.checkpoints, retention) as store:
-        loop = _first_state(run, model_config, template, store, init_from)
+        loop = _first_state(run, model_config, data, template, store, init_from)
         if loop.step < run.steps:
             held_out = HeldOut(run, data, model, objective, mesh)
             _train(run, folder, loop, data, objective, mesh, template, store, held_out)
-        else:
-            logger.info("%s has done its %d steps", folder.path, run.steps)
-    draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, f"{folder.path.name}")
-    if loop.step < run.steps and loop.stop is not None and "received" in loop.stop:
+    draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
+    if loop.interrupted:
         print(f"stopped at step {loop.step:,} of {run.steps:,}: {loop.stop}; the same command goes on", file=sys.stderr)
         return {}
     return _finish(run, folder, loop, data, model_config)
@@ -121,7 +123,7 @@ def _train(
         *run.hooks,
         hooks.StopOnSignal(),
         hooks.Evaluate(held_out, every=evaluation.every, steps=run.steps),
-        hooks.Save(store, every=run.checkpoints.every),
+        hooks.Save(store, every=run.checkpoints.every, data=data.description),
         hooks.Log(
             folder.metrics_jsonl,
             folder.tensorboard if run.tensorboard else None,
@@ -162,11 +164,17 @@ def _state_template(run: Run, config: TransformerConfig, mesh: Mesh) -> PyTree:
 
 
 def _first_state(
-    run: Run, config: TransformerConfig, template: PyTree, store: CheckpointStore, init_from: InitFrom | None
+    run: Run,
+    config: TransformerConfig,
+    data: PreparedData,
+    template: PyTree,
+    store: CheckpointStore,
+    init_from: InitFrom | None,
 ) -> Loop:
     """The newest checkpoint of this run; else the weights of another run; else random weights."""
     if store.steps():
         state, extra = store.restore(template)
+        _check_data(store, extra["data"], data.description)
         memory = extra["memory"]
         memory["seconds_before"] = memory.pop("seconds")
         logger.info("going on from step %d", int(state.step))
@@ -246,7 +254,7 @@ def _write_records(
     folder: RunFolder, run: Run, data: PreparedData, config: TransformerConfig, config_text: str
 ) -> None:
     """What a reader needs (`model.json`), and what a person wants to know later (configuration, environment)."""
-    folder.write_model(config.to_json(), dataclasses.asdict(run.data.tags), data.directions)
+    folder.write_model(config.to_json(), dataclasses.asdict(run.data.tags), data.directions, data.vocabulary.fingerprint())
     folder.config_gin.write_text(config_text)
     versions = {name: metadata.version(name) for name in ("t5x_ext", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
     environment = {
@@ -280,11 +288,23 @@ def _check_config(folder: RunFolder, config_text: str) -> None:
         )
 
 
+def _check_data(store: CheckpointStore, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with other data: the position in it would mean something else.
+
+    Raises:
+      UserError: naming the parts that differ.
+    """
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"{store.directory} was trained on other data ({', '.join(changed)} changed); restore it, or take another "
+            "--run_dir with --init_from"
+        )
+
+
 def _settings(config_text: str) -> dict[str, str]:
     lines = (line.split(" = ", 1) for line in config_text.splitlines() if " = " in line and not line.startswith("#"))
-    return {
-        name: value for name, value in lines if not any(part in name for part in _MAY_CHANGE)
-    }
+    return {name: value for name, value in lines if not any(part in name for part in _MAY_CHANGE)}
 
 
 def read_results(run_dir: str) -> dict[str, Any] | None:

@@ -199,9 +199,15 @@ class EarlyStop:
 class Save:
     """Saves at an interval, after each evaluation (so that the best can be kept), and at the end."""
 
-    def __init__(self, store: CheckpointStore, *, every: int):
-        """`every` counts updates, 0 means after evaluations and at the end only."""
-        self._store, self._every = store, every
+    def __init__(self, store: CheckpointStore, *, every: int, data: dict[str, Any]):
+        """Prepares saving.
+
+        Args:
+          store: where to.
+          every: updates between saves; 0 means after evaluations and at the end only.
+          data: what decides the batches, as JSON; a run that goes on is compared with it.
+        """
+        self._store, self._every, self._data = store, every, data
         self._last = -1
 
     def after_step(self, loop: Loop) -> None:
@@ -222,6 +228,7 @@ class Save:
             seconds = loop.memory.get("seconds_before", 0.0) + sum(loop.clock.seconds.values())
             extra: dict[str, Any] = {
                 "batches_consumed": loop.batches_consumed,
+                "data": self._data,
                 "memory": {**loop.memory, "seconds": seconds},
             }
             self._store.save(loop.step, loop.state, extra, loop.evaluation or None)
@@ -246,7 +253,7 @@ class StopOnSignal:
     def after_step(self, loop: Loop) -> None:
         """Asks the loop to stop once a signal has come."""
         if self._received:
-            loop.stop = f"{self._received} received"
+            loop.stop, loop.interrupted = f"{self._received} received", True
 
     def at_end(self, loop: Loop) -> None:
         """Gives the signals back."""

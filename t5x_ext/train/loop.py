@@ -43,6 +43,7 @@ class Loop:
     metrics: StepMetrics | None = None  # of update number step - 1, on the host
     evaluation: dict[str, float] = field(default_factory=dict)  # measured after this very step, else empty
     stop: str | None = None  # set to a reason, and the loop ends after the running hooks
+    interrupted: bool = False  # whether that came from outside, so that the run is to be gone on with
     clock: Clock = field(default_factory=Clock)
 
 

@@ -30,7 +30,7 @@ def test_names(tmp_path):
 
 def test_model_record_round_trip(tmp_path):
     folder = RunFolder(tmp_path / "deep" / "run")
-    folder.write_model({"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}}, {"encoder": "target"}, ["en-de"])
+    folder.write_model({"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}}, {"encoder": "target"}, ["en-de"], "f00d")
     record = {
         "format": 1,
         "model": {"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}},
@@ -38,7 +38,7 @@ def test_model_record_round_trip(tmp_path):
         "directions": ["en-de"],
     }
     assert json.loads(folder.model_json.read_text()) == record
-    assert folder.read_model() == ModelRecord(record["model"], record["tags"], ("en-de",))
+    assert folder.read_model() == ModelRecord(record["model"], record["tags"], ("en-de",), "f00d")
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_a_run_folder_opens(translator, tmp_path):
 
     run = RunFolder(tmp_path / "run")
     tags = dataclasses.asdict(translator.tags)
-    run.write_model(translator.model.config.to_json(), tags, translator.directions)
+    run.write_model(translator.model.config.to_json(), tags, translator.directions, translator.vocabulary.fingerprint())
     translator.vocabulary.save(str(run.vocabulary))
     with CheckpointStore(run.checkpoints) as store:
         store.save(3, {"params": translator.params, "step": 3})
@@ -203,7 +203,8 @@ def test_the_moving_average_is_what_a_run_decodes_with(translator, tmp_path):
     from t5x_ext.checkpoints import CheckpointStore, RunFolder
 
     run = RunFolder(tmp_path)
-    run.write_model(translator.model.config.to_json(), dataclasses.asdict(translator.tags), ["en-de", "de-en"])
+    tags, fingerprint = dataclasses.asdict(translator.tags), translator.vocabulary.fingerprint()
+    run.write_model(translator.model.config.to_json(), tags, ["en-de", "de-en"], fingerprint)
     translator.vocabulary.save(str(run.vocabulary))
     with CheckpointStore(run.checkpoints) as store:
         store.save(1, {"params": jax.tree.map(jnp.zeros_like, translator.params), "ema": translator.params})

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_ext.models import sinusoidal_positions
+from t5x_ext.models.layers import Dropout, Norm, random_bytes
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_random_bytes_are_uniform(impl):
+    key = jax.random.key(0, impl=impl)
+    values = np.asarray(random_bytes(key, (64, 1021)))
+    assert values.shape == (64, 1021)
+    counts = np.bincount(values.ravel(), minlength=256)
+    assert counts.shape == (256,)
+    expected = values.size / 256
+    # Chi-squared with 255 degrees of freedom: mean 255, deviation 22.6.
+    assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 5 * 22.6
+    # Neighbours and the four values of one word are uncorrelated: deviation 1/sqrt(n) = 0.004.
+    for shift in (1, 256):
+        assert abs(np.corrcoef(values[:, shift:].ravel(), values[:, :-shift].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize(("rate", "actual"), [(0.1, 26 / 256), (0.5, 0.5), (0.001, 1 / 256), (0.9999, 255 / 256)])
+def test_dropout_has_the_stated_rate_and_keeps_the_mean(rate, actual):
+    x = jnp.ones((512, 511))
+    y = np.asarray(Dropout(rate).apply({}, x, False, rngs={"dropout": jax.random.key(1)}))
+    deviation = np.sqrt(actual * (1 - actual) / y.size)
+    assert abs((y == 0).mean() - actual) < 5 * deviation
+    np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - actual)], rtol=1e-6)
+    assert Dropout(rate).apply({}, x, True) is x
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norm_is_computed_in_float32(small_config, kind, dtype):
+    config = small_config(norm=kind)
+    # A large common offset: in bfloat16 arithmetic the variance would be lost.
+    x = (100 + np.random.default_rng(0).standard_normal((3, 8))).astype(dtype)
+    module = Norm(config)
+    params = module.init(jax.random.key(0), x)
+    y = module.apply(params, x)
+    assert y.dtype == dtype
+    exact = np.asarray(x, np.float64)
+    if kind == "layernorm":
+        exact = exact - exact.mean(-1, keepdims=True)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + config.norm_epsilon)
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=1e-4 if dtype == jnp.float32 else 2e-2)
+    assert set(params["params"]) == ({"scale", "bias"} if kind == "layernorm" else {"scale"})
+
+
+def test_sinusoidal_positions_in_closed_form():
+    got = sinusoidal_positions(jnp.array([[0, 3], [7, 1]]), 6)
+    for row, column, position in [(0, 0, 0), (0, 1, 3), (1, 0, 7), (1, 1, 1)]:
+        angles = [position * 10000.0 ** (-i / 2) for i in range(3)]
+        np.testing.assert_allclose(got[row, column], [*np.sin(angles), *np.cos(angles)], atol=1e-6)
