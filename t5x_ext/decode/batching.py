@@ -35,8 +35,9 @@ def bucket_length(length: int) -> int:
 def plan_batches(lengths: Sequence[int], batch_tokens: int | None = None) -> list[LengthBatch]:
     """Batches of sentences sorted by length, longest first, one bucket's length in each.
 
-    Rows are `batch_tokens` (None: `DecodeConfig` says what) over the bucket's length, at least 1; for fewer sentences than that the next power of 8,
-    so that one line does not pay for a whole batch and a growing number of lines does not compile at every step.
+    Rows are `batch_tokens` (None: see `DecodeConfig`) over the bucket's length, at least 1; for fewer sentences than
+    that the next power of 8, so that one line does not pay for a whole batch and a growing number of lines does not
+    compile at every step.
     """
     if batch_tokens is None:
         batch_tokens = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_BATCH_TOKENS

@@ -28,14 +28,14 @@ class DecodeConfig:
     length_penalty: Literal["fairseq", "gnmt"] = "fairseq"
     alpha: float = 1.0
     """Exponent of the length penalty."""
-    max_length_ratio: float = 2.0
+    max_length_ratio: float = 3.0
     """A translation has at most `ceil(ratio * source tokens) + extra` tokens (tags not counted, ends counted)."""
-    max_length_extra: int = 10
+    max_length_extra: int = 20
     max_source_length: int = 512
     """Tokens of encoder input, tag and end included; longer lines are cut at their end, counted in the log."""
     batch_tokens: int | None = None
-    """Padded source tokens of a batch: rows times the bucket's length. None: 512 on CPUs, where a large batch only waits
-    for its longest sentence, and 8192 on accelerators, which need many rows to be busy."""
+    """Padded source tokens of a batch: rows times the bucket's length. None: 512 on a CPU, where a large batch only
+    waits for its longest sentence, and 8192 on an accelerator, which needs many rows to be busy."""
     temperature: float = 1.0
     top_k: int = 0
     """Sampling keeps the k most probable tokens; 0 keeps all."""

@@ -51,6 +51,9 @@ def test_batches_hold_every_sentence_once_in_few_shapes():
         assert len(own) <= batch.rows
         assert batch.length / 2 < own[0] <= batch.length or batch.length == 16
         assert batch.rows * batch.length <= 512
+    # A single line is not padded to a whole batch.
+    assert [(b.rows, b.length) for b in plan_batches([5])] == [(1, 16)]
+    assert [(b.rows, b.length) for b in plan_batches([5] * 9, batch_tokens=4096)] == [(64, 16)]
 
 
 def test_cached_steps_equal_the_whole_forward_pass(translator):
@@ -197,6 +200,9 @@ def test_a_run_folder_opens(translator, tmp_path):
             Translator.from_run(tmp_path / "run", checkpoint)
     with pytest.raises(UserError, match="does not exist"):
         Translator.from_run(tmp_path / "nowhere")
+    run.write_model(translator.model.config.to_json(), tags, translator.directions, "another")
+    with pytest.raises(UserError, match="not the vocabulary that this model was trained with"):
+        Translator.from_run(tmp_path / "run")
 
 
 def test_the_moving_average_is_what_a_run_decodes_with(translator, tmp_path):
