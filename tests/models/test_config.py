@@ -99,7 +99,10 @@ def test_flops_are_those_of_the_traced_model(small_config):
 
 
 def batch_names():
-    sides = {"source": ("tokens", "segment_ids", "positions"), "target": ("inputs", "labels", "segment_ids", "positions")}
+    sides = {
+        "source": ("tokens", "segment_ids", "positions"),
+        "target": ("inputs", "labels", "segment_ids", "positions"),
+    }
     return [f"{side}_{name}" for side, names in sides.items() for name in names]
 
 
