@@ -37,12 +37,18 @@ def define_decode_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_float("alpha", 1.0, "exponent of the length penalty", lower_bound=0.0, flag_values=values)
     flags.DEFINE_float(
-        "max_length_ratio", 2.0, "a translation has at most this many tokens a source token", lower_bound=0.0,
+        "max_length_ratio", 3.0, "a translation has at most this many tokens a source token", lower_bound=0.0,
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("max_length_extra", 10, "and so many more", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("max_length_extra", 20, "and so many more", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("max_source_length", 512, "tokens beyond are cut", lower_bound=4, flag_values=values)
-    flags.DEFINE_integer("batch_tokens", 2048, "padded source tokens a batch", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "batch_tokens",
+        None,
+        "padded source tokens a batch; by default what suits the device",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_float("temperature", 1.0, "of sampling", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer(
         "top_k", 0, "sample from the k most probable tokens; 0 is all", lower_bound=0, flag_values=values

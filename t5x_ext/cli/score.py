@@ -27,7 +27,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", "-", "file for the scores of the lines; - is standard output", flag_values=values)
     flags.DEFINE_string("json_out", None, "file for the summary as JSON", flag_values=values)
     flags.DEFINE_integer("max_source_length", 512, "tokens beyond are cut", lower_bound=4, flag_values=values)
-    flags.DEFINE_integer("batch_tokens", 2048, "padded source tokens a batch", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "batch_tokens",
+        None,
+        "padded source tokens a batch; by default what suits the device",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def main(values: flags.FlagValues) -> None:
