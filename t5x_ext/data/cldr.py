@@ -500,16 +500,21 @@ class CldrCorpus:
         return _split(*self._key(), self.split)
 
 
-def english_corpora(split: str, seed: int = 0, num_tuples: int = 40_000) -> tuple[CldrCorpus, ...]:
+def english_corpora(
+    split: str, seed: int = 0, num_tuples: int = 40_000, valid_per_family: int = 12, test_per_family: int = 30
+) -> tuple[CldrCorpus, ...]:
     """English with each of the other five languages; read both ways, these are the ten directions of Vega-MT.
 
     Args:
-      split: `train`, `valid` or `test`.
-      seed: as for `CldrCorpus`.
-      num_tuples: as for `CldrCorpus`.
+      split: as for `CldrCorpus`, like all that follows.
+      seed: see there.
+      num_tuples: see there.
+      valid_per_family: see there.
+      test_per_family: see there.
     """
     others = (language for language in LANGUAGES if language != "en")
-    return tuple(CldrCorpus("en", language, split, seed, num_tuples) for language in others)
+    sizes = (num_tuples, valid_per_family, test_per_family)
+    return tuple(CldrCorpus("en", language, split, seed, *sizes) for language in others)
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

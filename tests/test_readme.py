@@ -1,0 +1,102 @@
+"""Every command of the README is run, in its order, in one folder; long ones do two updates."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import t5x_ext
+from t5x_ext.data import CldrCorpus
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+# Two updates, saved one by one so that there are checkpoints to average, and little to decode.
+_SHORT = {
+    "two files": "--steps=2 --gin.CheckpointConfig.every=1 --gin.EvaluationConfig.max_lines=4",
+    "runs/multi30k_en_de.gin": "--steps=2 --gin.EvaluationConfig.max_lines=4 --gin.DATA_DIR=.",
+    "runs/quickstart.gin": "--steps=2 --gin.english_corpora.num_tuples=1500 --gin.english_corpora.valid_per_family=1 "
+    "--gin.english_corpora.test_per_family=1",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(start: str) -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith(start)]
+
+
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    sizes = {"a": 300, "b": 6, "train": 300, "val": 6, "test_2016_flickr": 6}  # the last three as in Multi30k's folder
+    for stem, count in sizes.items():
+        pairs = list(CldrCorpus("en", "de", num_tuples=4500).pairs())[-count:]
+        for side, language in enumerate(("en", "de")):
+            (folder / f"{stem}.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
+    return folder
+
+
+def short(command: str) -> str:
+    kind = next((name for name in _SHORT if name in command), "two files")
+    return f"{command} {_SHORT[kind]}"
+
+
+def test_the_readme_opens_with_the_two_commands():
+    first = blocks("bash")[0].splitlines()
+    assert [line.split()[0] for line in first] == ["scripts/quickstart.sh", "scripts/test.sh"]
+    assert README.index(first[0]) < 100
+
+
+def test_the_quickstart_script_trains_decodes_and_scores(folder):
+    run_dir = folder / "quickstart"
+    done = shell(f"{REPOSITORY}/scripts/quickstart.sh --run_dir={run_dir} {_SHORT['runs/quickstart.gin']}", folder)
+    assert re.search(r"^mean +150 ", done.stdout, flags=re.MULTILINE)
+    assert all((run_dir / name).exists() for name in ("results.json", "learning_curve.png", "tensorboard"))
+
+
+def test_commands_for_two_files_and_those_after_them_run(folder):
+    lines = [line for line in commands("t5x_ext") + commands("echo") if "gin_file" not in line]
+    in_order = sorted(lines, key=README.index)
+    assert len(in_order) >= 12
+    for line in in_order:
+        done = shell(short(line) if line.startswith("t5x_ext train") else line, folder)
+        assert "/train" in line or done.stdout or "--output" in line
+    assert len((folder / "b.out.de").read_text().splitlines()) == 6
+    assert len((folder / "scores.tsv").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("command", commands("t5x_ext train --gin_file"))
+def test_commands_with_gin_files_run(command, folder):
+    assert "results" in shell(short(command), folder).stdout
+
+
+def test_python_of_the_readme_runs(folder, monkeypatch):
+    """After the commands above have made the run folder."""
+    if not (folder / "out").exists():
+        shell(short(commands("t5x_ext train --train_source")[0]), folder)
+    monkeypatch.chdir(folder)
+    (code,) = blocks("python")
+    names: dict[str, t5x_ext.decode.Translator] = {}
+    exec(code, names)
+    assert len(names["translator"].translate(["one", "two"])) == 2
