@@ -1,5 +1,7 @@
-"""Floor 4: the loop. A `Run` says what to train, `execute` does it, `train` is the loop itself, `hooks` what happens
-between updates."""
+"""Floor 4: the loop.
+
+A `Run` says what to train, `execute` does it, `train` is the loop itself, `hooks` what happens between updates.
+"""
 
 from t5x_ext.train.execute import InitFrom, execute
 from t5x_ext.train.loop import Clock, Hook, Loop, train

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import t5x_ext
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
 from t5x_ext.contracts import Batch, Objective, PyTree, UserError
 from t5x_ext.data import PreparedData, VocabularyConfig, batch_iterator, prepare
@@ -25,24 +26,27 @@ from t5x_ext.parallel import global_batch, host_rows, make_mesh, state_shardings
 from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.train import hooks
 from t5x_ext.train.evaluation import HeldOut, run_test
-from t5x_ext.train.loop import Loop, train
+from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.report import draw_learning_curve
-from t5x_ext.train.run import Run
+from t5x_ext.train.run import EvaluationConfig, Run
 from t5x_ext.train.state import TrainState, create_state
 from t5x_ext.train.step import TrainStep, make_train_step
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = ("Run.steps", "Run.log_every", "Run.tensorboard", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig.")
+_MAY_CHANGE = (
+    *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
+    *("EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
+)
 """Settings that a restart may change: they do not touch what has been learned so far."""
 
 
 class InitFrom(NamedTuple):
-    """A run to start from, for fine-tuning."""
+    """A run to start from, for fine-tuning; from its average of the weights, where it kept one."""
 
     run_dir: str
     checkpoint: str | int = "best"  # "best", "last" or a step
-    keep_optimizer: bool = False  # go on with its optimizer state, else begin with a fresh one
+    keep_optimizer: bool = False  # go on with its weights, their average and its optimizer state, else begin afresh
 
 
 def execute(
@@ -71,9 +75,12 @@ def execute(
     folder = RunFolder(run_dir)
     _check_config(folder, config_text)
     done = read_results(run_dir)
-    if done is not None and done["steps"] >= run.steps:
-        print(f"{run_dir} has done its {done['steps']:,} updates; more of them: --steps", file=sys.stderr)
+    if done is not None and _is_over(run, done["steps"], done.get("evaluations_without_gain", 0)):
+        hint = f"--init_from={run_dir} goes on from its weights in another --run_dir"
+        print(f"{run_dir} is finished, with {done['steps']:,} updates; {hint}", file=sys.stderr)
         return done
+    mesh = make_mesh(run.mesh)
+    host_rows(mesh, run.data.batch.rows)  # refuses rows that do not fit the mesh, before anything is written
     data_config = run.data
     if init_from is not None:
         vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
@@ -84,7 +91,6 @@ def execute(
 
     model = EncoderDecoder(model_config)
     objective = run.objective(model)
-    mesh = make_mesh(run.mesh)
     template = _state_template(run, model_config, mesh)
     retention = Retention(
         keep_last=run.checkpoints.keep_last,
@@ -94,7 +100,7 @@ def execute(
     )
     with CheckpointStore(folder.checkpoints, retention) as store:
         loop = _first_state(run, model_config, data, template, store, init_from)
-        if loop.step < run.steps:
+        if not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
             held_out = HeldOut(run, data, model, objective, mesh)
             _train(run, folder, loop, data, objective, mesh, template, store, held_out)
     draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
@@ -119,11 +125,13 @@ def _train(
     with loop.clock.section("compile"):
         train_step = _compiled_step(run, objective, mesh, template)
     evaluation = run.evaluation
-    chain = [
-        *run.hooks,
-        hooks.StopOnSignal(),
+    stop_on_signal = hooks.StopOnSignal()
+    chain: list[Hook] = [
+        stop_on_signal,
         hooks.Evaluate(held_out, every=evaluation.every, steps=run.steps),
-        hooks.Save(store, every=run.checkpoints.every, data=data.description),
+        *run.hooks,
+        *_early_stop(evaluation),
+        hooks.Save(store, every=run.checkpoints.every, data=data.description, metric=evaluation.metric),
         hooks.Log(
             folder.metrics_jsonl,
             folder.tensorboard if run.tensorboard else None,
@@ -133,22 +141,27 @@ def _train(
             max_skipped=run.max_skipped_updates,
         ),
     ]
-    if evaluation.patience is not None:
-        stop = hooks.EarlyStop(
-            evaluation.metric, higher_is_better=evaluation.higher_is_better, patience=evaluation.patience
-        )
-        # Before Save, so that a checkpoint knows how long there has been no gain.
-        chain.insert(-2, stop)
-    train(loop, train_step, _device_batches(run, data, mesh, loop.batches_consumed), steps=run.steps, hooks=chain)
+    with stop_on_signal:
+        train(loop, train_step, _device_batches(run, data, mesh, loop.batches_consumed), steps=run.steps, hooks=chain)
     if loop.stop is not None:
         logger.info("stopped at step %d: %s", loop.step, loop.stop)
+
+
+def _early_stop(config: EvaluationConfig) -> Iterator[hooks.EarlyStop]:
+    if config.patience is not None:
+        yield hooks.EarlyStop(config.metric, higher_is_better=config.higher_is_better, patience=config.patience)
+
+
+def _is_over(run: Run, steps: int, evaluations_without_gain: int) -> bool:
+    patience = run.evaluation.patience
+    return steps >= run.steps or (patience is not None and evaluations_without_gain >= patience)
 
 
 def _device_batches(run: Run, data: PreparedData, mesh: Mesh, start: int) -> Iterator[Batch]:
     """Global batches from position `start` on; this host reads its own rows only."""
     rows = host_rows(mesh, run.data.batch.rows)
     for batch in batch_iterator(data.batches, start, *rows):
-        yield global_batch(mesh, batch)  # type: ignore[misc]
+        yield global_batch(mesh, batch)
 
 
 def _state_template(run: Run, config: TransformerConfig, mesh: Mesh) -> PyTree:
@@ -200,7 +213,12 @@ def _state_from(init_from: InitFrom, run: Run, template: TrainState) -> TrainSta
         if init_from.keep_optimizer:
             state, _ = store.restore(template, step)
             return state._replace(step=jax.device_put(np.int32(0), template.step.sharding))
-        weights = store.restore_params(init_from.checkpoint if step is None else step)
+        which: Any = init_from.checkpoint if step is None else step
+        try:
+            weights = store.restore_params(which, subtree="ema")
+        except UserError:
+            # Most runs keep no average; where it is the checkpoint that is missing, this says so.
+            weights = store.restore_params(which)
     where = f"--init_from={init_from.run_dir}"
     params = jax.tree.map(partial(_placed, where), template.params, weights)
     create = partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None)
@@ -233,9 +251,7 @@ def _compiled_step(run: Run, objective: Objective, mesh: Mesh, template: PyTree)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(template, batch).compile()
 
 
-def _finish(
-    run: Run, folder: RunFolder, loop: Loop, data: PreparedData, config: TransformerConfig
-) -> dict[str, Any]:
+def _finish(run: Run, folder: RunFolder, loop: Loop, data: PreparedData, config: TransformerConfig) -> dict[str, Any]:
     """Decodes and scores the test set with the best checkpoint, and writes `results.json`."""
     seconds = loop.memory.get("seconds_before", 0.0) + sum(loop.clock.seconds.values())
     results: dict[str, Any] = {
@@ -244,6 +260,8 @@ def _finish(
         "train_seconds": round(seconds, 2),
         "target_tokens_per_second": round(loop.memory.get("target_tokens", 0.0) / max(seconds, 1e-9), 1),
     }
+    if run.evaluation.patience is not None:
+        results["evaluations_without_gain"] = hooks.evaluations_without_gain(loop.memory)
     if data.test:
         results |= run_test(str(folder.path), data.test, run.evaluation)
     write_json(folder.results_json, results)
@@ -254,12 +272,14 @@ def _write_records(
     folder: RunFolder, run: Run, data: PreparedData, config: TransformerConfig, config_text: str
 ) -> None:
     """What a reader needs (`model.json`), and what a person wants to know later (configuration, environment)."""
-    folder.write_model(config.to_json(), dataclasses.asdict(run.data.tags), data.directions, data.vocabulary.fingerprint())
+    folder.write_model(
+        config.to_json(), dataclasses.asdict(run.data.tags), data.directions, data.vocabulary.fingerprint()
+    )
     folder.config_gin.write_text(config_text)
-    versions = {name: metadata.version(name) for name in ("t5x_ext", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
     environment = {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {"t5x_ext": t5x_ext.__version__, **versions},
         "platform": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
@@ -270,21 +290,22 @@ def _write_records(
 
 
 def _check_config(folder: RunFolder, config_text: str) -> None:
-    """Refuses to go on with a run whose settings have changed.
+    """Refuses to go on with a run whose settings have changed; before its first checkpoint there is none to go on with.
 
     Raises:
       UserError: naming the first difference.
     """
-    if not folder.config_gin.exists():
-        return
+    with CheckpointStore(folder.checkpoints) as store:
+        if not store.steps():
+            return
     before, now = _settings(folder.config_gin.read_text()), _settings(config_text)
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(
-            f"{folder.path} holds a run with {name} = {before.get(name, 'unset')}, now it is {now.get(name, 'unset')}{more}; "
-            "give the settings it was started with, or another --run_dir"
+            f"{folder.path} holds a run with {name} = {before.get(name, 'unset')}, now it is "
+            f"{now.get(name, 'unset')}{more}; give the settings it was started with, or another --run_dir"
         )
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -34,10 +35,13 @@ class Log:
     """Writes metrics as JSON lines and for TensorBoard, and shows one progress line.
 
     It comes last among the hooks, to see what the others measured. A line gives means over the updates since the line
-    before. On restart, lines of updates that will be made again are cut off, so that a file holds each update once.
+    before; updates left out for not being finite are counted, and in no mean. On restart, lines of updates that will be
+    made again are cut off, so that no update is in the file twice.
     """
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None, *, every: int, steps: int, start: int, max_skipped: int):
+    def __init__(
+        self, path: Path, tensorboard_dir: Path | None, *, every: int, steps: int, start: int, max_skipped: int
+    ):
         """Opens the log.
 
         Args:
@@ -51,10 +55,12 @@ class Log:
         self._every, self._max_skipped = every, max_skipped
         self._path = path
         _cut_log(path, start)
-        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start) if tensorboard_dir else None
+        # What TensorBoard knows of the updates after `start` is replaced, as in the file.
+        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start + 1) if tensorboard_dir else None
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None, file=sys.stderr)
         self._steps, self._start = steps, start
         self._seen = start  # the newest update whose metrics are summed up
+        self._updates = 0  # since the last line
         self._sums: Loss | None = None
         self._gradient_norms: list[float] = []
         self._skipped = self._skipped_in_row = 0
@@ -70,7 +76,7 @@ class Log:
     def at_end(self, loop: Loop) -> None:
         """Writes what is left."""
         self._add(loop, loop.step)
-        if self._gradient_norms:
+        if self._updates:
             self._write_training_line(loop, loop.step)
         self._bar.close()
         if self._tensorboard:
@@ -80,11 +86,12 @@ class Log:
         if loop.metrics is None or step <= self._seen:
             return
         self._seen = step
+        self._updates += 1
         metrics = loop.metrics
         tokens = float(metrics.loss.weight)
         loop.memory["target_tokens"] = loop.memory.get("target_tokens", 0.0) + tokens
-        self._gradient_norms.append(float(metrics.gradient_norm))
         if metrics.finite:
+            self._gradient_norms.append(float(metrics.gradient_norm))
             self._sums = metrics.loss if self._sums is None else jax.tree.map(np.add, self._sums, metrics.loss)
             self._skipped_in_row = 0
         else:
@@ -92,9 +99,10 @@ class Log:
             self._skipped_in_row += 1
             logger.warning("update %d left out: its loss or gradient is not finite", step)
             if self._skipped_in_row >= self._max_skipped:
+                self._bar.close()
                 raise UserError(
-                    f"updates {step - self._skipped_in_row + 1} to {step} all had a loss or gradient that is not finite; "
-                    "lower the learning rate, or clip gradients"
+                    f"updates {step - self._skipped_in_row + 1} to {step} all had a loss or gradient that is not "
+                    "finite; lower the learning rate, or clip gradients"
                 )
         if is_due(step, self._every):
             self._write_training_line(loop, step)
@@ -111,13 +119,13 @@ class Log:
                 line[name] = float(total) / max(float(weight), 1.0)
             line["target_tokens"] = float(self._sums.weight)
             line["target_tokens_per_second"] = float(self._sums.weight) / wall
-        line["gradient_norm"] = float(np.mean(self._gradient_norms))
+            line["gradient_norm"] = float(np.mean(self._gradient_norms))
         line["data_wait"] = spent["data"] / wall
         if self._skipped:
             line["skipped_updates"] = self._skipped
         self._write(step, line)
         self._show(step, line, wall)
-        self._sums, self._gradient_norms = None, []
+        self._updates, self._sums, self._gradient_norms = 0, None, []
 
     def _show(self, step: int, line: dict[str, float], wall: float) -> None:
         text = (
@@ -126,15 +134,18 @@ class Log:
         )
         self._bar.set_postfix_str(text, refresh=False)
         if self._bar.disable:  # not a terminal: plain lines, with the time left that a bar would show
-            left = (self._steps - step) * wall / max(len(self._gradient_norms), 1)
+            left = (self._steps - step) * wall / self._updates
             print(f"step {step:,} of {self._steps:,} · {text} · {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
     def _write(self, step: int, line: dict[str, float]) -> None:
+        # JSON knows no infinity.
+        values = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self._tensorboard:
-            for name, value in line.items():
-                self._tensorboard.add_scalar(name, value, step)
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
 
 
 def _cut_log(path: Path, start: int) -> None:
@@ -142,10 +153,10 @@ def _cut_log(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= start:
-                kept.append(line)
+                kept.append(f"{line}\n")
         except ValueError:
             continue
     path.write_text("".join(kept), encoding="utf-8")
@@ -159,8 +170,8 @@ class Evaluate:
         self._evaluate, self._every, self._steps = evaluate, every, steps
 
     def after_step(self, loop: Loop) -> None:
-        """Evaluates when it is due."""
-        if not is_due(loop.step, self._every) and loop.step != self._steps:
+        """Evaluates when it is due, unless the run was told to stop: it may be given seconds only."""
+        if loop.interrupted or not (is_due(loop.step, self._every) or loop.step == self._steps):
             return
         with loop.clock.section("evaluate"):
             loop.evaluation = self._evaluate(loop.state)
@@ -169,7 +180,12 @@ class Evaluate:
             tqdm.write(f"evaluation at step {loop.step:,}: {text}", file=sys.stderr)
 
     def at_end(self, loop: Loop) -> None:
-        """Nothing: a run that is told to stop saves at once, without an evaluation."""
+        """Nothing is left to do."""
+
+
+def evaluations_without_gain(memory: dict[str, Any]) -> int:
+    """What `EarlyStop` has counted in a loop's memory."""
+    return memory.get("early_stop", {}).get("evaluations_without_gain", 0)
 
 
 class EarlyStop:
@@ -185,12 +201,13 @@ class EarlyStop:
             return
         score = loop.evaluation[self._metric]
         memory = loop.memory.setdefault("early_stop", {"best": None, "evaluations_without_gain": 0})
-        if memory["best"] is None or self._sign * score > self._sign * memory["best"]:
+        best = memory["best"]
+        if math.isfinite(score) and (best is None or self._sign * score > self._sign * best):
             memory.update(best=score, evaluations_without_gain=0)
             return
         memory["evaluations_without_gain"] += 1
         if memory["evaluations_without_gain"] >= self._patience:
-            loop.stop = f"{self._metric} is not better than {memory['best']:.4g} after {self._patience} evaluations"
+            loop.stop = f"{self._metric} has not become better in {self._patience} evaluations"
 
     def at_end(self, loop: Loop) -> None:
         """Nothing is left to do."""
@@ -199,21 +216,27 @@ class EarlyStop:
 class Save:
     """Saves at an interval, after each evaluation (so that the best can be kept), and at the end."""
 
-    def __init__(self, store: CheckpointStore, *, every: int, data: dict[str, Any]):
+    def __init__(self, store: CheckpointStore, *, every: int, data: dict[str, Any], metric: str):
         """Prepares saving.
 
         Args:
           store: where to.
           every: updates between saves; 0 means after evaluations and at the end only.
           data: what decides the batches, as JSON; a run that goes on is compared with it.
+          metric: the value that picks the best checkpoint, which every evaluation must hold.
         """
-        self._store, self._every, self._data = store, every, data
+        self._store, self._every, self._data, self._metric = store, every, data, metric
         self._last = -1
 
     def after_step(self, loop: Loop) -> None:
         """Starts a save when one is due; it ends in the background."""
         if is_due(loop.step, self._every) or loop.evaluation:
             self._save(loop)
+        if loop.evaluation and self._metric not in loop.evaluation:
+            raise UserError(
+                f"EvaluationConfig.metric is {self._metric!r}, which is not measured here; measured are "
+                f"{', '.join(sorted(loop.evaluation))}"
+            )
 
     def at_end(self, loop: Loop) -> None:
         """Saves the last weights and waits until every save is on disk."""
@@ -235,12 +258,23 @@ class Save:
 
 
 class StopOnSignal:
-    """Ends the loop on SIGTERM or SIGINT after the running update, so that the weights are saved."""
+    """Ends the loop on SIGTERM or SIGINT after the running update, so that the weights are saved.
+
+    It listens inside a `with` block only, and to the first signal only: a second one ends the process at once. Outside
+    the main thread Python takes no signals, and it does nothing.
+    """
 
     def __init__(self) -> None:
-        """Installs the handlers; a second signal ends the process at once."""
         self._received: str | None = None
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number).name
@@ -249,6 +283,7 @@ class StopOnSignal:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def after_step(self, loop: Loop) -> None:
         """Asks the loop to stop once a signal has come."""
@@ -256,5 +291,4 @@ class StopOnSignal:
             loop.stop, loop.interrupted = f"{self._received} received", True
 
     def at_end(self, loop: Loop) -> None:
-        """Gives the signals back."""
-        self._restore()
+        """Nothing is left to do."""

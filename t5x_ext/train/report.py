@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; an empty list where there is none."""
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The lines of a metrics file, None for what was not finite; an empty list where there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -29,8 +30,8 @@ def draw_learning_curve(metrics_path: Path, picture_path: Path, title: str) -> N
     for line in lines:
         for name, value in line.items():
             steps, values = curves.setdefault(name, ([], []))
-            steps.append(line["step"])
-            values.append(value)
+            steps.append(line["step"] or 0)
+            values.append(math.nan if value is None else value)
     scores = {
         name: label
         for name, label in {"valid/bleu": "BLEU", "valid/chrf": "chrF", "valid/exact_match": "exact match, %"}.items()

@@ -17,6 +17,8 @@ from t5x_ext.optim import mean_accumulator
 from t5x_ext.parallel import AxisRules, MeshConfig
 from t5x_ext.train.loop import Hook
 
+_DECODED_METRICS = ("valid/bleu", "valid/chrf", "valid/exact_match")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -40,6 +42,15 @@ class EvaluationConfig:
     metric: str = "valid/loss"
     higher_is_better: bool = False
     patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"EvaluationConfig.patience is {self.patience}; it must be at least 1, or None")
+        if self.max_lines == 0 and self.metric.startswith(_DECODED_METRICS):
+            raise UserError(
+                f"EvaluationConfig.metric is {self.metric!r} but max_lines is 0, so that nothing is decoded; "
+                "decode some lines, or take 'valid/loss'"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,8 @@ class Run:
       tensorboard: whether TensorBoard files are written beside the JSON lines.
       evaluation: held-out measurements.
       checkpoints: what is kept.
-      hooks: further hooks, called before the run's own.
+      hooks: further hooks, called after the evaluation and before saving: what they add to `loop.evaluation` can pick
+        the best checkpoint, what they put into `loop.memory` is in it.
     """
 
     data: DataConfig

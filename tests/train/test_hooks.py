@@ -1,0 +1,285 @@
+"""Hooks, each with a loop whose losses are made up: what is logged, measured, kept, and why a run ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import struct
+import threading
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from t5x_ext.checkpoints import CheckpointStore, Retention
+from t5x_ext.contracts import UserError
+from t5x_ext.train import hooks
+
+
+def log(path, *, every=1, steps=100, start=0, max_skipped=3, tensorboard=None):
+    return hooks.Log(path, tensorboard, every=every, steps=steps, start=start, max_skipped=max_skipped)
+
+
+def lines(path):
+    """The lines of a metrics file, read as strictly as any other language reads JSON."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class Measure:
+    """Gives held-out values at some updates, as an evaluation would."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def after_step(self, loop):
+        loop.evaluation = dict(self._values.get(loop.step, {}))
+
+    def at_end(self, loop):
+        pass
+
+
+def test_a_line_gives_means_over_the_updates_since_the_line_before(new_loop, run_loop, report, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    reports = [
+        report(loss=10, labels=4, hits=1, norm=1),
+        report(loss=2, labels=2, hits=2, norm=3),
+        report(loss=9, labels=1, hits=0, norm=8),
+        report(loss=6, labels=2, hits=1, norm=2),
+        report(loss=5, labels=5, hits=3, norm=4),
+    ]
+    loop = run_loop(new_loop(), reports, log(path, every=2))
+    first, second, last = lines(path)
+    # Each update takes 2 s, after waiting 0.5 s. A line is written when the update after it is under way: the first
+    # covers three of them, the second two, and what the last line covers took no time of its own.
+    assert first == {
+        "step": 2, "loss": 12 / 6, "accuracy": 3 / 6, "target_tokens": 6,
+        "target_tokens_per_second": 6 / 7.5, "gradient_norm": 2, "data_wait": 0.2,
+    }  # fmt: skip
+    assert second == {
+        "step": 4, "loss": 15 / 3, "accuracy": 1 / 3, "target_tokens": 3,
+        "target_tokens_per_second": 3 / 5, "gradient_norm": 5, "data_wait": 0.2,
+    }  # fmt: skip
+    assert [last[name] for name in ("step", "loss", "accuracy", "gradient_norm")] == [5, 1, 3 / 5, 4]
+    assert loop.memory["target_tokens"] == 14
+
+
+def test_measurements_have_a_line_of_their_own(new_loop, run_loop, report, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run_loop(new_loop(), [report()] * 4, Measure({2: {"valid/loss": 3.5, "valid/ter": math.inf}}), log(path, every=4))
+    assert lines(path)[0] == {"step": 2, "valid/loss": 3.5, "valid/ter": None}
+    assert [line["step"] for line in lines(path)] == [2, 4]
+
+
+@pytest.mark.parametrize("cut", ["", '{"step": 4, "lo', '{"step": 3, "loss": 3.0}'])
+def test_after_a_crash_each_update_stands_in_the_file_once(new_loop, run_loop, report, tmp_path, cut):
+    """The run had written up to update 5 (or half a line), its newest checkpoint is of update 3."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": float(step)}) for step in range(1, 6 if not cut else 3)]
+    path.write_text("".join(f"{line}\n" for line in whole) + cut)
+    run_loop(new_loop(step=3), [report(loss=10 * step) for step in range(1, 7)], log(path, start=3))
+    steps = [1, 2, 3] if "3.0}" in cut or not cut else [1, 2]
+    assert [(line["step"], line["loss"]) for line in lines(path)] == [
+        *((step, step) for step in steps),
+        (4, 40),
+        (5, 50),
+        (6, 60),
+    ]
+
+
+def test_updates_left_out_are_counted_and_in_no_mean(new_loop, run_loop, report, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    bad = report(loss=math.nan, labels=3, norm=math.inf, finite=False)
+    reports = [report(loss=4, labels=2), bad, bad, report(loss=6, labels=2), bad, bad, report(loss=1, labels=1)]
+    run_loop(new_loop(), reports, log(path, every=2, max_skipped=3))
+    read = lines(path)
+    assert [line["step"] for line in read] == [2, 4, 6, 7]
+    assert [line.get("skipped_updates") for line in read] == [1, 2, 4, 4]
+    assert [line.get("loss") for line in read] == [2, 3, None, 1]
+    assert [line.get("gradient_norm") for line in read] == [1, 1, None, 1]
+    assert [line.get("target_tokens") for line in read] == [2, 2, None, 1]
+
+
+def test_too_many_updates_left_out_in_a_row_end_the_run(new_loop, run_loop, report, tmp_path):
+    reports = [report(), report(finite=False), report(), *[report(finite=False)] * 3, report()]
+    loop = new_loop()
+    with pytest.raises(UserError, match="updates 4 to 6 all had a loss or gradient that is not finite; lower"):
+        run_loop(loop, reports, log(tmp_path / "metrics.jsonl", max_skipped=3))
+    assert loop.step == 7  # the sixth report is seen while the seventh update runs
+
+
+def tensorboard_events(path):
+    """The events of a file as TensorBoard reads them: length, checksum, message, checksum; again and again."""
+    content, place = path.read_bytes(), 0
+    while place < len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        yield Event.FromString(content[place + 12 : place + 12 + length])
+        place += 16 + length
+
+
+def tensorboard_points(folder):
+    """(tag, step) to value over all files of a folder; a start of step s takes the place of what was s or later."""
+    points = {}
+    for path in sorted(folder.iterdir()):
+        for event in tensorboard_events(path):
+            if event.session_log.status == SessionLog.START:
+                points = {key: value for key, value in points.items() if key[1] < event.step}
+            points |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    return points
+
+
+def test_tensorboard_shows_what_the_lines_say_also_after_a_restart(new_loop, run_loop, report, tmp_path, monkeypatch):
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    measure = Measure({2: {"valid/loss": 7.0}, 3: {"valid/loss": math.nan}})
+    run_loop(new_loop(), [report(loss=n) for n in (1, 2, 3, 4)], measure, log(path, tensorboard=folder))
+    # Files are named after second and host; the restart comes in the same second.
+    monkeypatch.setattr("tensorboardX.event_file_writer.socket.gethostname", lambda: "~")
+    run_loop(new_loop(step=2), [report(loss=10 * n) for n in (1, 2, 3)], log(path, start=2, tensorboard=folder))
+    expected = {(name, line["step"]): value for line in lines(path) for name, value in line.items() if name != "step"}
+    points = tensorboard_points(folder)
+    assert points.keys() == expected.keys()
+    for key, value in expected.items():
+        assert points[key] == pytest.approx(value)
+    assert [points["loss", step] for step in (1, 2, 3)] == [1, 2, 30]
+    assert points["valid/loss", 2] == 7
+
+
+def test_early_stop_counts_over_restarts(new_loop, run_loop, report):
+    """Losses 5, 4, | 4, nan, | 4.5: the third evaluation in a row without gain stops, wherever the run was cut."""
+    losses = {2: 5.0, 4: 4.0, 6: 4.0, 8: math.nan, 10: 4.5, 12: 1.0}
+    memory = {}
+    for start, end in ((0, 5), (5, 9), (9, 12)):
+        measure = Measure({step: {"valid/loss": loss} for step, loss in losses.items()})
+        stop = hooks.EarlyStop("valid/loss", higher_is_better=False, patience=3)
+        loop = run_loop(new_loop(step=start, memory=json.loads(json.dumps(memory))), [report()] * end, measure, stop)
+        memory = loop.memory
+    assert loop.step == 10
+    assert loop.stop == "valid/loss has not become better in 3 evaluations"
+    assert not loop.interrupted
+
+
+def test_early_stop_knows_which_way_is_better(new_loop, run_loop, report):
+    scores = {step: {"valid/bleu": score} for step, score in enumerate([10.0, 20.0, 15.0, 30.0, 29.0, 28.0, 40.0], 1)}
+    stop = hooks.EarlyStop("valid/bleu", higher_is_better=True, patience=2)
+    assert run_loop(new_loop(), [report()] * 7, Measure(scores), stop).step == 6
+
+
+def test_evaluations_come_at_the_interval_and_after_the_last_update(new_loop, run_loop, report, capsys):
+    for every, expected in ((3, [3, 6, 7]), (0, [7]), (7, [7])):
+        at = []
+
+        def evaluate(state, at=at):
+            at.append(int(state.step))
+            return {"valid/bleu": 12.345678, "valid/bleu/en-de": 1.0}
+
+        class Look(Measure):
+            def after_step(self, loop, at=at):
+                assert bool(loop.evaluation) == (loop.step in at)
+
+        run_loop(new_loop(), [report()] * 7, hooks.Evaluate(evaluate, every=every, steps=7), Look({}))
+        assert at == expected
+    assert "evaluation at step 7: valid/bleu 12.35\n" in capsys.readouterr().err
+
+
+def test_a_run_that_is_told_to_stop_does_not_evaluate_first(new_loop, run_loop, report):
+    class Preempted(Measure):
+        def after_step(self, loop):
+            if loop.step == 3:
+                loop.stop, loop.interrupted = "SIGTERM received", True
+
+    evaluate = hooks.Evaluate(lambda state: pytest.fail("an evaluation"), every=3, steps=7)
+    assert run_loop(new_loop(), [report()] * 7, Preempted({}), evaluate).step == 3
+
+
+@pytest.fixture
+def store(tmp_path):
+    retention = Retention(keep_last=1, keep_best=1, metric="valid/loss", mode="min")
+    with CheckpointStore(tmp_path / "checkpoints", retention) as store:
+        yield store
+
+
+def test_saves_keep_the_best_and_the_newest_with_everything_to_go_on(new_loop, run_loop, report, store):
+    measure = Measure({2: {"valid/loss": 3.0}, 4: {"valid/loss": 1.0}, 6: {"valid/loss": 2.0}})
+    loop = new_loop(memory={"note": [1]})
+    save = hooks.Save(store, every=3, data={"vocabulary": "v"}, metric="valid/loss")
+    run_loop(loop, [report(labels=5)] * 7, measure, save)
+    assert store.steps() == [4, 7]
+    assert store.best_step() == 4
+    state, extra = store.restore(loop.state, 7)
+    assert state.step == 7
+    assert extra["batches_consumed"] == 7
+    assert extra["data"] == {"vocabulary": "v"}
+    assert extra["memory"] == {"note": [1], "seconds": 7 * 2.5}
+    assert store.restore(loop.state, 4)[0].step == 4
+
+
+def test_seconds_add_up_over_restarts(new_loop, run_loop, report, store):
+    save = hooks.Save(store, every=0, data={}, metric="valid/loss")
+    run_loop(new_loop(step=4, memory={"seconds_before": 100.0}), [report()] * 6, save)
+    assert store.restore(new_loop().state)[1]["memory"]["seconds"] == 100 + 2 * 2.5
+
+
+def test_nothing_is_saved_twice(new_loop, run_loop, report):
+    calls = []
+
+    class Store:
+        def save(self, step, state, extra, metrics):
+            calls.append((step, metrics))
+
+        def wait(self):
+            calls.append("on disk")
+
+    run_loop(new_loop(), [report()] * 4, Measure({4: {"x": 1.0}}), hooks.Save(Store(), every=2, data={}, metric="x"))
+    assert calls == [(2, None), (4, {"x": 1.0}), "on disk"]
+
+
+def test_a_metric_that_nobody_measures_is_a_mistake_and_loses_nothing(new_loop, run_loop, report, store):
+    save = hooks.Save(store, every=0, data={}, metric="valid/blue")
+    with pytest.raises(UserError, match="'valid/blue', which is not measured here; measured are valid/bleu, valid/l"):
+        run_loop(new_loop(), [report()] * 4, Measure({2: {"valid/bleu": 1.0, "valid/loss": 2.0}}), save)
+    store.wait()
+    assert store.steps() == [2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_loop_after_the_running_update(new_loop, run_loop, report, number):
+    class Send(Measure):
+        def after_step(self, loop):
+            if loop.step == 2:
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with hooks.StopOnSignal() as stop:
+        assert signal.getsignal(number) not in before
+        loop = run_loop(new_loop(), [report()] * 9, Send({}), stop)
+        # A second one is not ours any more: it ends the process at once.
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert (loop.step, loop.stop, loop.interrupted) == (2, f"{number.name} received", True)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_run_that_fails_gives_the_signals_back():
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ZeroDivisionError), hooks.StopOnSignal():
+        assert signal.getsignal(signal.SIGINT) != before
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(new_loop, run_loop, report):
+    """Python takes signals in the main thread only; a server or a notebook's worker may train all the same."""
+    steps = []
+
+    def work():
+        with hooks.StopOnSignal() as stop:
+            steps.append(run_loop(new_loop(), [report()] * 3, stop).step)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert steps == [3]
