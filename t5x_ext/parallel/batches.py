@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import Batch, UserError
 from t5x_ext.parallel.mesh import BATCH_AXES
 
 
@@ -37,7 +37,7 @@ def host_rows(mesh: Mesh, global_rows: int) -> tuple[int, int]:
     return ranges[0][0], ranges[-1][1]
 
 
-def global_batch(mesh: Mesh, host_batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def global_batch(mesh: Mesh, host_batch: Batch) -> Batch:
     """Global arrays from this process's rows: `host_rows(mesh, rows)` of each array, rows first.
 
     Raises:
@@ -45,7 +45,11 @@ def global_batch(mesh: Mesh, host_batch: Mapping[str, np.ndarray]) -> dict[str, 
     """
     sharding = batch_sharding(mesh)
     try:
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in host_batch.items()}
+        return cast(Batch, {name: _global_array(sharding, rows) for name, rows in host_batch.items()})
     except ValueError as error:
-        rows = {name: len(array) for name, array in host_batch.items()}
+        rows = {name: len(cast(np.ndarray, array)) for name, array in host_batch.items()}
         raise UserError(f"host rows {rows} do not fit the mesh {dict(mesh.shape)}: {error}") from error
+
+
+def _global_array(sharding: NamedSharding, rows: Any) -> jax.Array:
+    return jax.make_array_from_process_local_data(sharding, rows)
