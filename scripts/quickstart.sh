@@ -4,4 +4,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh core
-exec .venv/bin/t5x_ext train --gin_file=runs/quickstart.gin --run_dir=runs/quickstart "$@"
+.venv/bin/t5x_ext train --gin_file=runs/quickstart.gin --run_dir=runs/quickstart "$@"
+
+cat <<'EOF_NEXT'
+
+What to try next:
+  . .venv/bin/activate
+  echo "Tuesday, Friday, and Sunday" | t5x_ext translate --run_dir=runs/quickstart --source_language=en --target_language=ja
+  t5x_ext train --train_source=a.en --train_target=a.de --source_language=en --target_language=de --run_dir=out
+                        two text files of your own; README.md has the whole example
+  t5x_ext --help        everything else
+EOF_NEXT
