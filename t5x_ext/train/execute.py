@@ -80,7 +80,7 @@ def execute(
         print(f"{run_dir} is finished, with {done['steps']:,} updates; {hint}", file=sys.stderr)
         return done
     mesh = make_mesh(run.mesh)
-    host_rows(mesh, run.data.batch.rows)  # refuses rows that do not fit the mesh, before anything is written
+    _check_rows(run, mesh)
     data_config = run.data
     if init_from is not None:
         vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
@@ -150,6 +150,20 @@ def _train(
 def _early_stop(config: EvaluationConfig) -> Iterator[hooks.EarlyStop]:
     if config.patience is not None:
         yield hooks.EarlyStop(config.metric, higher_is_better=config.higher_is_better, patience=config.patience)
+
+
+def _check_rows(run: Run, mesh: Mesh) -> None:
+    """Refuses a batch that devices and microbatches do not cut evenly.
+
+    Raises:
+      UserError: naming a multiple that does.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.data.batch.rows % (devices * run.num_microbatches):
+        raise UserError(
+            f"BatchConfig.rows is {run.data.batch.rows}; {devices} devices (data x fsdp) with {run.num_microbatches} "
+            f"microbatches need a multiple of {devices * run.num_microbatches}"
+        )
 
 
 def _is_over(run: Run, steps: int, evaluations_without_gain: int) -> bool:

@@ -40,12 +40,15 @@ def draw_learning_curve(metrics_path: Path, picture_path: Path, title: str) -> N
     figure = Figure(figsize=(8, 6 if scores else 3.6), layout="constrained")
     axes = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False)[:, 0]
     figure.suptitle(title)
-    for name, label, style in (("nll", "training", "-"), ("valid/nll", "held-out", "o-")):
+    # Without label smoothing, so that both curves mean the same; an objective of one's own may know no such thing.
+    loss = "nll" if "nll" in curves else "loss"
+    for name, label, style in ((loss, "training", "-"), (f"valid/{loss}", "held-out", "o-")):
         if name in curves:
             axes[0].plot(*curves[name], style, label=label, linewidth=1.5, markersize=3)
     axes[0].set_ylabel("loss, nats per target token")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend(frameon=False)
+    if axes[0].lines:
+        axes[0].legend(frameon=False)
     if scores:
         for name, label in scores.items():
             axes[1].plot(*curves[name], "o-", label=label, linewidth=1.5, markersize=3)
