@@ -1,0 +1,59 @@
+"""Every notebook runs from top to bottom in an empty folder and reaches its score; the stored copies are clean."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+MUST_HOLD = {
+    "01_translate_in_ten_minutes": "scores.bleu.value > 80 and scores.num_lines == 100",
+}
+"""What is true in a notebook's kernel after its last cell; a new notebook states its own."""
+
+MOST_BYTES = 600_000
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(/\w+/|[A-Z]:\\)")
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def texts(cell: nbformat.NotebookNode) -> list[str]:
+    """What a code cell printed, pictures aside."""
+    return [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == sorted(MUST_HOLD)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_and_reaches_its_score(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = read(path)
+    checks = f"import sys\nassert sys.executable == {sys.executable!r}\nassert {MUST_HOLD[path.stem]}"
+    notebook.cells.append(new_code_cell(checks))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    NotebookClient(
+        notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_copy_is_whole_and_clean(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 3
+    assert path.stat().st_size < MOST_BYTES
+    for text in (text for cell in cells for text in texts(cell)):
+        assert not ABSOLUTE_PATH.search(text), text
+        assert not re.search("warning|error|traceback", text, re.IGNORECASE), text
