@@ -95,12 +95,16 @@ def beam_search(
     n_best: int = 1,
     max_lengths: Int[Array, " rows"] | None = None,
 ) -> Hypotheses:
-    """Beam search by fairseq's rules, with an early stop that cannot change its result.
+    """Beam search close to fairseq's rules, with an early stop that cannot change its result.
 
     At each position the `beam_size` best continuations that do not end stay live. A live hypothesis may end where its
     ending is among the `beam_size` best of all continuations, ended or not. A row's search is over when `beam_size`
-    hypotheses have ended, or at its maximum length, where every live hypothesis is made to end. Hence `beam_size=1`
-    is greedy search, and a beam as wide as the number of sequences finds the best one.
+    hypotheses have ended and the best live one has fallen behind the `n_best` best of them (each divided by the
+    penalty of its present length), or at the row's maximum length, where every live hypothesis is made to end. Hence
+    `beam_size=1` is greedy search, and a beam as wide as the number of sequences finds the best one.
+
+    fairseq stops at the count alone: improbable early endings, which label smoothing keeps in the beam, can then use it
+    up while a far better hypothesis is still live.
 
     The early stop: log-probabilities only fall as a hypothesis grows, and the penalty only rises, so that nothing
     that grows from a live hypothesis of log-probability s can score above `s / length_penalty(max_length)`. A row
@@ -135,8 +139,10 @@ def beam_search(
             live, ends = _force(prefix, logits, state, live, ends)
         finished, num_admitted = _admit(state, live, ends, penalty)
         num_finished = state.num_finished + num_admitted
-        bound = live.log_probs[:, 0] / penalty(limits)
-        done = state.done | at_end | (num_finished >= beam_size) | (bound <= finished.scores[:, -1])
+        best_live, worst_kept = live.log_probs[:, 0], finished.scores[:, -1]
+        behind = best_live / penalty(state.position + 1) <= worst_kept
+        hopeless = best_live / penalty(limits) <= worst_kept
+        done = state.done | at_end | ((num_finished >= beam_size) & behind) | hopeless
         # A row that is done need not move any more; leaving it in place lets a step pass without reordering.
         parents = jnp.where(done[:, None], jnp.arange(beam_size), live.parents)
         live_tokens = jnp.take_along_axis(state.live_tokens, parents[:, :, None], axis=1)
@@ -216,17 +222,16 @@ def _admit(
     beam_size, n_best = ends.shape[1], state.finished.scores.shape[1]
     log_probs, order = jax.lax.top_k(jnp.concatenate([live.log_probs, ends], axis=1), beam_size)
     ending = (order >= beam_size) & (log_probs > -jnp.inf) & ~state.done[:, None]
-    admitted = ending & (state.num_finished[:, None] + jnp.cumsum(ending, axis=1) <= beam_size)
     length = state.position + 1
-    scores = jnp.where(admitted, log_probs / penalty(length), -jnp.inf)
+    scores = jnp.where(ending, log_probs / penalty(length), -jnp.inf)
     # The live tokens are filled up with the end of sentence already, so an ended hypothesis is its parent's row.
     tokens = jnp.take_along_axis(state.live_tokens, (order % beam_size)[:, :, None], axis=1)
-    ended = Hypotheses(tokens, jnp.where(admitted, length, 0), scores)
+    ended = Hypotheses(tokens, jnp.where(ending, length, 0), scores)
     merged = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.finished, ended)
     scores, best = jax.lax.top_k(merged.scores, n_best)
     tokens = jnp.take_along_axis(merged.tokens, best[:, :, None], axis=1)
     lengths = jnp.take_along_axis(merged.lengths, best, axis=1)
-    return Hypotheses(tokens, lengths, scores), admitted.sum(axis=1, dtype=jnp.int32)
+    return Hypotheses(tokens, lengths, scores), ending.sum(axis=1, dtype=jnp.int32)
 
 
 def _reorder(cache: Cache, parents: Int[Array, "rows beam"]) -> Cache:

@@ -31,8 +31,8 @@ def sequences(result, row):
     return [tuple(t[:n].tolist()) for t, n in zip(result.tokens[row], result.lengths[row]) if n]
 
 
-def plain_search(model, state, *, beam_size, max_length, divisor, prefix=()):
-    """Beam search by fairseq's rules, with lists, in float64, and without the early stop."""
+def plain_search(model, state, *, beam_size, max_length, divisor, n_best, prefix=()):
+    """The rules of `beam_search` with lists, in float64, and without the early stop by the bound."""
     live, finished = [(0.0, ())], []
     for position in range(max_length):
         candidates = []
@@ -45,12 +45,13 @@ def plain_search(model, state, *, beam_size, max_length, divisor, prefix=()):
                 candidates.append((sum(model.log_probs(sequence, state)), sequence))
         candidates.sort(reverse=True)
         for log_prob, sequence in candidates[:beam_size]:
-            if sequence[-1] == EOS and len(finished) < beam_size:
+            if sequence[-1] == EOS:
                 finished.append((log_prob / divisor(len(sequence)), sequence))
-        if len(finished) == beam_size:
-            break
+        finished.sort(reverse=True)
         live = [item for item in candidates if item[1][-1] != EOS][:beam_size]
-    return sorted(finished, reverse=True)
+        if len(finished) >= beam_size and live and live[0][0] / divisor(position + 1) <= finished[n_best - 1][0]:
+            break
+    return finished[:n_best]
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -77,7 +78,7 @@ def test_the_early_stop_changes_nothing(toy, penalty, beam_size, n_best):
         model, 6, beam_size=beam_size, n_best=n_best, max_length=8, length_penalty=length_penalty, states=states
     )
     for row, state in enumerate(states):
-        expected = plain_search(model, state, beam_size=beam_size, max_length=8, divisor=divisor)[:n_best]
+        expected = plain_search(model, state, beam_size=beam_size, max_length=8, divisor=divisor, n_best=n_best)
         assert sequences(result, row) == [sequence for _, sequence in expected]
         np.testing.assert_allclose(result.scores[row], [score for score, _ in expected], rtol=1e-5, atol=1e-5)
 
@@ -91,7 +92,7 @@ def test_a_forced_prefix_comes_first_and_counts(toy, prefix_length):
     result = run(model, 4, beam_size=3, n_best=3, max_length=7, prefix=jnp.asarray(prefix), states=states)
     for row, state in enumerate(states):
         expected = plain_search(
-            model, state, beam_size=3, max_length=7, divisor=float, prefix=tuple(prefix[row].tolist())
+            model, state, beam_size=3, max_length=7, divisor=float, n_best=3, prefix=tuple(prefix[row].tolist())
         )
         assert sequences(result, row) == [sequence for _, sequence in expected]
         np.testing.assert_allclose(result.scores[row], [score for score, _ in expected], rtol=1e-5, atol=1e-5)
@@ -168,3 +169,20 @@ def test_impossible_options_are_said_in_one_line(toy, options, message):
 def test_a_negative_alpha_is_refused():
     with pytest.raises(UserError, match="alpha"):
         fairseq_penalty(-0.1)
+
+
+def test_improbable_early_endings_do_not_use_up_the_search():
+    """Ending is second best at every position but the last: five endings come long before the good one."""
+    goal = (4, 5, 6, 7, 4, 5, 6, 7)
+    probabilities = np.full((len(goal) + 1, 9), 1e-3)
+    probabilities[np.arange(len(goal)), goal] = 0.9
+    probabilities[:-1, EOS] = 0.09
+    probabilities[-1, EOS] = 0.99
+    logits = jnp.log(jnp.asarray(probabilities))
+
+    def tokens_to_logits(tokens, position, cache):
+        return jnp.broadcast_to(logits[jnp.minimum(position, len(goal))], (tokens.shape[0], 9)), cache
+
+    cache = jnp.zeros((1, 5, 1))
+    found = beam_search(tokens_to_logits, cache, 1, beam_size=5, max_length=12, eos_id=EOS)
+    assert sequences(jax.tree.map(np.asarray, found), 0) == [(*goal, EOS)]
