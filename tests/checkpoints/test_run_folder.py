@@ -30,7 +30,9 @@ def test_names(tmp_path):
 
 def test_model_record_round_trip(tmp_path):
     folder = RunFolder(tmp_path / "deep" / "run")
-    folder.write_model({"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}}, {"encoder": "target"}, ["en-de"], "f00d")
+    folder.write_model(
+        {"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}}, {"encoder": "target"}, ["en-de"], "f00d"
+    )
     record = {
         "format": 1,
         "model": {"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}},
