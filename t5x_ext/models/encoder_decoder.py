@@ -20,6 +20,7 @@ from t5x_ext.models.layers import (
     KeyValue,
     Positions,
     compute_dtype,
+    einsum_float32,
     named_axes,
     sinusoidal_positions,
 )
@@ -46,7 +47,7 @@ class Embedding(nn.Module):
         """Scores of every token, accumulated in float32."""
         dtype = compute_dtype(self.config)
         table = self.table.astype(dtype)
-        return jnp.einsum("...e,ve->...v", hidden.astype(dtype), table, preferred_element_type=jnp.float32)
+        return einsum_float32("...e,ve->...v", hidden.astype(dtype), table)
 
 
 class EncoderDecoder(nn.Module):

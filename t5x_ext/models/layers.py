@@ -6,6 +6,7 @@ Parameters are float32 and carry logical axis names; activations have the config
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,6 +46,34 @@ def sinusoidal_positions(positions: Int[Array, "..."], embed_dim: int) -> Float[
 def compute_dtype(config: TransformerConfig) -> jnp.dtype:
     """The dtype of activations and matrix products."""
     return jnp.dtype(config.compute_dtype)
+
+
+def einsum_float32(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A product of two arrays of one dtype, summed and returned in float32.
+
+    The products of its gradient take the dtype of `a` and `b` too. JAX alone would multiply the float32 gradient by a
+    bfloat16 array, which makes both of these products float32.
+    """
+    if a.dtype == jnp.float32:
+        return jnp.einsum(subscripts, a, b)
+    return _einsum_widened(subscripts, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum_widened(subscripts: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(subscripts: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum_widened(subscripts, a, b), (a, b)
+
+
+def _einsum_backward(subscripts: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
+    return transpose(gradient.astype(operands[0].dtype))
+
+
+_einsum_widened.defvjp(_einsum_forward, _einsum_backward)
 
 
 def named_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -164,7 +193,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch length embed"]:
         """What each query position reads from the `memory` positions where `mask` is True."""
         query = self.query(x) * self.config.head_dim**-0.5
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, memory.key, preferred_element_type=jnp.float32)
+        scores = einsum_float32("bqhd,bkhd->bhqk", query, memory.key)
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
         weights = self.dropout(weights.astype(query.dtype), deterministic)
         return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, memory.value))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from t5x_ext.contracts import AXIS_NAMES
 from t5x_ext.models import EncoderDecoder, KeyValue, LayerSharing, Vega4B7, init_params, logical_axes
@@ -244,6 +245,26 @@ def test_bfloat16_compute_is_close_and_keeps_float32_where_it_matters(small_conf
     assert EncoderDecoder(config).apply({"params": params}, 1, 2, method="empty_cache").key.dtype == jnp.bfloat16
     grads = jax.grad(lambda p: logits(config, p).sum())(params)
     assert all(leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+def test_bfloat16_products_are_bfloat16_in_the_backward_pass_too(small_config, packed_batch):
+    config = small_config(compute_dtype="bfloat16", num_heads=1)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    loss = lambda p: jnp.square(EncoderDecoder(config).apply({"params": p}, packed_batch())).sum()
+    operands = {
+        operand.aval.dtype
+        for equation in equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+        if equation.primitive.name == "dot_general"
+        for operand in equation.invars
+    }
+    assert operands == {jnp.dtype("bfloat16")}
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def test_dropout_needs_both_the_switch_and_the_rng(small_config, random_params, packed_batch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_ext.models import sinusoidal_positions
-from t5x_ext.models.layers import Dropout, Norm, random_bytes
+from t5x_ext.models.layers import Dropout, Norm, einsum_float32, random_bytes
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -57,3 +57,19 @@ def test_sinusoidal_positions_in_closed_form():
     for row, column, position in [(0, 0, 0), (0, 1, 3), (1, 0, 7), (1, 1, 1)]:
         angles = [position * 10000.0 ** (-i / 2) for i in range(3)]
         np.testing.assert_allclose(got[row, column], [*np.sin(angles), *np.cos(angles)], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_einsum_float32_has_the_gradient_of_the_product(dtype):
+    rng = np.random.default_rng(0)
+    a, b, weight = (jnp.asarray(rng.standard_normal(shape)) for shape in ((3, 4), (5, 4), (3, 5)))
+    a, b = a.astype(dtype), b.astype(dtype)
+    product, grads = jax.value_and_grad(lambda a, b: (weight * einsum_float32("...e,ve->...v", a, b)).sum(), (0, 1))(
+        a, b
+    )
+    exact_a, exact_b, exact_weight = (np.asarray(x, np.float64) for x in (a, b, weight))
+    np.testing.assert_allclose(product, (exact_weight * (exact_a @ exact_b.T)).sum(), rtol=1e-5)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    assert grads[0].dtype == grads[1].dtype == dtype
+    np.testing.assert_allclose(np.asarray(grads[0], np.float64), exact_weight @ exact_b, atol=tolerance)
+    np.testing.assert_allclose(np.asarray(grads[1], np.float64), exact_weight.T @ exact_a, atol=tolerance)
