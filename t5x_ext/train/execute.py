@@ -87,8 +87,6 @@ def execute(
         data_config = dataclasses.replace(data_config, vocabulary=VocabularyConfig(path=vocabulary))
     data = prepare(data_config, run_dir, cache_dir or str(folder.cache), run.seed)
     model_config = dataclasses.replace(run.model, vocab_size=data.vocabulary.size)
-    _write_records(folder, run, data, model_config, config_text)
-
     model = EncoderDecoder(model_config)
     objective = run.objective(model)
     template = _state_template(run, model_config, mesh)
@@ -100,6 +98,7 @@ def execute(
     )
     with CheckpointStore(folder.checkpoints, retention) as store:
         loop = _first_state(run, model_config, data, template, store, init_from)
+        _write_records(folder, run, data, model_config, config_text)
         if not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
             held_out = HeldOut(run, data, model, objective, mesh)
             _train(run, folder, loop, data, objective, mesh, template, store, held_out)
@@ -310,7 +309,7 @@ def _check_config(folder: RunFolder, config_text: str) -> None:
       UserError: naming the first difference.
     """
     with CheckpointStore(folder.checkpoints) as store:
-        if not store.steps():
+        if not store.steps() or not folder.config_gin.exists():
             return
     before, now = _settings(folder.config_gin.read_text()), _settings(config_text)
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -27,7 +27,7 @@ from t5x_ext import train
 include 'tiny.gin'
 include 'optim/adam.gin'
 
-STEPS = 300
+STEPS = 240
 optim.linear_decay.peak = 0.005
 optim.linear_decay.warmup_steps = 50
 train.Run.objective = @objectives.LabelSmoothedCrossEntropy
@@ -48,7 +48,7 @@ def toy(tmp_path_factory, write_tiny):
     folder = tmp_path_factory.mktemp("toy")
     (folder / "toy.gin").write_text(RUN)
     with contextlib.chdir(folder):
-        flags = write_tiny(folder, test=60, train=4000)
+        flags = write_tiny(folder, test=50, train=3000)
         assert main(["train", "--gin_file=toy.gin", *flags, "--run_dir=out"]) == 0
     return folder
 
@@ -64,7 +64,7 @@ def exact_match(hypotheses, references):
 def test_the_task_is_learned(toy):
     results = json.loads((toy / "out/results.json").read_text())
     assert results["mean_exact_match"] >= 90
-    assert results["steps"] == 300
+    assert results["steps"] == 240
     assert results["directions"]["en-es"]["bleu"] > 90
 
 

@@ -169,6 +169,19 @@ def test_before_the_first_checkpoint_settings_may_change(place, tmp_path):
     assert place.run(tmp_path / "run", optimizer=optax.sgd(0.0), steps=1)["steps"] == 1
 
 
+def test_a_folder_of_weights_alone_is_left_as_it_is(finished, place, whole, tmp_path):
+    """As `t5x_ext average` makes them: there is no optimizer state to go on with, and no configuration to compare."""
+    for name in ("model.json", "vocabulary"):
+        copy = shutil.copytree if (finished / name).is_dir() else shutil.copy
+        copy(finished / name, tmp_path / name)
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.save(3, {"params": weights(finished)})
+    other = dataclasses.replace(place.tiny_run().model, encoder_layers=2)
+    with pytest.raises(UserError, match="belongs to another model or optimizer"):
+        place.run(tmp_path, config_text=CONFIG, model=other)
+    assert (tmp_path / "model.json").read_text() == (finished / "model.json").read_text()
+
+
 class Kill:
     """Sends this process a signal after an update, as a scheduler would."""
 
