@@ -47,8 +47,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json_out", None, "file for the results as JSON; - is standard output", flag_values=values)
 
 
-def main(values: flags.FlagValues) -> None:
-    """Runs `t5x_ext train`."""
+def main(values: flags.FlagValues) -> int:
+    """Runs `t5x_ext train`; 130 when a signal ended it early, so that schedulers and scripts can tell."""
     require(values, "run_dir")
     check_writable(values.json_out, "--json_out")
     check_folder(values.run_dir, "--run_dir")
@@ -64,7 +64,10 @@ def main(values: flags.FlagValues) -> None:
     from t5x_ext.train import execute
 
     results = execute(run, values.run_dir, config_text=text, cache_dir=values.cache_dir, init_from=init_from)
+    if not results:
+        return 130
     report(_summary(values.run_dir, results), results, values.json_out)
+    return 0
 
 
 def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:
@@ -109,8 +112,6 @@ def _check_same_model(init_from: str, fields: dict[str, Any], run: Run) -> None:
 
 def _summary(run_dir: str, results: dict[str, Any]) -> str:
     """What a person sees at the end: scores, samples, where things are and what to do with them."""
-    if not results:
-        return ""
     from t5x_ext.checkpoints import RunFolder
     from t5x_ext.evaluate import format_table, scores_from_json
 

@@ -38,6 +38,7 @@ def test_model_record_round_trip(tmp_path):
         "model": {"embed_dim": 8, "encoder_sharing": {"scheme": "cycle"}},
         "tags": {"encoder": "target"},
         "directions": ["en-de"],
+        "vocabulary": "f00d",
     }
     assert json.loads(folder.model_json.read_text()) == record
     assert folder.read_model() == ModelRecord(record["model"], record["tags"], ("en-de",), "f00d")
@@ -51,7 +52,7 @@ def test_model_record_round_trip(tmp_path):
         ("{}", "is not a model record: KeyError"),
         ('{"format": 2}', "has format 2; this version reads format 1"),
         ('{"format": 1, "model": {}}', "is incomplete: KeyError"),
-        ('{"format": 1, "model": 3, "tags": {}, "directions": []}', "is incomplete: TypeError"),
+        ('{"format": 1, "model": 3, "tags": {}, "directions": [], "vocabulary": ""}', "is incomplete: TypeError"),
     ],
 )
 def test_a_record_that_is_none_is_refused_in_one_line(tmp_path, content, message):

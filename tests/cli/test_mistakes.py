@@ -109,7 +109,7 @@ MISTAKES = {
     "translate --run_dir=nowhere --input=test.en": "nowhere does not exist",
     "translate --run_dir=nothing --input=test.en": "nothing is not the folder of a run",
     "translate --run_dir=not_json --input=test.en": "not_json/model.json is not a model record",
-    "translate --run_dir=other_vocabulary --input=test.en": "the vocabulary has ",
+    "translate --run_dir=other_vocabulary --input=test.en": "other_vocabulary/vocabulary is not the vocabulary ",
     "translate --run_dir=other_model --input=test.en": "the weights are of another model",
     "translate --run_dir=out --input=test.en --checkpoint=7": "no whole checkpoint of step 7",
     "translate --run_dir=out --input=test.en --checkpoint=beste": "checkpoint 'beste': must be best, last or a step",
