@@ -125,7 +125,7 @@ def test_n_best_lines_are_numbered(folder):
         (None, "in.txt", "no such file"),
         (b"", "in.txt", "empty"),
         (b"good\n\xff\xfe\n", "in.txt", "line 2: not UTF-8"),
-        (gzip.compress(b"some text\n" * 100)[:-20], "in.gz", "gzip file is damaged"),
+        (gzip.compress(b"some text\n" * 100, mtime=0)[:-20], "in.gz", "gzip file is damaged"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, content, name, message):
