@@ -41,14 +41,7 @@ def define_decode_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("max_length_extra", 20, "and so many more", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("max_source_length", 512, "tokens beyond are cut", lower_bound=4, flag_values=values)
-    flags.DEFINE_integer(
-        "batch_tokens",
-        None,
-        "padded source tokens a batch; by default what suits the device",
-        lower_bound=1,
-        flag_values=values,
-    )
+    define_batching_flags(values)
     flags.DEFINE_float("temperature", 1.0, "of sampling", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer(
         "top_k", 0, "sample from the k most probable tokens; 0 is all", lower_bound=0, flag_values=values
@@ -58,6 +51,18 @@ def define_decode_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
+
+
+def define_batching_flags(values: flags.FlagValues) -> None:
+    """Declares how source lines are cut and batched, for decoding and for scoring."""
+    flags.DEFINE_integer("max_source_length", 512, "tokens beyond are cut", lower_bound=4, flag_values=values)
+    flags.DEFINE_integer(
+        "batch_tokens",
+        None,
+        "padded source tokens a batch; by default what suits the device",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def decode_config(values: flags.FlagValues) -> DecodeConfig:

@@ -13,7 +13,7 @@ import sys
 
 from absl import flags
 
-from t5x_ext.cli.decoding import define_model_flags, open_translator
+from t5x_ext.cli.decoding import define_batching_flags, define_model_flags, open_translator
 from t5x_ext.cli.files import check_writable, output_text, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
@@ -26,14 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target", None, "its translation, line by line; required", flag_values=values)
     flags.DEFINE_string("output", "-", "file for the scores of the lines; - is standard output", flag_values=values)
     flags.DEFINE_string("json_out", None, "file for the summary as JSON", flag_values=values)
-    flags.DEFINE_integer("max_source_length", 512, "tokens beyond are cut", lower_bound=4, flag_values=values)
-    flags.DEFINE_integer(
-        "batch_tokens",
-        None,
-        "padded source tokens a batch; by default what suits the device",
-        lower_bound=1,
-        flag_values=values,
-    )
+    define_batching_flags(values)
 
 
 def main(values: flags.FlagValues) -> None:
