@@ -24,6 +24,7 @@ from t5x_ext.models.layers import (
     named_axes,
     sinusoidal_positions,
 )
+from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.stack import Stack
 
 
@@ -31,6 +32,7 @@ class Embedding(nn.Module):
     """A table of token vectors, normal with deviation embed_dim**-0.5, read by token or as an output projection."""
 
     config: TransformerConfig
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates the table."""
@@ -41,12 +43,12 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... embed"]:
         """The vectors of tokens."""
-        return jnp.take(self.table, tokens, axis=0).astype(compute_dtype(self.config))
+        return self.placement.lookup(self.table, tokens, compute_dtype(self.config))
 
     def project(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Scores of every token, accumulated in float32."""
         dtype = compute_dtype(self.config)
-        table = self.table.astype(dtype)
+        table = self.placement.weight(self.table.astype(dtype), ("vocab", "embed"))
         return einsum_float32("...e,ve->...v", hidden.astype(dtype), table)
 
 
@@ -61,21 +63,27 @@ class EncoderDecoder(nn.Module):
       config: sizes and switches.
       activation: of the feed-forward sub-layers.
       positions: `(positions int [...], embed_dim) -> float [..., embed_dim]`, added to the embeddings.
+      placement: where arrays lie on a mesh of devices.
     """
 
     config: TransformerConfig
     activation: Activation = nn.relu
     positions: Positions = sinusoidal_positions
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates tables and stacks."""
         config = self.config
         names = _TABLES[config.tied_embeddings]
-        tables = {name: Embedding(config, name=name) for name in dict.fromkeys(names)}
+        tables = {name: Embedding(config, self.placement, name=name) for name in dict.fromkeys(names)}
         self.source_table, self.target_table, self.output_table = (tables[name] for name in names)
         self.dropout = Dropout(config.dropout)
-        self.encoder = Stack(config, EncoderLayer, self.activation, config.encoder_layers, config.encoder_sharing)
-        self.decoder = Stack(config, DecoderLayer, self.activation, config.decoder_layers, config.decoder_sharing)
+        self.encoder = Stack(
+            config, EncoderLayer, self.activation, config.encoder_layers, config.encoder_sharing, self.placement
+        )
+        self.decoder = Stack(
+            config, DecoderLayer, self.activation, config.decoder_layers, config.decoder_sharing, self.placement
+        )
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length vocab"]:
         """Scores of every label given the labels before it, float32."""
@@ -165,7 +173,7 @@ class EncoderDecoder(nn.Module):
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.embed_dim)
         x = x + self.positions(positions, self.config.embed_dim).astype(x.dtype)
-        return self.dropout(x, deterministic)
+        return self.dropout(self.placement.activation(x, ("batch", "length", "embed")), deterministic)
 
 
 _TABLES = {

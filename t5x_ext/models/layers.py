@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from t5x_ext.models.config import TransformerConfig
+from t5x_ext.models.placement import UNPLACED, Placement
 
 Activation = Callable[[Array], Array]
 Positions = Callable[[Int[Array, "..."], int], Float[Array, "... embed"]]
@@ -136,12 +137,14 @@ class Projection(nn.Module):
       axes: logical names of the kernel's axes, the contracted ones first; as many of the input's last axes are
         contracted as there are names beyond `features`.
       gain: of the uniform initialiser.
+      placement: where the kernel lies while it is used.
     """
 
     config: TransformerConfig
     features: tuple[int, ...]
     axes: tuple[str, ...]
     gain: float = 1.0
+    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -155,7 +158,8 @@ class Projection(nn.Module):
         dtype = compute_dtype(self.config)
         # As a product of matrices: XLA's CPU gradient of the same contraction over several axes takes twice as long.
         width = math.prod(reduced)
-        y = x.reshape(-1, width).astype(dtype) @ kernel.reshape(width, -1).astype(dtype)
+        kernel = self.placement.weight(kernel.astype(dtype), self.axes)
+        y = x.reshape(-1, width).astype(dtype) @ kernel.reshape(width, -1)
         if self.config.use_bias:
             zeros = named_axes(nn.initializers.zeros, self.axes[contracted:])
             y = y + self.param("bias", zeros, self.features).reshape(-1).astype(dtype)
@@ -169,15 +173,16 @@ class Attention(nn.Module):
     """
 
     config: TransformerConfig
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates the four projections."""
         config = self.config
         heads, axes = (config.num_heads, config.head_dim), ("embed", "heads", "head_dim")
-        self.query = Projection(config, heads, axes, math.sqrt(0.5))
-        self.key = Projection(config, heads, axes, math.sqrt(0.5))
-        self.value = Projection(config, heads, axes, math.sqrt(0.5))
-        self.out = Projection(config, (config.embed_dim,), ("heads", "head_dim", "embed"))
+        self.query = Projection(config, heads, axes, math.sqrt(0.5), self.placement)
+        self.key = Projection(config, heads, axes, math.sqrt(0.5), self.placement)
+        self.value = Projection(config, heads, axes, math.sqrt(0.5), self.placement)
+        self.out = Projection(config, (config.embed_dim,), ("heads", "head_dim", "embed"), placement=self.placement)
         self.dropout = Dropout(config.attention_dropout)
 
     def keys_and_values(self, x: Float[Array, "batch length embed"]) -> KeyValue:
@@ -204,16 +209,18 @@ class FeedForward(nn.Module):
 
     config: TransformerConfig
     activation: Activation
+    placement: Placement = UNPLACED
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch length embed"], deterministic: bool
     ) -> Float[Array, "batch length embed"]:
         """Returns the sub-layer's output."""
-        config = self.config
-        inner = self.activation(Projection(config, (config.mlp_dim,), ("embed", "mlp"), name="up")(x))
-        inner = Dropout(config.activation_dropout)(inner, deterministic)
-        return Projection(config, (config.embed_dim,), ("mlp", "embed"), name="down")(inner)
+        config, placement = self.config, self.placement
+        up = Projection(config, (config.mlp_dim,), ("embed", "mlp"), placement=placement, name="up")
+        down = Projection(config, (config.embed_dim,), ("mlp", "embed"), placement=placement, name="down")
+        inner = placement.activation(self.activation(up(x)), ("batch", "length", "mlp"))
+        return down(Dropout(config.activation_dropout)(inner, deterministic))
 
 
 class Residual(nn.Module):
@@ -223,6 +230,7 @@ class Residual(nn.Module):
     """
 
     config: TransformerConfig
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates norm and dropout."""
@@ -237,7 +245,7 @@ class Residual(nn.Module):
         self, x: Float[Array, "batch length embed"], y: Float[Array, "batch length embed"], deterministic: bool
     ) -> Float[Array, "batch length embed"]:
         """What follows the sub-layer, `x` being the frame's input and `y` the sub-layer's output."""
-        total = x + self.dropout(y, deterministic)
+        total = self.placement.activation(x + self.dropout(y, deterministic), ("batch", "length", "embed"))
         return total if self.config.norm_placement == "pre" else self.norm(total)
 
 
@@ -246,13 +254,14 @@ class EncoderLayer(nn.Module):
 
     config: TransformerConfig
     activation: Activation
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates the sub-layers."""
-        self.self_attention = Attention(self.config)
-        self.self_attention_residual = Residual(self.config)
-        self.feed_forward = FeedForward(self.config, self.activation)
-        self.feed_forward_residual = Residual(self.config)
+        self.self_attention = Attention(self.config, self.placement)
+        self.self_attention_residual = Residual(self.config, self.placement)
+        self.feed_forward = FeedForward(self.config, self.activation, self.placement)
+        self.feed_forward_residual = Residual(self.config, self.placement)
 
     def __call__(
         self, x: Float[Array, "batch length embed"], mask: Bool[Array, "batch length length"], deterministic: bool
@@ -274,15 +283,16 @@ class DecoderLayer(nn.Module):
 
     config: TransformerConfig
     activation: Activation
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates the sub-layers."""
-        self.self_attention = Attention(self.config)
-        self.self_attention_residual = Residual(self.config)
-        self.cross_attention = Attention(self.config)
-        self.cross_attention_residual = Residual(self.config)
-        self.feed_forward = FeedForward(self.config, self.activation)
-        self.feed_forward_residual = Residual(self.config)
+        self.self_attention = Attention(self.config, self.placement)
+        self.self_attention_residual = Residual(self.config, self.placement)
+        self.cross_attention = Attention(self.config, self.placement)
+        self.cross_attention_residual = Residual(self.config, self.placement)
+        self.feed_forward = FeedForward(self.config, self.activation, self.placement)
+        self.feed_forward_residual = Residual(self.config, self.placement)
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from t5x_ext.contracts import Params, PyTree
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.layers import Activation, Norm
+from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.sharing import LayerSharing, Run
 
 LayerCall = Callable[[Callable[..., Any], PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -32,10 +33,12 @@ class Stack(nn.Module):
 
     Attributes:
       config: of the model; says whether to scan, what to recompute, and whether there is a final norm.
-      layer_type: class of the layers: `layer_type(config, activation)`, with a method `touch` that creates parameters.
+      layer_type: class of the layers: `layer_type(config, activation, placement)`, with a method `touch` that creates
+        parameters.
       activation: of the feed-forward sub-layers.
       num_layers: N.
       sharing: the map from positions to sets.
+      placement: where the layers' arrays lie.
     """
 
     config: TransformerConfig
@@ -43,6 +46,7 @@ class Stack(nn.Module):
     activation: Activation
     num_layers: int
     sharing: LayerSharing
+    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates the stacked parameters and the final norm."""
@@ -82,7 +86,7 @@ class Stack(nn.Module):
         return self.final_norm(x) if self.config.final_norm else x
 
     def _make_layer(self) -> nn.Module:
-        return self.layer_type(self.config, self.activation, parent=None)
+        return self.layer_type(self.config, self.activation, self.placement, parent=None)
 
     def _position_keys(self) -> Array:
         key = self.make_rng("dropout")

@@ -2,6 +2,7 @@
 
 from t5x_ext.parallel.batches import global_batch, host_rows
 from t5x_ext.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from t5x_ext.parallel.placement import MeshPlacement
 from t5x_ext.parallel.rules import AxisRules, data_parallel, fsdp, fsdp_tensor
 from t5x_ext.parallel.shardings import state_shardings, tree_shardings
 
@@ -9,6 +10,7 @@ __all__ = [
     "MESH_AXES",
     "AxisRules",
     "MeshConfig",
+    "MeshPlacement",
     "data_parallel",
     "fsdp",
     "fsdp_tensor",

@@ -19,18 +19,17 @@ from jax.sharding import Mesh
 
 import t5x_ext
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
-from t5x_ext.contracts import Batch, Objective, PyTree, UserError
+from t5x_ext.contracts import Batch, PyTree, UserError
 from t5x_ext.data import PreparedData, VocabularyConfig, batch_iterator, prepare
-from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params, logical_axes
-from t5x_ext.parallel import global_batch, host_rows, make_mesh, state_shardings, tree_shardings
-from t5x_ext.parallel.batches import batch_sharding
+from t5x_ext.models import TransformerConfig, init_params
+from t5x_ext.parallel import global_batch, host_rows, make_mesh
 from t5x_ext.train import hooks
 from t5x_ext.train.evaluation import HeldOut, run_test
 from t5x_ext.train.loop import Hook, Loop, train
+from t5x_ext.train.program import Program, make_program
 from t5x_ext.train.report import draw_learning_curve
 from t5x_ext.train.run import EvaluationConfig, Run
 from t5x_ext.train.state import TrainState, create_state
-from t5x_ext.train.step import TrainStep, make_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +85,8 @@ def execute(
         vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
         data_config = dataclasses.replace(data_config, vocabulary=VocabularyConfig(path=vocabulary))
     data = prepare(data_config, run_dir, cache_dir or str(folder.cache), run.seed)
-    model_config = dataclasses.replace(run.model, vocab_size=data.vocabulary.size)
-    model = EncoderDecoder(model_config)
-    objective = run.objective(model)
-    template = _state_template(run, model_config, mesh)
+    program = make_program(run, data.vocabulary.size, mesh)
+    model_config = program.config
     retention = Retention(
         keep_last=run.checkpoints.keep_last,
         keep_best=run.checkpoints.keep_best,
@@ -97,11 +94,11 @@ def execute(
         mode="max" if run.evaluation.higher_is_better else "min",
     )
     with CheckpointStore(folder.checkpoints, retention) as store:
-        loop = _first_state(run, model_config, data, template, store, init_from)
+        loop = _first_state(run, model_config, data, program.template, store, init_from)
         _write_records(folder, run, data, model_config, config_text)
         if not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
-            held_out = HeldOut(run, data, model, objective, mesh)
-            _train(run, folder, loop, data, objective, mesh, template, store, held_out)
+            held_out = HeldOut(run, data, program.model, program.objective, mesh)
+            _train(program, folder, loop, data, store, held_out)
     draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
     if loop.interrupted:
         print(f"stopped at step {loop.step:,} of {run.steps:,}: {loop.stop}; the same command goes on", file=sys.stderr)
@@ -110,19 +107,12 @@ def execute(
 
 
 def _train(
-    run: Run,
-    folder: RunFolder,
-    loop: Loop,
-    data: PreparedData,
-    objective: Objective,
-    mesh: Mesh,
-    template: PyTree,
-    store: CheckpointStore,
-    held_out: HeldOut,
+    program: Program, folder: RunFolder, loop: Loop, data: PreparedData, store: CheckpointStore, held_out: HeldOut
 ) -> None:
     """Compiles the step and runs the loop with the run's hooks."""
+    run = program.run
     with loop.clock.section("compile"):
-        train_step = _compiled_step(run, objective, mesh, template)
+        train_step = program.compile()
     evaluation = run.evaluation
     stop_on_signal = hooks.StopOnSignal()
     chain: list[Hook] = [
@@ -141,7 +131,13 @@ def _train(
         ),
     ]
     with stop_on_signal:
-        train(loop, train_step, _device_batches(run, data, mesh, loop.batches_consumed), steps=run.steps, hooks=chain)
+        train(
+            loop,
+            train_step,
+            _device_batches(run, data, program.mesh, loop.batches_consumed),
+            steps=run.steps,
+            hooks=chain,
+        )
     if loop.stop is not None:
         logger.info("stopped at step %d: %s", loop.step, loop.stop)
 
@@ -175,18 +171,6 @@ def _device_batches(run: Run, data: PreparedData, mesh: Mesh, start: int) -> Ite
     rows = host_rows(mesh, run.data.batch.rows)
     for batch in batch_iterator(data.batches, start, *rows):
         yield global_batch(mesh, batch)
-
-
-def _state_template(run: Run, config: TransformerConfig, mesh: Mesh) -> PyTree:
-    """Shapes, dtypes and shardings of the training state; nothing is allocated."""
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    shardings = tree_shardings(mesh, run.axis_rules, logical_axes(config), params)
-    state = jax.eval_shape(partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None), params)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(mesh, state, params, shardings),
-    )
 
 
 def _first_state(
@@ -242,26 +226,6 @@ def _placed(where: str, template: jax.ShapeDtypeStruct, weight: np.ndarray) -> j
     if template.shape != weight.shape:
         raise UserError(f"{where}: its model has a weight of shape {weight.shape} where this one has {template.shape}")
     return jax.device_put(weight, template.sharding)
-
-
-def _compiled_step(run: Run, objective: Objective, mesh: Mesh, template: PyTree) -> TrainStep:
-    """The update, compiled ahead for the shapes of the run, destroying the state it is given."""
-    step = make_train_step(
-        objective,
-        run.optimizer,
-        run.accumulator,
-        seed=run.seed,
-        num_microbatches=run.num_microbatches,
-        ema_decay=run.ema_decay,
-    )
-    shape = run.data.batch
-    lengths = {"source": shape.source_length, "target": shape.target_length}
-    batch = {
-        name: jax.ShapeDtypeStruct((shape.rows, lengths[name.split("_")[0]]), np.int32, sharding=batch_sharding(mesh))
-        for name in Batch.__annotations__
-    }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(template, batch).compile()
 
 
 def _finish(run: Run, folder: RunFolder, loop: Loop, data: PreparedData, config: TransformerConfig) -> dict[str, Any]:

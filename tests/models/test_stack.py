@@ -114,6 +114,7 @@ class Noise(nn.Module):
 
     config: object
     activation: object
+    placement: object
 
     @nn.compact
     def __call__(self, deterministic=False):
