@@ -26,6 +26,7 @@ from t5x_ext.parallel import global_batch, host_rows, make_mesh
 from t5x_ext.train import hooks
 from t5x_ext.train.evaluation import HeldOut, run_test
 from t5x_ext.train.loop import Hook, Loop, train
+from t5x_ext.train.processes import is_primary, primary_first
 from t5x_ext.train.program import Program, make_program
 from t5x_ext.train.report import draw_learning_curve
 from t5x_ext.train.run import EvaluationConfig, Run
@@ -84,7 +85,8 @@ def execute(
     if init_from is not None:
         vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
         data_config = dataclasses.replace(data_config, vocabulary=VocabularyConfig(path=vocabulary))
-    data = prepare(data_config, run_dir, cache_dir or str(folder.cache), run.seed)
+    with primary_first("data"):
+        data = prepare(data_config, run_dir, cache_dir or str(folder.cache), run.seed)
     program = make_program(run, data.vocabulary.size, mesh)
     model_config = program.config
     retention = Retention(
@@ -95,11 +97,13 @@ def execute(
     )
     with CheckpointStore(folder.checkpoints, retention) as store:
         loop = _first_state(run, model_config, data, program.template, store, init_from)
-        _write_records(folder, run, data, model_config, config_text)
+        if is_primary():
+            _write_records(folder, run, data, model_config, config_text)
         if not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
             held_out = HeldOut(run, data, program.model, program.objective, mesh)
             _train(program, folder, loop, data, store, held_out)
-    draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
+    if is_primary():
+        draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
     if loop.interrupted:
         print(f"stopped at step {loop.step:,} of {run.steps:,}: {loop.stop}; the same command goes on", file=sys.stderr)
         return {}
@@ -121,15 +125,18 @@ def _train(
         *run.hooks,
         *_early_stop(evaluation),
         hooks.Save(store, every=run.checkpoints.every, data=data.description, metric=evaluation.metric),
-        hooks.Log(
-            folder.metrics_jsonl,
-            folder.tensorboard if run.tensorboard else None,
-            every=run.log_every,
-            steps=run.steps,
-            start=loop.step,
-            max_skipped=run.max_skipped_updates,
-        ),
     ]
+    if is_primary():
+        chain.append(
+            hooks.Log(
+                folder.metrics_jsonl,
+                folder.tensorboard if run.tensorboard else None,
+                every=run.log_every,
+                steps=run.steps,
+                start=loop.step,
+                max_skipped=run.max_skipped_updates,
+            )
+        )
     with stop_on_signal:
         train(
             loop,
@@ -241,7 +248,8 @@ def _finish(run: Run, folder: RunFolder, loop: Loop, data: PreparedData, config:
         results["evaluations_without_gain"] = hooks.evaluations_without_gain(loop.memory)
     if data.test:
         results |= run_test(str(folder.path), data.test, run.evaluation)
-    write_json(folder.results_json, results)
+    if is_primary():
+        write_json(folder.results_json, results)
     return results
 
 
