@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from t5x_ext.checkpoints import trees
@@ -105,6 +106,7 @@ class CheckpointStore:
         }
         revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
         folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
+        self._refused.discard(folder)
         arrays = {name: trees.to_stored(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
         self._delete_temporary()
         ocp = _orbax()
@@ -138,6 +140,26 @@ class CheckpointStore:
                 self._finalizer.shutdown()
             if "_checkpointer" in self.__dict__:
                 self._checkpointer.close()
+
+    def discard_after(self, step: int) -> None:
+        """Deletes every checkpoint of a later step, so that the newest one left is where a restart begins.
+
+        For going back behind a part of training that went wrong. All processes call it, and it returns when the files
+        are gone for all of them.
+
+        Args:
+          step: the newest step that stays; it need not exist.
+
+        Raises:
+          SaveError: if an earlier save failed in the background.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            for saved in self._folders():
+                if saved.step > step:
+                    _delete(saved.folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoints after {step} discarded")
 
     def steps(self) -> list[int]:
         """Steps whose save has finished, ascending. Their files are verified when they are loaded."""
@@ -260,9 +282,7 @@ class CheckpointStore:
         kept = {folders[step] for step in retention.kept(values)} | {just_saved}
         for saved in self._folders():
             if saved.folder not in kept:
-                # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
-                (saved.folder / DIGESTS).unlink(missing_ok=True)
-                saved.folder.rmtree()
+                _delete(saved.folder)
 
     def _folders(self) -> list[_Saved]:
         """Folders of steps, finished or not, ascending by step and revision."""
@@ -325,6 +345,13 @@ def _orbax() -> Any:
 def _parse(folder: epath.Path) -> _Saved | None:
     match = _FOLDER_NAME.fullmatch(folder.name)
     return _Saved(int(match[1]), int(match[2] or 0), folder) if match else None
+
+
+def _delete(folder: epath.Path) -> None:
+    # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
+    if folder.is_dir() and not (folder / DIGESTS).is_dir():
+        (folder / DIGESTS).unlink(missing_ok=True)
+    folder.rmtree()
 
 
 def _item_of(name: str) -> str:

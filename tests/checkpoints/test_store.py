@@ -122,6 +122,27 @@ def test_a_step_saved_again_replaces_the_earlier_one(store):
     assert sorted(folder.name for folder in store.directory.iterdir()) == ["00000004", "00000005.2"]
 
 
+def test_after_going_back_the_newest_one_left_wins(tmp_path):
+    """Oracle: a store that never saw the later steps; one of them is damaged, and comes again under the same number."""
+    with CheckpointStore(tmp_path, Retention(keep_last=9)) as store:
+        for step in (2, 4, 6, 8):
+            store.save(step, make_state(step), {"step": step})
+        store.wait()
+        (tmp_path / "00000006" / DIGESTS).write_text("")
+        with pytest.raises(UserError, match="of step 6"):
+            store.restore(make_state(), step=6)
+        store.discard_after(5)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000004"]
+        assert store.restore(make_state())[1] == {"step": 4}
+        store.discard_after(4)
+        store.save(6, make_state(60), {"again": True})
+    for reader in (store, CheckpointStore(tmp_path)):
+        restored, extra = reader.restore(make_state())
+        assert extra == {"again": True}
+        assert_identical(restored, make_state(60))
+        assert reader.steps() == [2, 4, 6]
+
+
 def largest_file(folder):
     return max((path for path in Path(folder).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
