@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from t5x_ext.data.batches import PackedBatches, batch_iterator
+from t5x_ext.data.batches import ExampleId, PackedBatches, batch_iterator
 from t5x_ext.data.cache import SubwordSampling, TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig, clean_line
 from t5x_ext.data.parallel_text import ParallelText, aligned_files, read_lines
@@ -28,6 +28,7 @@ __all__ = [
     "CldrCorpus",
     "CleaningConfig",
     "DataConfig",
+    "ExampleId",
     "PackedBatches",
     "ParallelText",
     "PreparedData",

@@ -27,6 +27,22 @@ class PreviewExample(NamedTuple):
     target: str
 
 
+class ExampleId(NamedTuple):
+    """Where an example of a batch comes from.
+
+    `pair` counts the pairs of the corpus that cleaning kept, from 0, and is the number of the cache's record where the
+    cache holds one segmentation; `segmentation` is the one that was read. Texts are None unless they were asked for.
+    """
+
+    corpus: str
+    direction: str
+    pair: int
+    segmentation: int
+    row: int
+    source: str | None = None
+    target: str | None = None
+
+
 class PackedBatches:
     """Batch i of a plan as arrays: numpy int32 [rows, length], the same shapes for every i.
 
@@ -89,6 +105,33 @@ class PackedBatches:
         ids = np.concatenate(blocks)
         reverse = self._reverse[examples.streams]
         return _Text(ids, np.where(reverse, starts[1], starts[0])), _Text(ids, np.where(reverse, starts[0], starts[1]))
+
+    def examples(self, index: int, texts: bool = False) -> list[ExampleId]:
+        """Where the examples of batch `index` come from, all rows, in the order in which they stand in them.
+
+        Args:
+          index: the batch.
+          texts: read the examples and give both sides as text, cut where the batch cuts them.
+        """
+        examples = self.plan.examples(index)
+        ids = []
+        for row, number, record in zip(examples.rows.tolist(), examples.streams.tolist(), examples.records.tolist()):
+            stream = self.plan.streams[number]
+            segmentation, pair = divmod(record, stream.cache.num_pairs)
+            ids.append(ExampleId(stream.cache.name, stream.name, pair, segmentation, row))
+        if not texts:
+            return ids
+        shown = (example for row in self.preview(index, self.plan.config.rows) for example in row)
+        return [known._replace(source=text.source, target=text.target) for known, text in zip(ids, shown)]
+
+    def example_lengths(self, index: int) -> tuple[Int[np.ndarray, " examples"], Int[np.ndarray, " examples"]]:
+        """Source and target tokens of every example of batch `index`, all rows of all hosts, int64; reads no tokens.
+
+        They are what the batch holds: tags and end of sentence counted, padding not. `TransformerConfig.flops` of
+        them is what the model must compute for the batch.
+        """
+        examples = self.plan.examples(index)
+        return examples.source_lengths, examples.target_lengths
 
     def preview(self, index: int, rows: int = 2) -> list[list[PreviewExample]]:
         """The first rows of a batch as text: for every row its examples, read back from the packed arrays."""

@@ -6,7 +6,16 @@ import time
 import numpy as np
 import pytest
 
-from t5x_ext.data import BatchConfig, BatchPlan, PackedBatches, Stream, TagPolicy, batch_iterator, build_cache
+from t5x_ext.data import (
+    BatchConfig,
+    BatchPlan,
+    PackedBatches,
+    Stream,
+    SubwordSampling,
+    TagPolicy,
+    batch_iterator,
+    build_cache,
+)
 
 ROWS, SOURCE_LENGTH, TARGET_LENGTH = 8, 48, 40
 TAGS = TagPolicy(encoder="source", decoder="target")
@@ -164,6 +173,38 @@ def test_every_text_is_there_once_an_epoch(batches, make_corpus):
 
 def test_preview_of_more_rows_than_there_are(batches):
     assert len(batches.preview(0, rows=100)) == ROWS
+
+
+def test_examples_name_corpus_direction_and_pair(batches, caches, make_corpus):
+    lines = {"list": make_corpus(200).lines, "zh": make_corpus(90, ("en", "zh"), seed=1).lines}
+    plan = batches.plan
+    for index in (0, plan.batches_per_epoch(0) + 1):
+        for example in batches.examples(index, texts=True):
+            pair = lines[example.corpus][example.pair]
+            assert (example.source, example.target) == (pair[::-1] if example.direction != "en-de" else pair)
+        assert [example[:5] for example in batches.examples(index)] == [
+            example[:5] for example in batches.examples(index, texts=True)
+        ]
+        assert [example.row for example in batches.examples(index)] == plan.examples(index).rows.tolist()
+
+
+def test_examples_name_the_segmentation(make_corpus, vocabulary, tmp_path):
+    cache = build_cache(make_corpus(20), vocabulary, tmp_path, subword=SubwordSampling(variants=2))
+    batches = PackedBatches(BatchPlan([Stream(cache)], vocabulary, TAGS, BatchConfig(rows=4), seed=0), vocabulary)
+    epochs = [batches.plan.batches_per_epoch(epoch) for epoch in range(2)]
+    for epoch, first in enumerate((0, epochs[0])):
+        examples = [example for index in range(epochs[epoch]) for example in batches.examples(first + index)]
+        assert sorted(example.pair for example in examples) == list(range(20))
+        assert {example.segmentation for example in examples} == {epoch}
+
+
+def test_example_lengths_are_those_of_all_rows(batches):
+    for index in range(3):
+        batch = batches[index]
+        for side, lengths in zip(("source", "target"), batches.example_lengths(index)):
+            segments = batch[f"{side}_segment_ids"]
+            expected = [np.count_nonzero(row == number) for row in segments for number in range(1, row.max() + 1)]
+            assert lengths.tolist() == expected
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 3])
