@@ -12,5 +12,5 @@ mypy
 lint-imports
 shellcheck scripts/*.sh .ci/run
 # One worker a core; each keeps to one thread, so that they do not fight over cores.
-export OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
+export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
 exec pytest -n auto --dist worksteal -q --durations=15 "$@"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from glob import glob
+from pathlib import Path
 
 from t5x_ext.cli.messages import UsageError, did_you_mean, one_line
 
@@ -23,11 +26,15 @@ VERBS = {
     "doctor": "check this machine: versions, devices, gin path, write access",
 }
 
+_GOOGLE = "0x1ae0"  # PCI vendor of TPUs
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
+
 
 def run() -> None:
     """The console entry: `t5x_ext VERB --flag=value ...`; ends the process with the verb's exit code."""
     # A console script does not see the current folder, where a user's own modules named in a gin file live.
     sys.path.append(os.getcwd())
+    _leave_absent_tpu_alone()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -60,6 +67,15 @@ def main(arguments: Sequence[str]) -> int:
         if not _is_mistake(error):
             raise
         return _fail(f"t5x_ext {verb}", error)
+
+
+def _leave_absent_tpu_alone() -> None:
+    """Keeps JAX from trying a TPU that is not there, which prints warnings: libtpu may be here for `check` alone."""
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    has_tpu = any(Path(vendor).read_text().strip() == _GOOGLE for vendor in glob("/sys/bus/pci/devices/*/vendor"))
+    if not has_tpu and not any(os.path.exists(device) for device in _GPU_DEVICES):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def overview() -> str:
