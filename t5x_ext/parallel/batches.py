@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, cast
 
 import jax
@@ -10,30 +9,28 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ext.contracts import Batch, UserError
-from t5x_ext.parallel.mesh import BATCH_AXES
+from t5x_ext.parallel.mesh import BATCH_AXES, batch_devices
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows cut over `data` and `fsdp`; every other axis whole."""
+    """Rows cut over `BATCH_AXES`; every other axis whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def host_rows(mesh: Mesh, global_rows: int) -> tuple[int, int]:
-    """The rows `start <= row < stop` of a global batch that this process must read.
+    """The rows `start <= row < stop` of a global batch that this process must read: from its first to its last.
 
-    Processes that share rows (cut along `tensor` only) get the same range.
+    Processes that share rows (cut along `tensor` only) get the same range. Where a host's devices are a block of a
+    torus, rows of other hosts lie between its own and are read along with them.
 
     Raises:
-      UserError: if the rows do not divide among the devices, or this process's devices hold rows that are not adjacent.
+      UserError: if the rows do not divide among the devices.
     """
-    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
+    pieces = batch_devices(mesh)
     if global_rows % pieces:
-        raise UserError(f"a batch of {global_rows} rows cannot be cut over {pieces} devices (data x fsdp)")
-    slices = batch_sharding(mesh).addressable_devices_indices_map((global_rows,)).values()
-    ranges = sorted({index[0].indices(global_rows)[:2] for index in slices if index is not None})
-    if any(stop != start for (_, stop), (start, _) in pairwise(ranges)):
-        raise UserError(f"process {jax.process_index()} holds rows {ranges} that are not adjacent: order the devices")
-    return ranges[0][0], ranges[-1][1]
+        raise UserError(f"a batch of {global_rows} rows cannot be cut over {pieces} devices ({' x '.join(BATCH_AXES)})")
+    start, stop = _host_pieces(mesh)
+    return start * global_rows // pieces, stop * global_rows // pieces
 
 
 def global_batch(mesh: Mesh, host_batch: Batch) -> Batch:
@@ -42,13 +39,29 @@ def global_batch(mesh: Mesh, host_batch: Batch) -> Batch:
     Raises:
       UserError: if the rows do not divide among this process's devices.
     """
-    sharding = batch_sharding(mesh)
-    try:
-        return cast(Batch, {name: _global_array(sharding, rows) for name, rows in host_batch.items()})
-    except ValueError as error:
-        rows = {name: len(cast(np.ndarray, array)) for name, array in host_batch.items()}
-        raise UserError(f"host rows {rows} do not fit the mesh {dict(mesh.shape)}: {error}") from error
+    return cast(Batch, {name: _global_array(mesh, np.asarray(rows)) for name, rows in host_batch.items()})
 
 
-def _global_array(sharding: NamedSharding, rows: Any) -> jax.Array:
-    return jax.make_array_from_process_local_data(sharding, rows)
+def _global_array(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    start, stop = _host_pieces(mesh)
+    per_piece, rest = divmod(len(rows), stop - start)
+    if rest:
+        raise UserError(
+            f"{len(rows)} host rows do not fit the mesh {dict(mesh.shape)}: want a multiple of {stop - start}"
+        )
+    offset = start * per_piece
+
+    def piece(index: Any) -> np.ndarray:
+        first, last, _ = index[0].indices(batch_devices(mesh) * per_piece)
+        return rows[first - offset : last - offset]
+
+    shape = (batch_devices(mesh) * per_piece, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), piece)
+
+
+def _host_pieces(mesh: Mesh) -> tuple[int, int]:
+    """The first and one past the last piece of a batch on this process's devices."""
+    pieces = batch_devices(mesh)
+    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((pieces,)).values()
+    starts = [index[0].indices(pieces)[0] for index in indices]
+    return min(starts), max(starts) + 1

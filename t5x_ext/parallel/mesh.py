@@ -1,4 +1,4 @@
-"""The device mesh: axes `data` (copies of the model), `fsdp` (parameters cut) and `tensor` (matrices cut)."""
+"""The device mesh: axes `slices` and `data` (copies of the model), `fsdp` (parameters cut), `tensor` (matrices cut)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from t5x_ext.contracts import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slices", "data", "fsdp", "tensor")
 """Names of the mesh axes, outermost (slowest links) first."""
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("slices", "data", "fsdp")
 """Mesh axes over which the rows of a batch are cut."""
 
 
@@ -26,38 +28,73 @@ class MeshConfig:
       data: replicas that hold the same parameters and see different rows.
       fsdp: devices among which parameters and optimizer state are cut; each sees different rows.
       tensor: devices among which single matrices are cut; all see the same rows.
+      slices: TPU slices or GPU nodes joined by a slow network. They are replicas: once an update they exchange
+        gradients, and nothing else.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1
 
     def __post_init__(self) -> None:
         sizes = astuple(self)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise UserError(f"{self}: every axis must be at least 1, and at most one of them -1 (what is left)")
 
-    def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """Devices along (data, fsdp, tensor), whose product is `num_devices`.
+    def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
+        """Devices along `MESH_AXES`, whose product is `num_devices`.
 
         >>> MeshConfig(data=-1, fsdp=2).sizes(8)
-        (4, 2, 1)
+        (1, 4, 2, 1)
         """
-        sizes = astuple(self)
+        sizes = (self.slices, self.data, self.fsdp, self.tensor)
         fixed = math.prod(size for size in sizes if size != -1)
         if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
             raise UserError(f"{self} does not fit {num_devices} devices: the axes must multiply to {num_devices}")
-        data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
-        return data, fsdp, tensor
+        slices, data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
+        return slices, data, fsdp, tensor
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (default: all, of every process).
 
+    Neighbours on the inner axes are neighbours on the fast network, and every position on `slices` is one slice (or
+    node, or process) where the devices know of as many of those.
+
     Raises:
-      UserError: if the axes do not multiply to the number of devices.
+      UserError: if the axes do not multiply to the number of devices, or TPU slices are more than the axis `slices`.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = (config or MeshConfig()).sizes(len(devices))
+    slices, *inner = (config or MeshConfig()).sizes(len(devices))
+    if _count(devices, "slice_index") == slices > 1:
+        arranged = _hybrid(slices, inner, devices, by_process=False)
+    elif _count(devices, "process_index") == slices > 1:
+        arranged = _hybrid(slices, inner, devices, by_process=True)
+    elif devices[0].platform == "tpu" and _count(devices, "slice_index") > 1:
+        count = _count(devices, "slice_index")
+        raise UserError(f"the devices lie in {count} slices and MeshConfig.slices is {slices}: set it to {count}")
+    else:
+        # Where the wanted axes do not follow those of the torus, cutting one of its axes still beats refusing.
+        arranged = mesh_utils.create_device_mesh((slices, *inner), devices, allow_split_physical_axes=True)
     # Auto: shardings are derived from arguments and propagated by the compiler, not carried in types.
-    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Pieces into which the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _count(devices: Sequence[jax.Device], attribute: str) -> int:
+    return len({getattr(device, attribute, None) for device in devices})
+
+
+def _hybrid(slices: int, inner: Sequence[int], devices: Sequence[jax.Device], *, by_process: bool) -> np.ndarray:
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *inner),
+        (slices, *(1 for _ in inner)),
+        devices,
+        process_is_granule=by_process,
+        allow_split_physical_axes=True,
+    )

@@ -22,7 +22,7 @@ from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_jso
 from t5x_ext.contracts import Batch, PyTree, UserError
 from t5x_ext.data import PreparedData, VocabularyConfig, batch_iterator, prepare
 from t5x_ext.models import TransformerConfig, init_params
-from t5x_ext.parallel import global_batch, host_rows, make_mesh
+from t5x_ext.parallel import BATCH_AXES, batch_devices, global_batch, host_rows, make_mesh
 from t5x_ext.train import hooks
 from t5x_ext.train.evaluation import HeldOut, run_test
 from t5x_ext.train.loop import Hook, Loop, train
@@ -160,11 +160,11 @@ def _check_rows(run: Run, mesh: Mesh) -> None:
     Raises:
       UserError: naming a multiple that does.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = batch_devices(mesh)
     if run.data.batch.rows % (devices * run.num_microbatches):
         raise UserError(
-            f"BatchConfig.rows is {run.data.batch.rows}; {devices} devices (data x fsdp) with {run.num_microbatches} "
-            f"microbatches need a multiple of {devices * run.num_microbatches}"
+            f"BatchConfig.rows is {run.data.batch.rows}; {devices} devices ({' x '.join(BATCH_AXES)}) with "
+            f"{run.num_microbatches} microbatches need a multiple of {devices * run.num_microbatches}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -50,10 +51,12 @@ def specs(shardings):
 @pytest.mark.parametrize(
     ("config", "devices", "sizes"),
     [
-        (MeshConfig(), 8, (8, 1, 1)),
-        (MeshConfig(data=1, fsdp=-1), 8, (1, 8, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 2)),
-        (MeshConfig(data=1), 1, (1, 1, 1)),
+        (MeshConfig(), 8, (1, 8, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1), 8, (1, 1, 8, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 2)),
+        (MeshConfig(data=1), 1, (1, 1, 1, 1)),
+        (MeshConfig(slices=2, data=1, fsdp=-1), 8, (2, 1, 4, 1)),
+        (MeshConfig(slices=-1, data=1, fsdp=4), 8, (2, 1, 4, 1)),
     ],
 )
 def test_sizes(config, devices, sizes):
@@ -183,7 +186,7 @@ def test_a_whole_training_state_is_cut_in_one_call():
 
 
 @pytest.mark.devices(8)
-def test_rows_are_cut_over_data_and_fsdp():
+def test_rows_are_cut_over_the_axes_of_a_batch():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     rows = np.arange(24).reshape(8, 3)
     batch = global_batch(mesh, {"tokens": rows, "weights": rows[:, 0].astype(np.float32)})
@@ -193,7 +196,7 @@ def test_rows_are_cut_over_data_and_fsdp():
     np.testing.assert_array_equal(batch["weights"], rows[:, 0])
     with pytest.raises(UserError, match="6 rows cannot be cut over 4"):
         host_rows(mesh, 6)
-    with pytest.raises(UserError, match=r"host rows \{'tokens': 6\}"):
+    with pytest.raises(UserError, match="6 host rows do not fit the mesh"):
         global_batch(mesh, {"tokens": rows[:6]})
 
 
@@ -214,6 +217,7 @@ def linear_step(optimizer, params, state, batch):
         (fsdp(), MeshConfig(data=1, fsdp=8)),
         (fsdp(), MeshConfig(data=2, fsdp=4)),
         (fsdp_tensor(), MeshConfig(data=2, fsdp=2, tensor=2)),
+        (fsdp(), MeshConfig(slices=2, data=2, fsdp=2)),
     ],
 )
 def test_a_step_on_eight_devices_equals_one(rules, config):
@@ -238,3 +242,30 @@ def test_a_step_on_eight_devices_equals_one(rules, config):
         together, together_state = sharded_step(together, together_state, global_batch(mesh, batch))
     assert together["embedding"].sharding == param_shardings["embedding"]
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-6), together, alone)
+
+
+@dataclass(frozen=True)
+class Somewhere:
+    """A device that only knows where it is."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "a GPU"
+
+
+@pytest.mark.parametrize("attribute", ["slice_index", "process_index"])
+def test_each_position_on_slices_is_one_slice_or_process(attribute):
+    """Devices come in no order; those of a position on `slices` are on one fast network, and all of it."""
+    other = {"slice_index": "process_index", "process_index": "slice_index"}[attribute]
+    devices = [Somewhere(number, **{attribute: number % 2, other: 0}) for number in range(8)]
+    mesh = make_mesh(MeshConfig(slices=2, data=2, fsdp=2), devices)
+    assert mesh.shape == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    assert [{getattr(device, attribute) for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+def test_tpu_slices_must_be_on_the_axis_of_slices():
+    devices = [Somewhere(number, 0, number // 4, platform="tpu") for number in range(8)]
+    with pytest.raises(UserError, match=r"lie in 2 slices and MeshConfig.slices is 1: set it to 2"):
+        make_mesh(MeshConfig(), devices)
