@@ -11,7 +11,9 @@ import logging
 import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,14 +21,18 @@ from jaxtyping import Int
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data.packing import pack
+from t5x_ext.data.row_counts import RowCounts
+from t5x_ext.data.shuffling import Shuffle
 from t5x_ext.data.streams import Stream
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-# The current epoch, and the next one that prefetching has begun to read.
-_EPOCHS_IN_MEMORY = 2
+# Examples that are shuffled and packed at a time: enough that a window's end costs no density, few enough for memory.
+_WINDOW_EXAMPLES = 1 << 20
+# The one that is read, the next that prefetching has begun to read, and the one after that, planned ahead.
+_WINDOWS_IN_MEMORY = 3
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class RowExamples(NamedTuple):
     target_lengths: Int[np.ndarray, " examples"]
 
 
-class _Epoch(NamedTuple):
+class _Window(NamedTuple):
     """Examples sorted by row; row r holds examples `row_starts[r]` to `row_starts[r + 1]`."""
 
     streams: Int[np.ndarray, " examples"]
@@ -88,14 +94,34 @@ class _Epoch(NamedTuple):
         return len(self.row_starts) - 1
 
 
+class _Usable(NamedTuple):
+    """Pairs of a stream that may be drawn, in order: all but some."""
+
+    size: int
+    left_out: Int[np.ndarray, " left_out"]  # for each pair left out, ascending, the number of usable ones before it
+
+    def pairs(self, places: Int[np.ndarray, " places"]) -> Int[np.ndarray, " places"]:
+        return places + np.searchsorted(self.left_out, places, side="right") if len(self.left_out) else places
+
+
 class BatchPlan:
     """An infinite sequence of batches over several streams.
 
     An epoch has as many examples as all streams together. Each stream is an endless run of passes, a pass being a
-    random order of its examples; an epoch takes the next stretch of every run, as long as the stream's rate says. What
-    is drawn is shuffled over the whole epoch and packed. An epoch's rows are dealt out evenly over its batches, of
-    which none has more than `rows`; missing rows are left empty. So at temperature 1 every example is seen exactly once
-    an epoch, no batch is nearly empty, and no epoch reaches into the next.
+    random order of its examples; an epoch takes the next stretch of every run, as long as the stream's rate says. An
+    epoch of more than a million (2^20) examples is planned in windows of at most about so many, each with its share of
+    every stretch; a smaller one is one window. What a window draws is shuffled and packed. Rows go into batches of
+    `rows`; those of an epoch's last window are dealt out evenly, missing rows being left empty (see `RowCounts`). So at
+    temperature 1 every example is seen exactly once an epoch, no batch is nearly empty, and no epoch reaches into the
+    next.
+
+    Memory is that of a few windows and does not grow with the number of examples, but for 8 bytes for each overlong one
+    that is dropped; lengths are read from the caches' memory-mapped files. Of a large epoch the next window is planned
+    in a thread while one is read.
+
+    Which batches an epoch has is known once its windows are planned. A run that goes on late in its data would plan all
+    that came before; `known_rows` is what there is to know of it, a short JSON list to keep in a checkpoint, and
+    `remember` takes it back.
 
     Attributes:
       streams: the directions.
@@ -143,9 +169,11 @@ class BatchPlan:
         self._seed = seed
         self._shuffle = shuffle
         self._usable = [self._usable_pairs(index) for index in range(len(streams))]
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._first_batches = [0]
-        self._lock = threading.RLock()
+        self._num_windows = -(-self.examples_per_epoch // _WINDOW_EXAMPLES)
+        self._counts = RowCounts(self._num_windows, config.rows)
+        self._windows: OrderedDict[tuple[int, int], Future[_Window]] = OrderedDict()
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="batch plan")
+        self._lock = threading.Lock()
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> BatchPlan:
         """The same plan with more ranges [start, stop) left out, in the numbers that `unskipped` gives.
@@ -170,15 +198,15 @@ class BatchPlan:
     @property
     def examples_per_epoch(self) -> int:
         """Examples that an epoch draws."""
-        return sum(len(usable) for usable in self._usable)
+        return sum(usable.size for usable in self._usable)
 
     def _stream_rates(self) -> np.ndarray:
         sizes: Counter[str] = Counter()
         for stream, usable in zip(self.streams, self._usable):
-            sizes[stream.name] += len(usable)
+            sizes[stream.name] += usable.size
         total = sum(sizes.values())
         weights = {name: (size / total) ** (1 / self.config.temperature) for name, size in sizes.items()}
-        rates = [weights[s.name] * len(usable) / sizes[s.name] for s, usable in zip(self.streams, self._usable)]
+        rates = [weights[s.name] * usable.size / sizes[s.name] for s, usable in zip(self.streams, self._usable)]
         return np.array(rates) / sum(weights.values())
 
     def _draws(self) -> list[int]:
@@ -198,26 +226,36 @@ class BatchPlan:
         source = lengths[:, 0] + (len(self.source_prefixes[index]) + 1)
         return source, lengths[:, 1] + (len(self.target_prefixes[index]) + 1)
 
-    def _usable_pairs(self, index: int) -> Int[np.ndarray, " pairs"]:
+    def _usable_pairs(self, index: int) -> _Usable:
         """Pairs that may be drawn; with several segmentations a pair is dropped if any of them is too long."""
         stream = self.streams[index]
-        source, target = self._whole_lengths(index, stream.lengths)
-        all_fit = (source <= self.config.source_length) & (target <= self.config.target_length)
-        fits = np.logical_and.reduce(all_fit.reshape(stream.cache.variants, -1), axis=0)
-        overlong = int(len(fits) - fits.sum())
-        self.overlong[stream.name] += overlong
-        if overlong:
+        pairs = stream.cache.num_pairs
+        parts = [
+            start + self._overlong(index, start, min(start + _WINDOW_EXAMPLES, pairs))
+            for start in range(0, pairs, _WINDOW_EXAMPLES)
+        ]
+        overlong = np.concatenate(parts)
+        self.overlong[stream.name] += len(overlong)
+        if len(overlong):
             verb = "dropped" if self.config.overlong == "drop" else "truncated"
             logger.info(
-                "%s (%s): %d of %d examples %s as overlong", stream.name, stream.cache.name, overlong, len(fits), verb
+                "%s (%s): %d of %d examples %s as overlong", stream.name, stream.cache.name, len(overlong), pairs, verb
             )
-        usable = np.flatnonzero(fits) if self.config.overlong == "drop" else np.arange(len(fits))
-        if not len(usable):
+        left_out = overlong if self.config.overlong == "drop" else overlong[:0]
+        if len(left_out) == pairs:
             raise UserError(
-                f"{stream.cache.name}, {stream.name}: all {len(fits)} examples are longer than source_length="
+                f"{stream.cache.name}, {stream.name}: all {pairs} examples are longer than source_length="
                 f"{self.config.source_length} or target_length={self.config.target_length}"
             )
-        return usable
+        return _Usable(pairs - len(left_out), left_out - np.arange(len(left_out)))
+
+    def _overlong(self, index: int, start: int, stop: int) -> Int[np.ndarray, " overlong"]:
+        """Which of the pairs `start` to `stop` are, counted from `start`."""
+        stream, overlong = self.streams[index], np.zeros(stop - start, dtype=bool)
+        for first in range(0, stream.cache.variants * stream.cache.num_pairs, stream.cache.num_pairs):
+            source, target = self._whole_lengths(index, stream.lengths[first + start : first + stop])
+            overlong |= (source > self.config.source_length) | (target > self.config.target_length)
+        return np.flatnonzero(overlong)
 
     def _row_lengths(self, streams: np.ndarray, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.empty((2, len(records)), dtype=np.int64)
@@ -227,7 +265,7 @@ class BatchPlan:
                 lengths[0, places], lengths[1, places] = self._whole_lengths(index, stream.lengths[records[places]])
         return np.minimum(lengths[0], self.config.source_length), np.minimum(lengths[1], self.config.target_length)
 
-    # Epochs
+    # Windows
 
     def _random(self, *key: object) -> np.random.Generator:
         digest = hashlib.sha256(repr((self._seed, *key)).encode()).digest()
@@ -236,50 +274,98 @@ class BatchPlan:
     def _draw(self, index: int, start: int, stop: int) -> np.ndarray:
         """Records from `start` to `stop` in the stream's endless run of passes."""
         usable, stream = self._usable[index], self.streams[index]
-        size = len(usable)
-        parts = []
-        for number in range(start // size, -(-stop // size)):
-            order = usable
-            if self._shuffle:
-                order = self._random("pass", stream.name, stream.cache.name, number).permutation(usable)
-            first, last = max(start - number * size, 0), min(stop - number * size, size)
-            parts.append(order[first:last] + number % stream.cache.variants * stream.cache.num_pairs)
+        parts = [np.zeros(0, dtype=np.int64)]
+        for number in range(start // usable.size, -(-stop // usable.size)):
+            first, last = max(start - number * usable.size, 0), min(stop - number * usable.size, usable.size)
+            pairs = usable.pairs(self._order(index, number, first, last))
+            parts.append(pairs + number % stream.cache.variants * stream.cache.num_pairs)
         return np.concatenate(parts)
 
-    def _plan_epoch(self, epoch: int) -> _Epoch:
+    def _order(self, index: int, number: int, first: int, last: int) -> np.ndarray:
+        """Places `first` to `last` of pass `number` over the stream's usable pairs."""
+        size, stream = self._usable[index].size, self.streams[index]
+        if not self._shuffle:
+            return np.arange(first, last)
+        random = self._random("pass", stream.name, stream.cache.name, number)
+        # A whole order is the better shuffle; beyond a window it would take more memory than everything else.
+        if size <= _WINDOW_EXAMPLES:
+            return random.permutation(size)[first:last]
+        return Shuffle(size, random)(np.arange(first, last))
+
+    def _plan_window(self, epoch: int, window: int) -> _Window:
         draws = self._draws()
-        drawn = [self._draw(index, epoch * count, (epoch + 1) * count) for index, count in enumerate(draws) if count]
-        records = np.concatenate(drawn)
-        streams = np.repeat(np.arange(len(draws), dtype=np.int16), draws)
+        bounds = [
+            [epoch * count + count * part // self._num_windows for part in (window, window + 1)] for count in draws
+        ]
+        records = np.concatenate([self._draw(index, *stretch) for index, stretch in enumerate(bounds)])
+        streams = np.repeat(np.arange(len(draws), dtype=np.int16), [stop - start for start, stop in bounds])
+        # An epoch of one window has the order that epochs had before they had windows.
+        key = (epoch, window) if window else (epoch,)
         if self._shuffle:
-            order = self._random("examples", epoch).permutation(len(records))
+            order = self._random("examples", *key).permutation(len(records))
             records, streams = records[order], streams[order]
         if not self.config.packing:
-            return _Epoch(streams, records, np.arange(len(records) + 1))
+            return _Window(streams, records, np.arange(len(records) + 1))
         capacities = (self.config.source_length, self.config.target_length)
         rows, num_rows = pack(*self._row_lengths(streams, records), *capacities)
         if self._shuffle:
-            rows = self._random("rows", epoch).permutation(num_rows)[rows]
+            rows = self._random("rows", *key).permutation(num_rows)[rows]
         order = np.argsort(rows, kind="stable")
         row_starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
-        return _Epoch(streams[order], records[order], row_starts)
+        return _Window(streams[order], records[order], row_starts)
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def _window(self, epoch: int, window: int) -> _Window:
+        following = (epoch, window + 1) if window + 1 < self._num_windows else (epoch + 1, 0)
         with self._lock:
-            if epoch not in self._epochs:
-                self._epochs[epoch] = self._plan_epoch(epoch)
-                while len(self._epochs) > _EPOCHS_IN_MEMORY:
-                    self._epochs.popitem(last=False)
-            self._epochs.move_to_end(epoch)
-            return self._epochs[epoch]
+            planned = self._submit(epoch, window)
+            if self._num_windows > 1:
+                self._submit(*following)
+        result = planned.result()
+        with self._lock:
+            if (epoch, window) == self._counts.next_window:
+                self._counts.add(result.num_rows)
+            starts = self._counts.window_starts(epoch)
+        if starts[window + 1] - starts[window] != result.num_rows:
+            raise UserError("the stored position in the data is of other data: windows have other rows")
+        return result
+
+    def _submit(self, epoch: int, window: int) -> Future[_Window]:
+        key = (epoch, window)
+        if key not in self._windows:
+            self._windows[key] = self._planner.submit(self._plan_window, epoch, window)
+            while len(self._windows) > _WINDOWS_IN_MEMORY:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(key)
+        return self._windows[key]
+
+    def _count_next_window(self) -> None:
+        with self._lock:
+            window = self._counts.next_window
+        self._window(*window)
 
     def batches_per_epoch(self, epoch: int = 0) -> int:
-        """Batches of an epoch, skipped ones included; epochs may differ by a few."""
+        """Batches of an epoch, skipped ones included; epochs may differ by a few.
+
+        It plans the epoch, and those before it of which nothing is known: about a second a million examples.
+        """
+        while (batches := self._counts.batches(epoch)) is None:
+            self._count_next_window()
+        return batches
+
+    def known_rows(self) -> list[list[int]]:
+        """Rows of every window planned so far, a list an epoch: JSON for a checkpoint, see `remember`."""
         with self._lock:
-            while len(self._first_batches) < epoch + 2:
-                rows = self._epoch(len(self._first_batches) - 1).num_rows
-                self._first_batches.append(self._first_batches[-1] - (-rows // self.config.rows))
-            return self._first_batches[epoch + 1] - self._first_batches[epoch]
+            return self._counts.to_json()
+
+    def remember(self, known_rows: Sequence[Sequence[int]]) -> None:
+        """Takes over what `known_rows` gave in an earlier process, so that the windows it counts are not planned again.
+
+        Raises:
+          UserError: where it is of another plan, as far as that can be seen; what cannot is seen when one of the
+            windows is planned.
+        """
+        with self._lock:
+            self._counts.extend(known_rows)
 
     # Batches
 
@@ -294,14 +380,17 @@ class BatchPlan:
     def locate(self, index: int) -> tuple[int, int]:
         """The epoch of batch `index` and its number within it.
 
-        Epochs before it are planned once to know how many batches they have.
+        Windows before it of which nothing is known are planned, to know how many rows they have.
         """
         if index < 0:
             raise IndexError(f"batch {index}: numbers start at 0")
-        number, epoch = self.unskipped(index), 0
-        while number >= self._first_batches[epoch] + self.batches_per_epoch(epoch):
-            epoch += 1
-        return epoch, number - self._first_batches[epoch]
+        number = self.unskipped(index)
+        while True:
+            with self._lock:
+                found = self._counts.locate(number)
+            if found is not None:
+                return found
+            self._count_next_window()
 
     def epoch_of(self, index: int) -> int:
         """The epoch of batch `index`."""
@@ -309,21 +398,39 @@ class BatchPlan:
 
     def examples(self, index: int, start: int = 0, stop: int | None = None) -> RowExamples:
         """Examples in rows `start` to `stop` (None: the last) of batch `index`; rows are numbered from `start`."""
-        epoch_number, batch = self.locate(index)
-        epoch, batches = self._epoch(epoch_number), self.batches_per_epoch(epoch_number)
-        first, last = (batch * epoch.num_rows // batches, (batch + 1) * epoch.num_rows // batches)
+        epoch, batch = self.locate(index)
+        with self._lock:
+            first, last = self._counts.rows_of(epoch, batch)
+            starts = self._counts.window_starts(epoch)
         stop = self.config.rows if stop is None else stop
-        bounds = epoch.row_starts[min(first + start, last) : min(first + stop, last) + 1]
-        streams, records = epoch.streams[bounds[0] : bounds[-1]], epoch.records[bounds[0] : bounds[-1]]
-        rows = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-        return RowExamples(rows, streams.astype(np.int64), records, *self._row_lengths(streams, records))
+        first, last = min(first + start, last), min(first + stop, last)
+        parts = [
+            self._rows_of_window(epoch, window, max(first, window_first), min(last, window_last))
+            for window, (window_first, window_last) in enumerate(pairwise(starts))
+            if max(first, window_first) < min(last, window_last)
+        ]
+        if not parts:
+            return RowExamples(*(np.zeros(0, dtype=np.int64) for _ in RowExamples._fields))
+        rows, streams, records = (np.concatenate(arrays) for arrays in zip(*parts))
+        return RowExamples(rows - first, streams, records, *self._row_lengths(streams, records))
+
+    def _rows_of_window(self, epoch: int, number: int, first: int, last: int) -> tuple[np.ndarray, ...]:
+        """Row, stream and record of the examples in rows `first` to `last` of the epoch, which are of one window."""
+        window = self._window(epoch, number)
+        with self._lock:
+            window_first = self._counts.window_starts(epoch)[number]
+        bounds = window.row_starts[first - window_first : last - window_first + 1]
+        inside = slice(bounds[0], bounds[-1])
+        rows = first + np.repeat(np.arange(last - first), np.diff(bounds))
+        return rows, window.streams[inside].astype(np.int64), window.records[inside]
 
     @property
     def density(self) -> float:
-        """Share of the decoder's positions in the first epoch that hold a label."""
-        epoch = self._epoch(0)
-        labels = int(self._row_lengths(epoch.streams, epoch.records)[1].sum())
-        return labels / (self.batches_per_epoch(0) * self.config.rows * self.config.target_length)
+        """Share of the decoder's positions that hold a label, over the first epoch or its first million examples."""
+        window = self._window(0, 0)
+        labels = int(self._row_lengths(window.streams, window.records)[1].sum())
+        batches = -(-window.num_rows // self.config.rows)
+        return labels / (batches * self.config.rows * self.config.target_length)
 
 
 def _merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -8,6 +9,7 @@ import pytest
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import BatchConfig, BatchPlan, TagPolicy
+from t5x_ext.data import plan as plan_module
 
 LENGTHS = np.random.default_rng(0).integers(2, 12, (300, 2))
 CONFIG = BatchConfig(rows=4, source_length=32, target_length=32)
@@ -110,6 +112,101 @@ def test_skipped_ranges_are_left_out(plan_of, make_stream):
     assert plan_of(make_stream(LENGTHS), skipped=[(1, 3)]).skipped == ((1, 3),)
     with pytest.raises(UserError, match=r"skipped range \[3, 1\)"):
         plan.skipping([(3, 1)])
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Windows of at most 64 examples, so that small epochs have several."""
+    monkeypatch.setattr(plan_module, "_WINDOW_EXAMPLES", 64)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_windows_of_an_epoch_hold_every_example_once(plan_of, make_stream, small_windows, packing):
+    overlong = LENGTHS.copy()
+    overlong[::7] = 33
+    plan = plan_of(make_stream(LENGTHS), make_stream(overlong, reverse=True), make_stream(LENGTHS[:70], "en", "zh"),
+                   packing=packing)  # fmt: skip
+    kept = [record for record in range(300) if record % 7]
+    expected = Counter([(0, n) for n in range(300)] + [(1, n) for n in kept] + [(2, n) for n in range(70)])
+    orders = [epoch_examples(plan, epoch) for epoch in range(3)]
+    assert all(Counter(order) == expected for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert [len(rows) for rows in plan.known_rows()[:3]] == [10, 10, 10], "627 examples in windows of at most 64"
+    if packing:
+        for index in range(plan.batches_per_epoch(0)):
+            examples = plan.examples(index)
+            assert np.bincount(examples.rows, examples.source_lengths).max() <= 32
+            assert np.bincount(examples.rows, examples.target_lengths).max() <= 32
+
+
+def test_windows_mix_streams_as_the_epoch_does(plan_of, make_stream, small_windows):
+    plan = plan_of(make_stream(LENGTHS), make_stream(LENGTHS[:100], "en", "zh"), packing=False, rows=40)
+    for index in range(plan.batches_per_epoch(0)):
+        assert 2 <= (plan.examples(index).streams == 1).sum() <= 20
+
+
+def test_batches_before_the_last_window_are_full(plan_of, make_stream, small_windows):
+    plan = plan_of(make_stream(LENGTHS[:270]), packing=False, rows=25)
+    rows = [len(np.unique(plan.examples(index).rows)) for index in range(plan.batches_per_epoch(0))]
+    assert rows == [25] * 8 + [23, 23, 24], "216 rows before the last window of five, 200 of them in full batches"
+
+
+@pytest.mark.parametrize("rows", [1, 4, 50, 500])
+def test_windows_keep_a_plan_a_pure_function_of_seed_and_number(plan_of, make_stream, small_windows, rows):
+    forward, backward = (plan_of(make_stream(LENGTHS), make_stream(LENGTHS[:50], "en", "zh"), rows=rows, temperature=3)
+                         for _ in range(2))  # fmt: skip
+    total = sum(forward.batches_per_epoch(epoch) for epoch in range(3))
+    ahead = [forward.examples(index).records.tolist() for index in range(total)]
+    assert ahead == [backward.examples(index).records.tolist() for index in reversed(range(total))][::-1]
+
+
+def test_parts_of_batches_across_windows_are_rows_of_the_whole(plan_of, make_stream, small_windows):
+    plan = plan_of(make_stream(LENGTHS), rows=30)
+    for index in range(plan.batches_per_epoch(0)):
+        whole = plan.examples(index)
+        for start, stop in ((0, 10), (10, 30), (29, 30), (7, 7)):
+            part, inside = plan.examples(index, start, stop), (whole.rows >= start) & (whole.rows < stop)
+            np.testing.assert_array_equal(part.rows + start, whole.rows[inside])
+            np.testing.assert_array_equal(part.records, whole.records[inside])
+
+
+def test_what_is_known_of_rows_spares_planning(plan_of, make_stream, small_windows, monkeypatch):
+    first = plan_of(make_stream(LENGTHS))
+    index = sum(first.batches_per_epoch(epoch) for epoch in range(4)) + 3
+    expected = first.examples(index).records.tolist()
+    resumed = plan_of(make_stream(LENGTHS))
+    resumed.remember(json.loads(json.dumps(first.known_rows())))
+    planned = []
+    plan_window = BatchPlan._plan_window
+    monkeypatch.setattr(
+        BatchPlan, "_plan_window", lambda self, *window: planned.append(window) or plan_window(self, *window)
+    )
+    assert resumed.examples(index).records.tolist() == expected
+    assert planned == [(4, 0), (4, 1)], "the window, and the next one ahead"
+    assert resumed.skipping([(index, index + 1)]).known_rows() == resumed.known_rows() == first.known_rows()
+
+
+def test_knowledge_of_another_plan_is_refused(plan_of, make_stream, small_windows):
+    plan = plan_of(make_stream(LENGTHS))
+    plan.examples(0)
+    known = plan.known_rows()
+    with pytest.raises(UserError, match="of other data: windows have other rows"):
+        plan.remember([[known[0][0] + 1]])
+    with pytest.raises(UserError, match="of other data: epochs have other windows"):
+        plan.remember([[5, 5], [5]])
+    fresh = plan_of(make_stream(LENGTHS))
+    fresh.remember([[known[0][0] + 1]])
+    with pytest.raises(UserError, match="of other data: windows have other rows"):
+        fresh.examples(0)
+
+
+def test_failure_while_planning_reaches_the_caller(plan_of, make_stream, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(plan_module, "pack", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        plan_of(make_stream(LENGTHS)).examples(0)
 
 
 def test_rates_from_proportional_to_uniform(plan_of, make_stream):
