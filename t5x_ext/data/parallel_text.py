@@ -127,16 +127,13 @@ class ParallelText:
 def aligned_files(directory: str, stem: str, source_language: str, target_language: str) -> ParallelText:
     """Two files of a folder named by their language, as `train.en` and `train.de`, or the same with `.gz`.
 
-    Raises:
-      UserError: where one of them is missing.
+    A missing file is reported when it is read: a run can be described, and planned for, where its texts are not.
     """
 
     def find(language: str) -> str:
         plain = epath.Path(directory) / f"{stem}.{language}"
-        for path in (plain, plain.with_name(f"{plain.name}.gz")):
-            if path.exists():
-                return str(path)
-        raise UserError(f"{plain}: no such file, plain or with .gz")
+        zipped = plain.with_name(f"{plain.name}.gz")
+        return str(zipped if zipped.exists() and not plain.exists() else plain)
 
     return ParallelText(find(source_language), find(target_language), source_language, target_language)
 

@@ -69,8 +69,9 @@ def test_aligned_files_are_found_plain_or_gzipped(write, tmp_path):
     write("train.en", b"one\n")
     write("train.de.gz", gzip.compress(b"eins\n"))
     assert list(aligned_files(str(tmp_path), "train", "de", "en").pairs()) == [("eins", "one")]
-    with pytest.raises(UserError, match=r"train\.fr: no such file, plain or with \.gz"):
-        aligned_files(str(tmp_path), "train", "en", "fr")
+    absent = aligned_files(str(tmp_path), "train", "en", "fr")
+    with pytest.raises(UserError, match=r"train\.fr: no such file"):
+        list(absent.pairs())
 
 
 @pytest.mark.parametrize(("source_lines", "target_lines"), [(2, 3), (3, 2)])
