@@ -4,7 +4,7 @@ from t5x_ext.checkpoints.averaging import average_params
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder, write_json
 from t5x_ext.checkpoints.store import CheckpointStore, SaveError
-from t5x_ext.checkpoints.trees import StructureError
+from t5x_ext.checkpoints.trees import StructureError, check_structure
 
 __all__ = [
     "CheckpointStore",
@@ -14,5 +14,6 @@ __all__ = [
     "SaveError",
     "StructureError",
     "average_params",
+    "check_structure",
     "write_json",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
-from t5x_ext.checkpoints.trees import LeafSpec, flatten, leaf_spec
+from t5x_ext.checkpoints.trees import LeafSpec, specs
 from t5x_ext.contracts import Params, UserError
 
 
@@ -35,24 +35,20 @@ def average_params(checkpoints: Iterable[Params]) -> Params:
     first = next(remaining, None)
     if first is None:
         raise UserError("cannot average checkpoints: none was given")
-    specs = _specs(first)
+    first_specs = specs(first)
     # Starting from the first tree instead of zeros keeps the sign of -0.0.
     total = jax.tree.map(lambda leaf: np.array(leaf, np.float64), first)
     count = 1
     for count, params in enumerate(remaining, start=2):
-        _check_same(_specs(params), specs, count)
+        _check_same(specs(params), first_specs, count)
         total = jax.tree.map(lambda old, new: np.add(old, new, out=old, dtype=np.float64), total, params)
     return jax.tree.map(lambda leaf, like: np.asarray(leaf / count, like.dtype), total, first)
 
 
-def _specs(params: Params) -> dict[str, LeafSpec]:
-    return {name: leaf_spec(name, leaf) for name, leaf in flatten(params).items()}
-
-
-def _check_same(specs: Mapping[str, LeafSpec], first: Mapping[str, LeafSpec], number: int) -> None:
-    for name in {**first, **specs}:
-        if specs.get(name) != first.get(name):
+def _check_same(these: Mapping[str, LeafSpec], first: Mapping[str, LeafSpec], number: int) -> None:
+    for name in {**first, **these}:
+        if these.get(name) != first.get(name):
             raise UserError(
-                f"cannot average checkpoint {number} with the first: {name} is {specs.get(name)} there, "
+                f"cannot average checkpoint {number} with the first: {name} is {these.get(name)} there, "
                 f"{first.get(name)} in the first"
             )

@@ -32,23 +32,48 @@ def write_json(path: epath.PathLike, value: Any) -> None:
         raise
 
 
-def write_digests(folder: epath.Path) -> None:
-    """Records size and SHA-256 of every file below `folder`: from here on the folder counts as whole."""
-    files = {name: [(folder / name).stat().length, _sha256(folder / name)] for name in _file_names(folder)}
+def write_part_of_digests(folder: epath.Path, index: int, count: int) -> None:
+    """Records the digests of every `count`-th file below `folder`, so that many processes share the reading."""
+    names = _file_names(folder)[index::count]
+    write_json(_part(folder, index), {name: _digest(folder / name) for name in names})
+
+
+def write_digests(folder: epath.Path, parts: int = 0) -> None:
+    """Records size and SHA-256 of every file below `folder`: from here on the folder counts as whole.
+
+    Args:
+      folder: the folder.
+      parts: how many parts `write_part_of_digests` has left there; they are taken over and deleted.
+    """
+    known: dict[str, list[int | str]] = {}
+    for index in range(parts):
+        known |= json.loads(_part(folder, index).read_text())
+        _part(folder, index).unlink()
+    # A file that a process did not see yet, as may happen on a network file system, is in no part.
+    files = {name: known.get(name) or _digest(folder / name) for name in _file_names(folder)}
     write_json(folder / DIGESTS, {"format": 1, "files": files})
 
 
-def find_damage(folder: epath.Path, wanted: Callable[[str], bool] = lambda name: True) -> str | None:
-    """Why `folder` cannot be trusted, in a few words; None when every wanted file has its recorded digest."""
+def find_damage(
+    folder: epath.Path, wanted: Callable[[str], bool] = lambda name: True, index: int = 0, count: int = 1
+) -> str | None:
+    """Why `folder` cannot be trusted, in a few words; None when every wanted file has its recorded digest.
+
+    Of the files it reads every `count`-th only, beginning with number `index`: the others are for other processes.
+    """
+    if not folder.is_dir():
+        return "it is not a folder"
     if not (folder / DIGESTS).exists():
-        return f"it has no {DIGESTS}, so its save did not finish"
+        return f"it has no {DIGESTS}, so its save has not finished"
     try:
         files = json.loads((folder / DIGESTS).read_text())["files"]
         expected = {name: (int(length), str(digest)) for name, (length, digest) in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{DIGESTS} is damaged"
-    for name, (length, digest) in expected.items():
-        if wanted(name) and (damage := _file_damage(folder / name, length, digest)):
+    if not expected:
+        return f"{DIGESTS} is damaged"
+    for name in sorted(filter(wanted, expected))[index::count]:
+        if damage := _file_damage(folder / name, *expected[name]):
             return f"{name} {damage}"
     return None
 
@@ -72,9 +97,17 @@ def _file_names(folder: epath.Path) -> list[str]:
         for path in pending.pop().iterdir():
             if path.is_dir():
                 pending.append(path)
-            elif path.name != DIGESTS:
+            elif not path.name.startswith(DIGESTS):
                 names.append(path.relative_to(folder).as_posix())
     return sorted(names)
+
+
+def _part(folder: epath.Path, index: int) -> epath.Path:
+    return folder / f"{DIGESTS}.{index}"
+
+
+def _digest(path: epath.Path) -> list[int | str]:
+    return [path.stat().length, _sha256(path)]
 
 
 def _sha256(path: epath.Path) -> str:

@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from t5x_ext.checkpoints import trees
-from t5x_ext.checkpoints.files import DIGESTS, find_damage, write_digests
+from t5x_ext.checkpoints.files import DIGESTS, find_damage, write_digests, write_part_of_digests
+from t5x_ext.checkpoints.processes import ALONE, SAVE_TIMEOUT_SECONDS, Processes, barrier
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.contracts import Params, PyTree, UserError
 
@@ -31,11 +34,13 @@ WEIGHTS = ("params", "ema")
 
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_FOLDER_NAME = re.compile(r"(\d+)(?:\.(\d+))?")
+_FOLDER_NAME = re.compile(r"([0-9]+)(?:\.([0-9]+))?")
+_SYSTEM_ERROR = re.compile(r"([^:]+) \[os_error_code=")
+"""How TensorStore ends a message: the words of the operating system, then its number."""
 
 
-class SaveError(Exception):
-    """A save failed in the background, for example because the disk is full; earlier checkpoints are untouched."""
+class SaveError(UserError):
+    """A checkpoint could not be saved, for example because the disk is full; earlier checkpoints are untouched."""
 
 
 class _Saved(NamedTuple):
@@ -54,7 +59,9 @@ class CheckpointStore:
     older ones are deleted. A load verifies the digests first. Folders that an interrupted save left behind are
     deleted by the next save that finishes.
 
-    One process at a time writes to a directory; any number may read.
+    One run at a time writes to a directory; any number may read. Where a run has several processes, all of them see the
+    directory, and all of them call `save`, `wait`, `restore` and `discard_after` in the same order; every process
+    writes, digests and verifies its share. The other methods each process may call by itself.
 
     Args:
       directory: a local path or a bucket (`gs://...`); made by the first save.
@@ -67,6 +74,7 @@ class CheckpointStore:
         self._retention = retention
         self._pending: Future[None] | None = None
         self._refused: set[epath.Path] = set()
+        self._mentioned: set[epath.Path] = set()
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -90,7 +98,7 @@ class CheckpointStore:
           metrics: values that retention selects by.
 
         Raises:
-          SaveError: if an earlier save failed in the background.
+          SaveError: if an earlier save failed in the background, or a local disk has no room for this one.
         """
         self.wait()
         leaves = trees.flatten(state)
@@ -104,16 +112,16 @@ class CheckpointStore:
             "leaves": specs,
             "extra": dict(extra or {}),
         }
-        revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
-        folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
-        self._refused.discard(folder)
         arrays = {name: trees.to_stored(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
-        self._delete_temporary()
+        num_bytes = sum(array.nbytes for array in arrays.values())
+        folder = self._new_folder(step, num_bytes)
         ocp = _orbax()
         items = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(arrays).items()}
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._checkpointer.save(folder, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
-        self._pending = self._finalizer.submit(self._finish, folder)
+        try:
+            self._checkpointer.save(folder, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+        except OSError as error:
+            raise self._cleared(folder, error, num_bytes) from error
+        self._pending = self._finalizer.submit(self._finish, folder, num_bytes)
 
     def wait(self) -> None:
         """Returns when no save is under way.
@@ -124,11 +132,7 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        try:
-            pending.result()
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            raise SaveError(f"a checkpoint in {self.directory} could not be saved: {reason}") from error
+        pending.result()
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
@@ -162,7 +166,11 @@ class CheckpointStore:
             multihost_utils.sync_global_devices(f"checkpoints after {step} discarded")
 
     def steps(self) -> list[int]:
-        """Steps whose save has finished, ascending. Their files are verified when they are loaded."""
+        """Steps whose save has finished, ascending. Their files are verified when they are loaded.
+
+        What an interrupted save has left behind is mentioned once, as a warning.
+        """
+        self._mention_unfinished()
         return sorted({saved.step for saved in self._finished()})
 
     def best_step(self) -> int | None:
@@ -193,17 +201,18 @@ class CheckpointStore:
           `(state, extra)`.
 
         Raises:
-          UserError: if there is no whole checkpoint.
+          UserError: if there is no whole checkpoint, or it is of a format that this version cannot read.
           StructureError: if it holds another tree; `details` lists the differences.
         """
         self.wait()
-        saved = self._newest_whole(step)
+        self._mention_unfinished()
+        saved = self._newest_whole(step, together=Processes.all())
         meta = _read_meta(saved.folder)
         leaves = trees.flatten(template)
         specs = {name: trees.leaf_spec(name, leaf) for name, leaf in leaves.items()}
         trees.check_same(_specs(meta), specs, where=f"checkpoint {saved.folder}")
         requests = {name: _restore_args(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
-        arrays = self._read(saved.folder, requests)
+        arrays = _read(self._checkpointer, saved.folder, requests)
         restored = (
             trees.from_stored(arrays[name], leaf) if name in arrays else _empty_like(leaf)
             for name, leaf in leaves.items()
@@ -238,7 +247,9 @@ class CheckpointStore:
         if not specs:
             raise UserError(f"checkpoint {saved.folder} holds no weights named {subtree!r}")
         as_numpy = _orbax().RestoreArgs(restore_type=np.ndarray)
-        arrays = self._read(saved.folder, {name: as_numpy for name, spec in specs.items() if _is_stored(spec)})
+        wanted = {name: as_numpy for name, spec in specs.items() if _is_stored(spec)}
+        with _lone_reader() as reader:
+            arrays = _read(reader, saved.folder, wanted)
         empty = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not _is_stored(spec)}
         return trees.nested(arrays | empty)[subtree]
 
@@ -248,31 +259,101 @@ class CheckpointStore:
         # Trained weights are noise to a compressor: it would cost time and save little.
         trees_of_arrays = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in (_STATE, *WEIGHTS)}
         return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees_of_arrays)
+            ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees_of_arrays),
+            timeout_secs=SAVE_TIMEOUT_SECONDS,
         )
 
     @cached_property
     def _finalizer(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
-    def _finish(self, folder: epath.Path) -> None:
-        """In the background: after Orbax has renamed the folder, proves it whole, then deletes what need not stay."""
+    def _new_folder(self, step: int, num_bytes: int) -> epath.Path:
+        """Where a step will be saved, the same for all processes, after checking that there is room.
+
+        Raises:
+          SaveError: on all processes, if there is none.
+          UserError: if the processes do not see the same directory.
+        """
+        answer: dict[str, Any] = {}
+        if jax.process_index() == 0:
+            self._check_is_folder()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._delete_temporary()
+            revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
+            free = _free_bytes(self.directory)
+            answer = {"revision": revision, "free": free}
+        # Only one process may decide: another may see files that the first has already deleted.
+        answer = json.loads(Processes.all().gather(json.dumps(answer))[0])
+        if blind := [
+            i for i, sees in enumerate(Processes.all().gather(str(self.directory.exists()))) if sees != "True"
+        ]:
+            raise UserError(
+                f"processes {blind} do not see {self.directory}, which process 0 has made; the run folder must be on a "
+                "file system that all processes share"
+            )
+        free, revision = answer["free"], answer["revision"]
+        folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
+        if free is not None and free < num_bytes:
+            raise self._cleared(folder, "the disk is too full", num_bytes)
+        self._refused.discard(folder)
+        return folder
+
+    def _finish(self, folder: epath.Path, num_bytes: int) -> None:
+        """In the background: after Orbax has renamed the folder, proves it whole, then deletes what need not stay.
+
+        Raises:
+          SaveError: if any of it failed.
+        """
+        everyone = Processes.all()
         try:
             self._checkpointer.wait_until_finished()
-        except BaseException:
-            # A part of a checkpoint is of no use, and where the disk is full it stands in the way of the next one.
-            self._delete_temporary()
-            raise
-        if jax.process_index() == 0:
-            write_digests(folder)
+            if everyone.count > 1:
+                write_part_of_digests(folder, everyone.index, everyone.count)
+                barrier(f"digests of {folder}")
+            if everyone.index == 0:
+                write_digests(folder, parts=everyone.count if everyone.count > 1 else 0)
+        except Exception as error:
+            raise self._cleared(folder, error, num_bytes) from error
+        if everyone.index == 0:
             self._delete_others(folder)
+        barrier(f"end of {folder}")
         logger.debug("checkpoint %s saved", folder)
 
+    def _cleared(self, folder: epath.Path, reason: object, num_bytes: int) -> SaveError:
+        """Why a save failed, after deleting what there is of it: it is of no use, and a full disk needs the room."""
+        self._delete_temporary()
+        if jax.process_index() == 0:
+            _delete(folder)
+        text = str(reason) or repr(reason)
+        named = _SYSTEM_ERROR.search(text)
+        text = named[1].strip() if named else text.splitlines()[0]
+        free = _free_bytes(self.directory)
+        room = "" if free is None else f" (it takes {_readable(num_bytes)}; {_readable(free)} are free there)"
+        whole = [saved.folder.name for saved in self._finished()]
+        left = f"the last checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        return SaveError(f"checkpoint {folder} could not be saved: {text}{room}; {left}")
+
+    def _check_is_folder(self) -> None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file; it must be the folder of the checkpoints")
+
+    def _mention_unfinished(self) -> None:
+        """Says once of each folder without digests that it counts for nothing; not while a save is under way."""
+        if self._pending is not None or not self.directory.is_dir():
+            return
+        for folder in self.directory.iterdir():
+            damage = find_damage(folder, wanted=lambda name: False) if _parse(folder) else None
+            if _TEMPORARY in folder.name:
+                damage = "its save has not finished"
+            if damage and folder not in self._mentioned | self._refused:
+                self._mentioned.add(folder)
+                logger.warning("checkpoint %s refused: %s", folder, damage)
+
     def _delete_temporary(self) -> None:
-        if jax.process_index() == 0 and self.directory.exists():
+        if jax.process_index() == 0 and self.directory.is_dir():
             for folder in self.directory.iterdir():
                 if _TEMPORARY in folder.name:
-                    folder.rmtree()
+                    _delete(folder)
 
     def _delete_others(self, just_saved: epath.Path) -> None:
         folders = {saved.step: saved.folder for saved in self._finished()}
@@ -286,6 +367,7 @@ class CheckpointStore:
 
     def _folders(self) -> list[_Saved]:
         """Folders of steps, finished or not, ascending by step and revision."""
+        self._check_is_folder()
         if not self.directory.exists():
             return []
         return sorted(saved for folder in self.directory.iterdir() if (saved := _parse(folder)))
@@ -309,30 +391,34 @@ class CheckpointStore:
         return metas
 
     def _newest_whole(
-        self, step: int | None, first: Sequence[int] = (), wanted: Callable[[str], bool] = lambda name: True
+        self,
+        step: int | None,
+        first: Sequence[int] = (),
+        wanted: Callable[[str], bool] = lambda name: True,
+        together: Processes = ALONE,
     ) -> _Saved:
         """The first folder without damage: of `step`, or of the steps `first` in their order, then the newest."""
         order = {step: rank for rank, step in enumerate(first)}
         folders = [saved for saved in self._folders() if step is None or saved.step == step]
         folders.sort(key=lambda saved: (order.get(saved.step, len(order)), -saved.step, -saved.revision))
         reasons = []
-        for saved in folders:
-            damage = find_damage(saved.folder, wanted)
+        names = (saved.folder.name for saved in folders)
+        # Process 0 says which one is next, so that all look at the same, whatever their file system shows them.
+        while name := together.gather(next(names, ""))[0]:
+            folder = self.directory / name
+            found = together.gather(find_damage(folder, wanted, together.index, together.count) or "")
+            damage = next(filter(None, found), None)
             if damage is None:
+                saved = _parse(folder)
+                assert saved is not None
                 return saved
-            self._refused.add(saved.folder)
-            reasons.append(f"{saved.folder.name}: {damage}")
-            logger.warning("checkpoint %s refused: %s", saved.folder, damage)
+            reasons.append(f"{name}: {damage}")
+            if folder not in self._refused | self._mentioned:
+                logger.warning("checkpoint %s refused: %s", folder, damage)
+            self._refused.add(folder)
         asked = "checkpoint" if step is None else f"checkpoint of step {step}"
         why = f" ({'; '.join(reasons)})" if reasons else f"; finished steps: {self.steps() or 'none'}"
         raise UserError(f"no whole {asked} in {self.directory}{why}")
-
-    def _read(self, folder: epath.Path, requests: Mapping[str, Any]) -> dict[str, Any]:
-        """The requested arrays by name."""
-        ocp = _orbax()
-        items = {item: ocp.args.PyTreeRestore(item=tree, restore_args=tree) for item, tree in _items(requests).items()}
-        restored = self._checkpointer.restore(folder, args=ocp.args.Composite(**items))
-        return {name: leaf for item in items for name, leaf in trees.flatten(restored[item]).items()}
 
 
 def _orbax() -> Any:
@@ -342,16 +428,57 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
+@contextmanager
+def _lone_reader() -> Iterator[Any]:
+    """A reader that waits for no other process."""
+    ocp = _orbax()
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handlers = {item: ocp.PyTreeCheckpointHandler(multiprocessing_options=options) for item in (_STATE, *WEIGHTS)}
+    composite = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options), **handlers
+    )
+    with ocp.Checkpointer(composite, multiprocessing_options=options) as reader:
+        yield reader
+
+
+def _read(reader: Any, folder: epath.Path, requests: Mapping[str, Any]) -> dict[str, Any]:
+    """The requested arrays by name."""
+    ocp = _orbax()
+    items = {item: ocp.args.PyTreeRestore(item=tree, restore_args=tree) for item, tree in _items(requests).items()}
+    restored = reader.restore(folder, args=ocp.args.Composite(**items))
+    return {name: leaf for item in items for name, leaf in trees.flatten(restored[item]).items()}
+
+
+def _free_bytes(directory: epath.Path) -> int | None:
+    """Free bytes of a local disk; None for a bucket, which has no end."""
+    return None if "://" in str(directory) else shutil.disk_usage(directory).free
+
+
+def _readable(num_bytes: float) -> str:
+    """Bytes with a unit, such as `56.4 GB`."""
+    units = iter(("bytes", "kB", "MB", "GB"))
+    unit = next(units)
+    while num_bytes >= 1000 and (larger := next(units, None)):
+        num_bytes, unit = num_bytes / 1000, larger
+    return f"{num_bytes:.3g} {unit}"
+
+
 def _parse(folder: epath.Path) -> _Saved | None:
     match = _FOLDER_NAME.fullmatch(folder.name)
     return _Saved(int(match[1]), int(match[2] or 0), folder) if match else None
 
 
 def _delete(folder: epath.Path) -> None:
-    # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
-    if folder.is_dir() and not (folder / DIGESTS).is_dir():
-        (folder / DIGESTS).unlink(missing_ok=True)
-    folder.rmtree()
+    """Deletes a checkpoint, or what stands in its place; what cannot be deleted is only a loss of room."""
+    try:
+        # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
+        if (folder / DIGESTS).exists():
+            (folder / DIGESTS).rmtree()
+        if folder.exists():
+            folder.rmtree()
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", folder, error.strerror or error)
 
 
 def _item_of(name: str) -> str:
@@ -386,8 +513,8 @@ def _restore_args(leaf: Any) -> Any:
 
 def _read_meta(folder: epath.Path) -> dict[str, Any]:
     meta = json.loads((folder / "meta" / "metadata").read_text())
-    if meta["format"] != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {meta['format']}; this version reads format {FORMAT}")
+    if meta.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder} has format {meta.get('format')}; this version reads format {FORMAT}")
     return meta
 
 

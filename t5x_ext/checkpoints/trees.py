@@ -23,7 +23,7 @@ class LeafSpec(NamedTuple):
 
 
 class StructureError(UserError):
-    """A checkpoint holds another tree than the one asked for; `details` lists every difference, one a line."""
+    """A checkpoint holds another tree than the one asked for; `details` is a table of every difference."""
 
     def __init__(self, message: str, details: str) -> None:
         super().__init__(message)
@@ -84,15 +84,42 @@ def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def check_structure(stored: PyTree, wanted: PyTree, where: str) -> None:
+    """Checks that two trees hold arrays of the same names, shapes and dtypes.
+
+    Args:
+      stored: arrays as they were loaded.
+      wanted: arrays or `jax.ShapeDtypeStruct`s as the model has them.
+      where: what `stored` is, to begin the message with.
+
+    Raises:
+      StructureError: if they differ.
+    """
+    check_same(specs(stored), specs(wanted), where)
+
+
+def specs(tree: PyTree) -> dict[str, LeafSpec]:
+    """Shape and dtype of every leaf by name."""
+    return {name: leaf_spec(name, leaf) for name, leaf in flatten(tree).items()}
+
+
 def check_same(stored: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec], where: str) -> None:
     """Raises `StructureError` when a checkpoint does not hold exactly the wanted arrays."""
-    lines = [f"missing in the checkpoint: {name} {wanted[name]}" for name in wanted if name not in stored]
-    lines += [f"only in the checkpoint: {name} {stored[name]}" for name in stored if name not in wanted]
-    lines += [
-        f"different: {name} is {stored[name]} in the checkpoint, wanted {wanted[name]}"
-        for name in wanted
-        if name in stored and stored[name] != wanted[name]
-    ]
-    if lines:
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise StructureError(f"{where} belongs to another model or optimizer: {lines[0]}{more}", "\n".join(lines))
+    names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
+    if not names:
+        return
+    rows = [("array", "in the checkpoint", "wanted")]
+    rows += [(name, str(stored.get(name, "-")), str(wanted.get(name, "-"))) for name in names]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    table = "\n".join(f"{name:<{widths[0]}}  {there:<{widths[1]}}  {here}" for name, there, here in rows)
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    first = _difference(names[0], stored.get(names[0]), wanted.get(names[0]))
+    raise StructureError(f"{where} belongs to another model or optimizer: {first}{more}", table)
+
+
+def _difference(name: str, stored: LeafSpec | None, wanted: LeafSpec | None) -> str:
+    if stored is None:
+        return f"missing in the checkpoint: {name} {wanted}"
+    if wanted is None:
+        return f"only in the checkpoint: {name} {stored}"
+    return f"different: {name} is {stored} in the checkpoint, wanted {wanted}"
