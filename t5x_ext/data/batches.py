@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from t5x_ext.contracts import Batch
+from t5x_ext.contracts import Batch, UserError
 from t5x_ext.data.plan import BatchPlan, RowExamples
 from t5x_ext.data.vocabulary import Vocabulary
 
@@ -60,6 +60,11 @@ class PackedBatches:
         caches = {stream.cache.path: stream.cache for stream in plan.streams}
         self._caches = list(caches.values())
         self._cache_numbers = np.array([list(caches).index(stream.cache.path) for stream in plan.streams])
+
+    @property
+    def cache_paths(self) -> list[str]:
+        """Folders of the caches that are read."""
+        return [cache.path for cache in self._caches]
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> PackedBatches:
         """The same batches without some ranges [start, stop) of them, see `BatchPlan.skipping`."""
@@ -246,7 +251,14 @@ class _Source:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
-        return self._batches.rows(self._start + index, *self._rows)
+        number = self._start + index
+        try:
+            return self._batches.rows(number, *self._rows)
+        except UserError as error:
+            raise UserError(f"batch {number}: {error}") from error
+        except Exception as error:
+            error.add_note(f"while batch {number} was read from {', '.join(self._batches.cache_paths)}")
+            raise
 
 
 def batch_iterator(
@@ -269,8 +281,13 @@ def batch_iterator(
       row_stop: row after this host's last; None: all rows.
       num_threads: threads that read; 0 reads when asked.
       prefetch: batches read ahead.
+
+    Raises:
+      UserError: where a cache has been damaged or cannot be read any more, naming batch and file. This and whatever
+        else goes wrong in a reading thread is raised where its batch would have come, and ends the iterator.
     """
     row_stop = batches.plan.config.rows if row_stop is None else row_stop
     source = grain.MapDataset.source(_Source(batches, start, row_start, row_stop))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    return iter(source.to_iter_dataset(options))
+    # grain would go on behind a batch that failed; a generator that has raised gives nothing more.
+    yield from source.to_iter_dataset(options)

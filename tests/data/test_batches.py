@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from t5x_ext.contracts import UserError
 from t5x_ext.data import (
     BatchConfig,
     BatchPlan,
@@ -227,6 +230,45 @@ def test_skipped_batches_do_not_appear(make_batches):
     skipping = batch_iterator(make_batches().skipping([(2, 5)]), start=1)
     for expected, batch in zip([whole[1], *whole[5:]], skipping):
         assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(UserError("shard: damaged"), "batch 7: shard: damaged"), (ValueError("a bug"), "a bug"), (SystemExit(3), "3")],
+)
+def test_failure_in_a_reading_thread_reaches_the_consumer(make_batches, monkeypatch, num_threads, raised, told):
+    batches = make_batches()
+    rows = PackedBatches.rows
+
+    def fail(self, index, *part):
+        if index == 7:
+            raise raised
+        return rows(self, index, *part)
+
+    monkeypatch.setattr(PackedBatches, "rows", fail)
+    iterator = batch_iterator(batches, start=3, num_threads=num_threads)
+    for _ in range(4):
+        next(iterator)
+    with pytest.raises(type(raised), match=told) as caught:
+        next(iterator)
+    if isinstance(raised, ValueError):
+        assert caught.value.__notes__[0].startswith("while batch 7 was read from ")
+        assert batches.cache_paths[0] in caught.value.__notes__[0]
+        assert "fail" in [entry.name for entry in caught.traceback], "the traceback is the thread's"
+    with pytest.raises(StopIteration):
+        next(iterator)
+
+
+def test_damage_during_training_names_batch_shard_and_remedy(make_corpus, vocabulary, tmp_path):
+    cache = build_cache(make_corpus(3000), vocabulary, tmp_path)
+    plan = BatchPlan([Stream(cache)], vocabulary, TAGS, BatchConfig(rows=8), seed=0)
+    iterator = batch_iterator(PackedBatches(plan, vocabulary))
+    next(iterator)
+    shard = next(Path(cache.path).glob("*.array_record"))
+    os.truncate(shard, 0)
+    with pytest.raises(UserError, match=rf"^batch \d+: {shard}: damaged \(.*delete the folder {cache.path}, and"):
+        list(itertools.islice(iterator, 100))
 
 
 def test_seeds_differ(make_batches):

@@ -197,7 +197,13 @@ def test_damaged_caches_are_refused(make_corpus, vocabulary, tmp_path, small_pie
         first, second = sorted(folder.glob("*.array_record"))
         shutil.copy(second, first)
 
+    def change_length(folder: Path) -> None:
+        lengths = np.load(folder / "lengths.npy")
+        lengths[17, 1] ^= 8
+        np.save(folder / "lengths.npy", lengths)
+
     for change, message in (
+        (change_length, r"lengths\.npy: damaged"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "not JSON"),
         (lambda folder: rewrite(folder, format=0), "not a token cache of format"),
