@@ -15,14 +15,16 @@ from t5x_ext.cli.messages import UsageError
 
 def check_absent(path: str, flag: str) -> None:
     """Raises UsageError where something is already at `path`: nothing is overwritten by accident."""
+    _check_local(path, flag)
     if Path(path).is_file() or (Path(path).is_dir() and any(Path(path).iterdir())):
         raise UsageError(f"{flag}={path} exists already; name another place, or remove it")
 
 
 def check_writable(path: str | None, flag: str) -> None:
     """Raises UsageError where a file at `path` could not be written."""
-    if not path or path == "-" or "://" in path:
+    if not path or path == "-":
         return
+    _check_local(path, flag)
     folder = Path(path).absolute().parent
     if Path(path).is_dir():
         raise UsageError(f"{flag}={path} is a folder; name a file")
@@ -43,6 +45,12 @@ def check_folder(path: str, flag: str) -> None:
         raise UsageError(f"{flag}={path}: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{flag}={path}: the folder {folder} cannot be written to")
+
+
+def _check_local(path: str, flag: str) -> None:
+    # A bucket knows neither renaming nor appending, on which whole and restartable files rest.
+    if "://" in path:
+        raise UsageError(f"{flag}={path}: give a local path; only run folders and texts may be remote")
 
 
 @contextmanager

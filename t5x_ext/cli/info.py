@@ -99,7 +99,7 @@ def _run(run_dir: str) -> dict[str, Any]:
     vocabulary = Vocabulary.load(str(folder.vocabulary))
     with CheckpointStore(folder.checkpoints) as store:
         steps, best = store.steps(), store.best_step()
-    files = [file for file in Path(run_dir).rglob("*") if file.is_file()] if "://" not in run_dir else []
+    files = [file for file in Path(run_dir).rglob("*") if file.is_file()]
     return {
         "model": record.model,
         "directions": list(record.directions),
@@ -107,7 +107,7 @@ def _run(run_dir: str) -> dict[str, Any]:
         "vocabulary": {"size": vocabulary.size, "languages": list(vocabulary.languages)},
         "checkpoints": steps,
         "best_checkpoint": best,
-        "megabytes_on_disk": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "megabytes_on_disk": None if "://" in run_dir else round(sum(file.stat().st_size for file in files) / 1e6, 1),
         "finished": folder.results_json.exists(),
     }
 

@@ -99,6 +99,9 @@ MISTAKES = {
     # Folders
     f"train --gin_file=tiny.gin --source_language=en --target_language=de {PAIR} --run_dir=train.en": "--run_dir=",
     f"{TRAIN} {PAIR} --json_out=nowhere/x.json": "--json_out=nowhere/x.json: there is no folder",
+    f"{TRAIN} {PAIR} --json_out=gs://bucket/x.json": "--json_out=gs://bucket/x.json: give a local path",
+    f"{DECODE} --input=test.en --output=gs://bucket/x": "--output=gs://bucket/x: give a local path",
+    "average --run_dir=out --last=1 --output=gs://bucket/x": "--output=gs://bucket/x: give a local path",
     f"{TRAIN} {PAIR} --run_dir=out": "out holds a run with ",
     f"{TRAIN} {PAIR} --init_from=nowhere": "nowhere does not exist",
     f"{TRAIN} {PAIR} --init_from=out:7": "--init_from=out:7: no such checkpoint; finished steps: [6, 8, 12]",
@@ -110,7 +113,6 @@ MISTAKES = {
     "translate --run_dir=nothing --input=test.en": "nothing is not the folder of a run",
     "translate --run_dir=not_json --input=test.en": "not_json/model.json is not a model record",
     "translate --run_dir=other_vocabulary --input=test.en": "other_vocabulary/vocabulary is not the vocabulary ",
-    "translate --run_dir=other_model --input=test.en": "the weights are of another model",
     "translate --run_dir=out --input=test.en --checkpoint=7": "no whole checkpoint of step 7",
     "translate --run_dir=out --input=test.en --checkpoint=beste": "checkpoint 'beste': must be best, last or a step",
     f"{DECODE} --input=tset.en": "tset.en: no such file",
