@@ -1,0 +1,172 @@
+"""Main-memory (HBM) traffic of one instruction: what it reads and writes, a fusion as one unit.
+
+Conventions, which follow XLA's HloCostAnalysis where it can be followed from text:
+
+- only arrays in memory space 0 count: what the TPU compiler keeps in on-chip memory costs nothing, and moving it there
+  counts once, on the side that lies in HBM;
+- an array counts as large as its tiled layout makes it;
+- slices and gathers read what they give; updates in place write, and read, what they are given;
+- instructions that only rename (tuple, bitcast, ...) cost nothing.
+"""
+
+from __future__ import annotations
+
+from t5x_ext.plan.hlo import Array, Computation, Instruction, Module, Shape, leaves
+
+RENAMES = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier"}) | {
+    *("after-all", "add-dependency", "domain", "partition-id", "replica-id", "get-dimension-size"),
+    *("while", "conditional", "call", "async-start"),
+}
+"""Opcodes that move nothing themselves; what they call may."""
+
+RENAMING_CALLS = frozenset(
+    {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape"}
+)
+"""Custom calls that move nothing."""
+
+CHAIN_START = "AsyncCollectiveStart"
+"""The custom call in the fusion that starts an all-gather that later fusions carry on beside their own work."""
+
+_CHAIN = '"async_collective_fusion_config"'
+_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+_PASSES = frozenset({"bitcast", "reshape", "transpose", "convert", "copy", "negate"})
+
+
+def carries_on(computation: Computation, instruction: Instruction) -> bool:
+    """Whether a collective only goes on with one that an earlier fusion of its chain started.
+
+    The TPU compiler prints such a collective whole in every fusion of the chain; it happens once, where it starts.
+    """
+    if _CHAIN not in instruction.attributes:
+        return False
+    users = computation.users[instruction.name]
+    return not any(user.attribute("custom_call_target") == f'"{CHAIN_START}"' for user, _ in users)
+
+
+def instruction_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one execution of an instruction moves between HBM and the cores."""
+    opcode = instruction.opcode
+    if opcode in RENAMES or opcode.endswith(("-done", "-update")):
+        return 0
+    operands = computation.operand_shapes(instruction)
+    if opcode == "fusion":
+        return _fusion_bytes(module, instruction, operands)
+    if opcode == "custom-call" and (instruction.attribute("custom_call_target") or "").strip('"') in RENAMING_CALLS:
+        return 0
+    if opcode in ("send", "recv"):
+        return _hbm(instruction.shape[0] if isinstance(instruction.shape, tuple) else instruction.shape)
+    if opcode in ("copy-start", "slice-start"):
+        return _transfer_bytes(instruction.shape, opcode)
+    if opcode.endswith("-start"):
+        return sum(map(_hbm, operands)) + _hbm(_started(instruction.shape))
+    if opcode in _SLICES:
+        return _portion(operands[0], _elements(instruction.shape)) + sum(map(_hbm, [*operands[1:], instruction.shape]))
+    if opcode == "dynamic-update-slice":
+        return _hbm(operands[1]) + _portion(instruction.shape, _elements(operands[1]))
+    if opcode == "scatter":
+        updates = _elements(operands[-1])
+        return sum(map(_hbm, operands[1:])) + 2 * _portion(instruction.shape, updates)
+    return sum(map(_hbm, operands)) + _hbm(instruction.shape)
+
+
+def _hbm(shape: Shape) -> int:
+    return sum(array.padded_bytes for array in leaves(shape) if array.memory_space == 0)
+
+
+def _elements(shape: Shape) -> int:
+    return sum(array.elements for array in leaves(shape))
+
+
+def _portion(shape: Shape, elements: int) -> int:
+    """Bytes of `elements` of the elements of an array in HBM, at most all of them."""
+    total = _elements(shape)
+    return _hbm(shape) * min(elements, total) // total if total else 0
+
+
+def _started(shape: Shape) -> Shape:
+    """What an asynchronous start writes: the second element of (operands, results, contexts...), or the one array."""
+    return shape[1] if isinstance(shape, tuple) and len(shape) > 1 else shape
+
+
+def _transfer_bytes(shape: Shape, opcode: str) -> int:
+    """A copy's (to, from, context) or a slice's ((from), to, context): both sides move as much as arrives."""
+    if not isinstance(shape, tuple):
+        return _hbm(shape)
+    target, source = (shape[0], shape[1]) if opcode == "copy-start" else (shape[1], shape[0])
+    return _hbm(target) + _portion(source, _elements(target))
+
+
+def _fusion_bytes(module: Module, fusion: Instruction, operands: list[Shape]) -> int:
+    inner = module.computations[fusion.called["calls"][0]]
+    if any(user.opcode == "custom-call" and CHAIN_START in user.attributes for user in inner.instructions.values()):
+        return sum(map(_hbm, operands)) + _hbm(_started(fusion.shape))
+    reads = sum(
+        _portion(shape, _elements_read(module, inner, inner.parameters[number]))
+        for number, shape in enumerate(operands)
+        if number in inner.parameters
+    )
+    return reads + _fusion_writes(module, inner, fusion.shape)
+
+
+def _elements_read(module: Module, computation: Computation, value: Instruction) -> int:
+    """Elements of a value that the rest of a fused computation reads, at most all of them."""
+    total = _elements(value.shape)
+    read = 0
+    for user, position in computation.users[value.name]:
+        if user.opcode in _PASSES:
+            read += _elements_read(module, computation, user) if user is not computation.root else total
+        elif user.opcode in _SLICES and position == 0:
+            read += _elements(user.shape)
+        elif user.opcode == "scatter" and position == 0:
+            read += _elements(computation.instructions[user.operands[-1]].shape)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"][0]]
+            read += _elements_read(module, nested, nested.parameters[position])
+        elif not _untouched(computation, user, position):
+            return total
+    return min(read, total)
+
+
+def _untouched(computation: Computation, user: Instruction, position: int) -> bool:
+    """Whether a use of a value reads nothing of it: passed on as it is, or updated in place."""
+    if user.opcode == "dynamic-update-slice":
+        return position == 0
+    if user.opcode == "custom-call" and "AsyncCollectiveDone" in user.attributes:
+        return True
+    return user.opcode in ("tuple", "get-tuple-element") or carries_on(computation, user)
+
+
+def _fusion_writes(module: Module, inner: Computation, shape: Shape) -> int:
+    root = inner.root
+    if root.opcode != "tuple" or not isinstance(shape, tuple):
+        return _portion(shape, _elements_written(module, inner, root))
+    return sum(
+        _portion(element, _elements_written(module, inner, inner.instructions[name]))
+        for name, element in zip(root.operands, shape)
+    )
+
+
+def _elements_written(module: Module, computation: Computation, value: Instruction) -> int:
+    """Elements of a fusion's result that it writes anew; the rest is a parameter's buffer, updated in place."""
+    operands = [computation.instructions[name] for name in value.operands]
+    match value.opcode:
+        case "parameter":
+            return 0
+        case "bitcast" | "reshape":
+            return _elements_written(module, computation, operands[0])
+        case "dynamic-update-slice" if _is_parameter(computation, operands[0]):
+            return _elements(operands[1].shape)
+        case "scatter" if _is_parameter(computation, operands[0]):
+            return _elements(operands[-1].shape)
+        case "fusion" if isinstance(value.shape, Array):
+            nested = module.computations[value.called["calls"][0]]
+            return _elements_written(module, nested, nested.root)
+        case "custom-call" if "AsyncCollectiveDone" in value.attributes:
+            return 0
+    return 0 if carries_on(computation, value) else _elements(value.shape)
+
+
+def _is_parameter(computation: Computation, value: Instruction) -> bool:
+    while value.opcode in ("bitcast", "reshape"):
+        value = computation.instructions[value.operands[0]]
+    return value.opcode == "parameter"
