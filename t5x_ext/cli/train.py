@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from t5x_ext.cli.distributed_flags import define_distributed_flags, distributed_from_flags
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
@@ -45,6 +46,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "cache_dir", None, "folder of token caches that runs share; by default in --run_dir", flag_values=values
     )
     flags.DEFINE_string("json_out", None, "file for the results as JSON; - is standard output", flag_values=values)
+    define_distributed_flags(values)
 
 
 def main(values: flags.FlagValues) -> int:
@@ -56,6 +58,11 @@ def main(values: flags.FlagValues) -> int:
         raise UsageError("--init_from brings its own vocabulary: leave --vocabulary and --vocab_size out")
     if values.keep_optimizer and not values.init_from:
         raise UsageError("--keep_optimizer goes with --init_from")
+    if values.distributed != "none":
+        from t5x_ext.parallel import initialize_distributed
+
+        # Before anything touches a device: reading gin files may.
+        initialize_distributed(distributed_from_flags(values))
     run, text = run_from_flags(values)
     init_from = _init_from(values, run)
     if not (Path(values.run_dir) / "checkpoints").is_dir():

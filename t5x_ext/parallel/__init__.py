@@ -1,6 +1,13 @@
-"""Where it runs: the device mesh, rules from logical axis names to mesh axes, shardings and global batches."""
+"""Where it runs: processes, the device mesh, rules from logical axes to mesh axes, shardings and global batches."""
 
 from t5x_ext.parallel.batches import global_batch, host_rows
+from t5x_ext.parallel.distributed import (
+    DistributedConfig,
+    barrier,
+    initialize_distributed,
+    is_primary,
+    primary_first,
+)
 from t5x_ext.parallel.hardware import HARDWARE, Hardware, hardware_of
 from t5x_ext.parallel.mesh import BATCH_AXES, MESH_AXES, MeshConfig, batch_devices, make_mesh
 from t5x_ext.parallel.placement import MeshPlacement
@@ -12,9 +19,11 @@ __all__ = [
     "HARDWARE",
     "MESH_AXES",
     "AxisRules",
+    "DistributedConfig",
     "Hardware",
     "MeshConfig",
     "MeshPlacement",
+    "barrier",
     "batch_devices",
     "data_parallel",
     "fsdp",
@@ -22,7 +31,10 @@ __all__ = [
     "global_batch",
     "hardware_of",
     "host_rows",
+    "initialize_distributed",
+    "is_primary",
     "make_mesh",
+    "primary_first",
     "state_shardings",
     "tree_shardings",
 ]

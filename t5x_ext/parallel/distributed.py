@@ -1,0 +1,181 @@
+"""One run on several processes: joining them, and what they must do in order."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from t5x_ext.contracts import UserError
+from t5x_ext.parallel import clusters
+from t5x_ext.parallel.clusters import Place
+from t5x_ext.parallel.rendezvous import meet, split_address
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("none", "auto", "tpu", "gke", "slurm", "explicit")
+"""Ways for a process to learn its place among the others."""
+
+_DETECTED: dict[str, Callable[[], Place | None]] = {
+    "gke": lambda: clusters.from_gke(os.environ),
+    "slurm": lambda: clusters.from_slurm(os.environ),
+    "tpu": lambda: clusters.from_tpu_vm(clusters.read_metadata),
+}
+_WHERE = {
+    "gke": "TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, or JAX_COORDINATOR_ADDRESS, NNODES and NODE_RANK, are not set",
+    "slurm": "SLURM_PROCID and SLURM_NTASKS are not set: start it with srun",
+    "tpu": "this machine is no Cloud TPU VM",
+}
+_LONG = 30 * 24 * 3600  # seconds: preparing data and decoding take what they take; a process that dies ends the wait
+
+_visits: collections.Counter[str] = collections.Counter()
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other.
+
+    Args:
+      kind: `none`: this is the only one; `tpu`, `gke` and `slurm`: as the Cloud TPU metadata server, Kubernetes or
+        Slurm says; `explicit`: as the next three fields say; `auto`: the first of these that applies.
+      coordinator: `host:port` of process 0; set, it goes before what was detected, as do the next two.
+      num_processes: how many processes there are.
+      process_id: which one this is, from 0.
+      timeout_seconds: how long to wait for a process that does not come.
+    """
+
+    kind: str = "none"
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout_seconds: int = 300
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"DistributedConfig.kind is {self.kind!r}; use one of {', '.join(KINDS)}")
+        if self.timeout_seconds < 1:
+            raise UserError(f"DistributedConfig.timeout_seconds is {self.timeout_seconds}: at least 1")
+        if self.coordinator is not None:
+            split_address(self.coordinator)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields of a `Place` that are set."""
+        fields = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def initialize_distributed(config: DistributedConfig) -> None:
+    """Joins the processes of a run, so that `jax.devices()` are those of all; before anything else is done with JAX.
+
+    Raises:
+      UserError: naming the processes that did not arrive in time, in every one that did; or what is missing or wrong in
+        the description.
+    """
+    place = find_place(config)
+    if place is None:
+        return
+    if not 0 <= place.process_id < place.num_processes:
+        raise UserError(f"there is no process {place.process_id} of {place.num_processes}: ids count from 0")
+    if place.num_processes > 1:
+        meet(place.coordinator, place.num_processes, place.process_id, config.timeout_seconds)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num_processes,
+        place.process_id,
+        local_device_ids=place.local_device_ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=config.timeout_seconds,
+    )
+    logger.info("process %d of %d, coordinator %s", place.process_id, place.num_processes, place.coordinator)
+
+
+def find_place(config: DistributedConfig) -> Place | None:
+    """The place of this process; None where it is to run alone.
+
+    Raises:
+      UserError: naming what is missing.
+    """
+    if config.kind == "none":
+        if config.given:
+            raise UserError(
+                f"{', '.join(config.given)} set, but the kind of cluster is none: explicit, or another kind"
+            )
+        return None
+    missing = [name for name in ("coordinator", "num_processes", "process_id") if name not in config.given]
+    if config.kind == "explicit" and missing:
+        raise UserError(f"an explicit description of the processes needs {', '.join(missing)}, too")
+    if not missing:
+        return Place(**config.given)
+    for kind in (config.kind,) if config.kind != "auto" else _DETECTED:
+        found = _DETECTED[kind]()
+        if found is not None:
+            return found._replace(**config.given)
+        if config.kind == kind:
+            raise UserError(f"not a process of a {kind} cluster: {_WHERE[kind]}")
+    logger.info("no cluster found: one process")
+    return None
+
+
+def is_primary() -> bool:
+    """Whether this process writes what the run writes once: process 0."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has come here; at once where there is one only."""
+    client = _client()
+    if client is not None:
+        client.wait_at_barrier(_once("barrier", name), _LONG * 1000)
+
+
+@contextmanager
+def primary_first(name: str) -> Iterator[None]:
+    """Process 0 does the block first, the others after it: they find what it has made.
+
+    Raises:
+      UserError: in the others, where process 0 failed; with its message.
+    """
+    client = _client()
+    if client is None:
+        yield
+        return
+    key = _once("first", name)
+    if is_primary():
+        failure = "it was stopped"
+        try:
+            yield
+            failure = ""
+        except BaseException as error:
+            failure = str(error) or type(error).__name__
+            raise
+        finally:
+            client.key_value_set(key, failure)
+    else:
+        failure = client.blocking_key_value_get(key, _LONG * 1000)
+        if failure:
+            raise UserError(f"process 0, {name}: {failure}")
+        yield
+
+
+def _client() -> Any:
+    """JAX's line to the other processes; None where there are none.
+
+    Its public functions wait by a computation on all devices, which gives up when another process is busy for long.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client if jax.process_count() > 1 else None
+
+
+def _once(kind: str, name: str) -> str:
+    """A key that every process makes in the same order, and none makes twice."""
+    key = f"t5x_ext/{kind}/{name}"
+    _visits[key] += 1
+    return f"{key}/{_visits[key]}"
