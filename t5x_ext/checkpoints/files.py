@@ -18,14 +18,16 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes JSON so that a reader finds the old file or the new one, never a part of it."""
     path = epath.Path(path)
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    if "://" in str(path):
+        path.write_text(text)  # an object in a bucket appears whole or not at all
+        return
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with draft.open("w") as file:
             file.write(text)
             file.flush()
-            if "://" not in str(path):
-                # Without it a power cut could leave the new name on an empty file.
-                os.fsync(file.fileno())
+            # Without it a power cut could leave the new name on an empty file.
+            os.fsync(file.fileno())
         draft.replace(path)
     except OSError:
         draft.unlink(missing_ok=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
-_TEXT_BYTES = 1024
-"""Room for one process's text: collectives move arrays of one shape."""
+TIMEOUT_SECONDS = 3600
+"""How long the processes wait for the slowest of them to read, write or digest its part."""
 
-SAVE_TIMEOUT_SECONDS = 3600
-"""How long the processes wait for the slowest of them to write and digest its part."""
+_numbers = itertools.count()  # of what was gathered; all processes gather the same things in the same order
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,24 @@ class Processes:
         return cls(jax.process_index(), jax.process_count())
 
     def gather(self, text: str) -> list[str]:
-        """The text of each process, cut to 1 KiB. From the main thread only: it is a computation on the devices."""
+        """The text of each process, in their order; from one thread only.
+
+        It goes through JAX's coordination service, not through the devices, whose collectives give up when a process
+        is busy for minutes, as it is with digests of large files.
+
+        Raises:
+          jax.errors.JaxRuntimeError: when a process does not come in time, or has died.
+        """
         if self.count == 1:
             return [text]
-        row = np.zeros(_TEXT_BYTES, np.uint8)
-        encoded = text.encode()[:_TEXT_BYTES]
-        row[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        rows = multihost_utils.process_allgather(row)
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
+        client, number = _client(), next(_numbers)
+        client.key_value_set(_key(number, self.index), text)
+        barrier(_key(number))
+        texts = [client.blocking_key_value_get(_key(number, index), 60_000) for index in range(self.count)]
+        if number:
+            # Whoever is at this barrier has read what was gathered before.
+            client.key_value_delete(_key(number - 1, self.index))
+        return texts
 
 
 ALONE = Processes(0, 1)
@@ -43,13 +53,19 @@ ALONE = Processes(0, 1)
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here; from any thread, so not through the devices.
+    """Waits until every process is here; from any thread.
 
     Raises:
       jax.errors.JaxRuntimeError: when one does not come in time, or has died.
     """
     if jax.process_count() > 1:
-        import orbax.checkpoint
+        _client().wait_at_barrier(f"t5x_ext/checkpoints/{name}", TIMEOUT_SECONDS * 1000)
 
-        wait = orbax.checkpoint.multihost.get_barrier_sync_fn()
-        wait(key=f"t5x_ext.checkpoints {name}", timeout_ms=SAVE_TIMEOUT_SECONDS * 1000)
+
+def _client() -> Any:
+    """JAX's line to the other processes."""
+    return distributed.global_state.client
+
+
+def _key(*parts: int) -> str:
+    return "/".join(("t5x_ext/checkpoints/gather", *map(str, parts)))

@@ -36,6 +36,7 @@ class RunFolder:
         self.environment_json = self.path / "environment.json"
         self.model_json = self.path / "model.json"
         self.metrics_jsonl = self.path / "metrics.jsonl"
+        self.skipped_examples_jsonl = self.path / "skipped_examples.jsonl"
         self.results_json = self.path / "results.json"
         self.learning_curve_png = self.path / "learning_curve.png"
         self.vocabulary = self.path / "vocabulary"

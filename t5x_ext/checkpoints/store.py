@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from t5x_ext.checkpoints import trees
 from t5x_ext.checkpoints.files import DIGESTS, find_damage, write_digests, write_part_of_digests
-from t5x_ext.checkpoints.processes import ALONE, SAVE_TIMEOUT_SECONDS, Processes, barrier
+from t5x_ext.checkpoints.processes import ALONE, TIMEOUT_SECONDS, Processes, barrier
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.contracts import Params, PyTree, UserError
 
@@ -70,7 +69,7 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: epath.PathLike, retention: Retention | None = None) -> None:
-        self.directory = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
+        self.directory = epath.Path(directory) if _is_remote(directory) else epath.Path(directory).absolute()
         self._retention = retention
         self._pending: Future[None] | None = None
         self._refused: set[epath.Path] = set()
@@ -162,8 +161,7 @@ class CheckpointStore:
             for saved in self._folders():
                 if saved.step > step:
                     _delete(saved.folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoints after {step} discarded")
+        Processes.all().gather("discarded")
 
     def steps(self) -> list[int]:
         """Steps whose save has finished, ascending. Their files are verified when they are loaded.
@@ -260,7 +258,7 @@ class CheckpointStore:
         trees_of_arrays = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in (_STATE, *WEIGHTS)}
         return ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees_of_arrays),
-            timeout_secs=SAVE_TIMEOUT_SECONDS,
+            timeout_secs=TIMEOUT_SECONDS,
         )
 
     @cached_property
@@ -284,9 +282,9 @@ class CheckpointStore:
             answer = {"revision": revision, "free": free}
         # Only one process may decide: another may see files that the first has already deleted.
         answer = json.loads(Processes.all().gather(json.dumps(answer))[0])
-        if blind := [
-            i for i, sees in enumerate(Processes.all().gather(str(self.directory.exists()))) if sees != "True"
-        ]:
+        # A bucket has no empty folders to see.
+        seen = Processes.all().gather("yes" if _is_remote(self.directory) or self.directory.exists() else "no")
+        if blind := [index for index, sees in enumerate(seen) if sees == "no"]:
             raise UserError(
                 f"processes {blind} do not see {self.directory}, which process 0 has made; the run folder must be on a "
                 "file system that all processes share"
@@ -450,9 +448,13 @@ def _read(reader: Any, folder: epath.Path, requests: Mapping[str, Any]) -> dict[
     return {name: leaf for item in items for name, leaf in trees.flatten(restored[item]).items()}
 
 
+def _is_remote(path: epath.PathLike) -> bool:
+    return "://" in str(path)
+
+
 def _free_bytes(directory: epath.Path) -> int | None:
     """Free bytes of a local disk; None for a bucket, which has no end."""
-    return None if "://" in str(directory) else shutil.disk_usage(directory).free
+    return None if _is_remote(directory) else shutil.disk_usage(directory).free
 
 
 def _readable(num_bytes: float) -> str:

@@ -29,6 +29,9 @@ VERBS = {
 _GOOGLE = "0x1ae0"  # PCI vendor of TPUs
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 
+_MOST_ROWS = 40
+"""Of a table of differences; the model of another size differs in everything."""
+
 
 def run() -> None:
     """The console entry: `t5x_ext VERB --flag=value ...`; ends the process with the verb's exit code."""
@@ -111,6 +114,7 @@ class _LogHandler(logging.StreamHandler):
 def _log_to_stderr() -> Iterator[None]:
     """Shows what the library logs, as plain lines."""
     logger, handler = logging.getLogger("t5x_ext"), _LogHandler(sys.stderr)
+    logging.getLogger("absl").addFilter(_is_not_a_failed_save)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -118,9 +122,15 @@ def _log_to_stderr() -> Iterator[None]:
     try:
         yield
     finally:
+        logging.getLogger("absl").removeFilter(_is_not_a_failed_save)
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+def _is_not_a_failed_save(record: logging.LogRecord) -> bool:
+    """Keeps back what Orbax prints in its threads when a save fails: the error comes to us, to be said in one line."""
+    return "orbax" not in record.pathname or record.exc_info is None
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -130,5 +140,11 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _fail(who: str, message: object) -> int:
+    """One line; below it the table of differences, where the mistake has one."""
     print(f"{who}: {one_line(message)}", file=sys.stderr)
+    rows = str(getattr(message, "details", "")).splitlines()
+    if len(rows) > _MOST_ROWS:
+        rows = [*rows[:_MOST_ROWS], f"... and {len(rows) - _MOST_ROWS} more"]
+    for row in rows:
+        print(f"  {row}", file=sys.stderr)
     return 2

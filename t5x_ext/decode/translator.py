@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder
-from t5x_ext.contracts import Params, PyTree, UserError, path_name
+from t5x_ext.checkpoints import CheckpointStore, RunFolder, check_structure
+from t5x_ext.contracts import Params, UserError, path_name
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 from t5x_ext.decode.batching import LengthBatch, pad, plan_batches
@@ -79,7 +80,8 @@ class Translator:
                 f"the vocabulary has {vocabulary.size} pieces, the model {model.config.vocab_size}: "
                 "they are not of the same run"
             )
-        _check_shapes(params, jax.eval_shape(lambda: init_params(model.config, jax.random.key(0))))
+        expected = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+        check_structure(params, expected, where="the checkpoint")
         self.model = model
         self.params = jax.tree.map(jnp.asarray, params)
         self.vocabulary = vocabulary
@@ -239,7 +241,7 @@ class Translator:
         for batch in plan_batches(longest, batch_tokens):
             source, source_lengths = pad([inputs[i] for i in batch.indices], batch.rows, batch.length)
             target, target_lengths = pad([labels[i] for i in batch.indices], batch.rows, batch.length)
-            log_probs = np.asarray(
+            log_probs = _fetch(
                 label_log_probs(
                     self.model, self.params, source, source_lengths, target, target_lengths, self.vocabulary.eos_id
                 )
@@ -282,7 +284,7 @@ class Translator:
             # Neither takes part in the program: another seed must not compile it again.
             config=dataclasses.replace(config, seed=0, batch_tokens=None),
         )
-        token_ids, ends, scores = (np.asarray(leaf)[: len(sources)] for leaf in found)
+        token_ids, ends, scores = (_fetch(leaf)[: len(sources)] for leaf in found)
         return [self._hypotheses(token_ids[row], ends[row], scores[row], len(prefix)) for row in range(len(sources))]
 
     def _hypotheses(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, prefix: int) -> list[Hypothesis]:
@@ -336,6 +338,13 @@ class Translator:
         return splits[0] if len(splits) == 1 else known[0]
 
 
+def _fetch(array: jax.Array) -> np.ndarray:
+    """An array on this host, also where other hosts hold parts of it; all of them call it."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def _restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
     which: Literal["best", "last"] | int
     if checkpoint in ("best", "last"):
@@ -350,17 +359,6 @@ def _restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
         except UserError:
             # Most runs keep no average; where it is the checkpoint that is missing, this says so.
             return store.restore_params(which)
-
-
-def _check_shapes(params: PyTree, expected: PyTree) -> None:
-    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    wanted = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(expected)}
-    for name in sorted(shapes.keys() | wanted.keys()):
-        if shapes.get(name) != wanted.get(name):
-            raise UserError(
-                f"the weights are of another model: {name} is {shapes.get(name, 'missing')}, "
-                f"the model has {wanted.get(name, 'no such parameter')}"
-            )
 
 
 def _check_lines(lines: Sequence[str]) -> None:

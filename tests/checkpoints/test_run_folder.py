@@ -18,6 +18,7 @@ def test_names(tmp_path):
         "environment_json": "environment.json",
         "model_json": "model.json",
         "metrics_jsonl": "metrics.jsonl",
+        "skipped_examples_jsonl": "skipped_examples.jsonl",
         "results_json": "results.json",
         "learning_curve_png": "learning_curve.png",
         "vocabulary": "vocabulary",

@@ -154,6 +154,18 @@ def test_a_mistake_is_one_line_and_writes_nothing(bad_place, monkeypatch, capfd,
     assert snapshot(bad_place) == before
 
 
+def test_weights_of_another_model_come_with_a_table(bad_place, monkeypatch, capfd):
+    monkeypatch.chdir(bad_place)
+    assert main(["translate", "--run_dir=other_model", "--input=test.en", "--output=new"]) == 2
+    error, head, *rows = capfd.readouterr().err.splitlines()
+    assert error.startswith(
+        "t5x_ext translate: the checkpoint belongs to another model or optimizer: different: decoder/"
+    )
+    assert head.split() == ["array", "in", "the", "checkpoint", "wanted"]
+    assert all(row.split()[0].split("/")[0] in ("encoder", "decoder") and "96" in row for row in rows)
+    assert not (bad_place / "new").exists()
+
+
 def test_standard_input_that_is_not_text(bad_place, monkeypatch, capfd):
     import io
     import types
