@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from t5x_ext.contracts import FamilyCorpus, Loss, Objective
+from t5x_ext.contracts import FamilyCorpus, Loss, Params
 from t5x_ext.data import PreparedData, TextDirection
 from t5x_ext.decode import DecodeConfig, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
-from t5x_ext.models import EncoderDecoder
 from t5x_ext.parallel import global_batch, host_rows
-from t5x_ext.train.run import EvaluationConfig, Run
+from t5x_ext.train.program import Program
 from t5x_ext.train.state import TrainState
 from t5x_ext.train.step import make_evaluation_step
 
@@ -58,11 +56,18 @@ def decode_directions(
 class HeldOut:
     """From a training state to named values: `valid/loss`, `valid/nll`, `valid/bleu`, `valid/bleu/en-de`, ..."""
 
-    def __init__(self, run: Run, data: PreparedData, model: EncoderDecoder, objective: Objective, mesh: Mesh):
-        """Prepares the measurements; programs are compiled when first used."""
-        self._run, self._data, self._model, self._mesh = run, data, model, mesh
-        self._step = jax.jit(make_evaluation_step(objective))
-        self._rows = host_rows(mesh, run.data.batch.rows)
+    def __init__(self, program: Program, data: PreparedData, check: Callable[[], None] = lambda: None):
+        """Prepares the measurements; programs are compiled when first used.
+
+        Args:
+          program: the run on its mesh.
+          data: validation batches and text.
+          check: called between batches; what it raises ends the measurement.
+        """
+        self._run, self._data, self._model, self._mesh = program.run, data, program.model, program.mesh
+        self._step = jax.jit(make_evaluation_step(program.objective))
+        self._rows = host_rows(program.mesh, program.run.data.batch.rows)
+        self._check = check
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Measures; an empty dictionary where there is no validation text."""
@@ -73,6 +78,7 @@ class HeldOut:
     def _losses(self, state: TrainState) -> dict[str, float]:
         total: Loss | None = None
         for batch in self._data.valid_batches(*self._rows):
+            self._check()
             loss = jax.device_get(self._step(state.evaluation_params, global_batch(self._mesh, batch)))
             total = loss if total is None else jax.tree.map(np.add, total, loss)
         if total is None:
@@ -89,7 +95,9 @@ class HeldOut:
         data = self._data
         names = list(dict.fromkeys(direction.name for direction in data.valid))
         translator = Translator(self._model, state.evaluation_params, data.vocabulary, self._run.data.tags, names)
-        decoded = decode_directions(translator, data.valid, evaluation.decode, evaluation.max_lines)
+        decoded = decode_directions(
+            translator, data.valid, evaluation.decode, evaluation.max_lines, lambda lines: self._check()
+        )
         values: dict[str, list[float]] = {}
         for one in decoded:
             scores = one.scores()
@@ -104,17 +112,24 @@ class HeldOut:
         return {name: float(np.mean(value)) for name, value in values.items()}
 
 
-def run_test(run_dir: str, directions: Sequence[TextDirection], evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Decodes and scores the test directions with the best checkpoint of a run folder.
+def run_test(program: Program, weights: Params, data: PreparedData, show: bool = True) -> dict[str, Any]:
+    """Decodes and scores the test directions.
+
+    Args:
+      program: the run on its mesh.
+      weights: to decode with, on that mesh.
+      data: the test text and the vocabulary.
+      show: whether this process shows its progress.
 
     Returns:
       The part of `results.json` about the test: scores by direction, their means, exact match by family where the
       corpora know families, and a sample translation of each direction.
     """
-    translator = Translator.from_run(run_dir)
-    num_lines = sum(len(direction.texts()[0]) for direction in directions)
-    with tqdm(total=num_lines, desc="decoding the test", unit="line", disable=None, file=sys.stderr) as bar:
-        decoded = decode_directions(translator, directions, evaluation.test_decode, progress=bar.update)
+    translator = Translator(program.model, weights, data.vocabulary, program.run.data.tags, data.directions)
+    num_lines = sum(len(direction.texts()[0]) for direction in data.test)
+    disable = None if show else True
+    with tqdm(total=num_lines, desc="decoding the test", unit="line", disable=disable, file=sys.stderr) as bar:
+        decoded = decode_directions(translator, data.test, program.run.evaluation.test_decode, progress=bar.update)
     scores = {one.direction.name: one.scores() for one in decoded}
     results: dict[str, Any] = {
         "mean_bleu": float(np.mean([score.bleu.value for score in scores.values()])),

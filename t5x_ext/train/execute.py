@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import logging
-import os
-import platform
 import sys
+import time
 from collections.abc import Iterator
-from functools import partial
-from importlib import metadata
-from typing import Any, NamedTuple
+from contextlib import closing
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-import t5x_ext
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
-from t5x_ext.contracts import Batch, PyTree, UserError
-from t5x_ext.data import PreparedData, VocabularyConfig, batch_iterator, prepare
-from t5x_ext.models import TransformerConfig, init_params
-from t5x_ext.parallel import BATCH_AXES, batch_devices, global_batch, host_rows, make_mesh
+from t5x_ext.checkpoints.store import SaveError
+from t5x_ext.contracts import Batch, UserError
+from t5x_ext.data import PackedBatches, VocabularyConfig, batch_iterator, prepare
+from t5x_ext.parallel import BATCH_AXES, batch_devices, global_batch, hardware_of, host_rows, make_mesh
 from t5x_ext.train import hooks
+from t5x_ext.train.beginning import InitFrom, first_loop, placed_weights
+from t5x_ext.train.compilation import compiling
 from t5x_ext.train.evaluation import HeldOut, run_test
+from t5x_ext.train.goodput import Clock, describe_split
+from t5x_ext.train.log import JsonLines, Log, cut_log
 from t5x_ext.train.loop import Hook, Loop, train
+from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.processes import is_primary, primary_first
-from t5x_ext.train.program import Program, make_program
-from t5x_ext.train.report import draw_learning_curve
-from t5x_ext.train.run import EvaluationConfig, Run
-from t5x_ext.train.state import TrainState, create_state
+from t5x_ext.train.profiling import Profile
+from t5x_ext.train.program import make_program
+from t5x_ext.train.records import check_config, environment_changes, read_results, write_records
+from t5x_ext.train.recovery import BadUpdates, Diverged, position_of, skipped_after
+from t5x_ext.train.report import draw_learning_curve, read_metrics
+from t5x_ext.train.run import Run
+from t5x_ext.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
-
-_MAY_CHANGE = (
-    *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
-    *("EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
-)
-"""Settings that a restart may change: they do not touch what has been learned so far."""
-
-
-class InitFrom(NamedTuple):
-    """A run to start from, for fine-tuning; from its average of the weights, where it kept one."""
-
-    run_dir: str
-    checkpoint: str | int = "best"  # "best", "last" or a step
-    keep_optimizer: bool = False  # go on with its weights, their average and its optimizer state, else begin afresh
 
 
 def execute(
@@ -59,97 +49,227 @@ def execute(
 ) -> dict[str, Any]:
     """Trains a run, or goes on with one that was interrupted, and tests it.
 
+    With several processes all of them call it with the same arguments; process 0 writes the records.
+
     Args:
       run: what to train.
-      run_dir: the run folder; made if there is none.
+      run_dir: the run folder, which all processes see; made if there is none.
       config_text: the resolved configuration, one `name = value` a line; kept as a record, and compared on restart.
       cache_dir: where token caches live; None keeps them in the run folder.
       init_from: weights to start from; None starts from random ones.
 
     Returns:
-      What stands in `results.json`.
+      What stands in `results.json`; nothing where the run was interrupted.
 
     Raises:
-      UserError: for inputs that do not fit, or a folder that holds a run with other settings.
+      UserError: for inputs that do not fit, a folder that holds a run with other settings, a disk that is full, or a
+        loss that stays infinite.
     """
     folder = RunFolder(run_dir)
-    _check_config(folder, config_text)
+    check_config(folder, config_text)
     done = read_results(run_dir)
     if done is not None and _is_over(run, done["steps"], done.get("evaluations_without_gain", 0)):
         hint = f"--init_from={run_dir} goes on from its weights in another --run_dir"
         print(f"{run_dir} is finished, with {done['steps']:,} updates; {hint}", file=sys.stderr)
         return done
-    mesh = make_mesh(run.mesh)
-    _check_rows(run, mesh)
-    data_config = run.data
-    if init_from is not None:
-        vocabulary = str(RunFolder(init_from.run_dir).vocabulary)
-        data_config = dataclasses.replace(data_config, vocabulary=VocabularyConfig(path=vocabulary))
-    with primary_first("data"):
-        data = prepare(data_config, run_dir, cache_dir or str(folder.cache), run.seed)
-    program = make_program(run, data.vocabulary.size, mesh)
-    model_config = program.config
-    retention = Retention(
-        keep_last=run.checkpoints.keep_last,
-        keep_best=run.checkpoints.keep_best,
-        metric=run.evaluation.metric,
-        mode="max" if run.evaluation.higher_is_better else "min",
-    )
-    with CheckpointStore(folder.checkpoints, retention) as store:
-        loop = _first_state(run, model_config, data, program.template, store, init_from)
-        if is_primary():
-            _write_records(folder, run, data, model_config, config_text)
-        if not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
-            held_out = HeldOut(run, data, program.model, program.objective, mesh)
-            _train(program, folder, loop, data, store, held_out)
-    if is_primary():
-        draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
-    if loop.interrupted:
-        print(f"stopped at step {loop.step:,} of {run.steps:,}: {loop.stop}; the same command goes on", file=sys.stderr)
-        return {}
-    return _finish(run, folder, loop, data, model_config)
+    try:
+        return _Execution(run, folder, config_text, cache_dir, init_from).result()
+    except SaveError as error:
+        raise UserError(f"{error}; earlier checkpoints are whole: the same command goes on from the newest") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{error.filename or run_dir}: {error.strerror}; the same command goes on") from error
 
 
-def _train(
-    program: Program, folder: RunFolder, loop: Loop, data: PreparedData, store: CheckpointStore, held_out: HeldOut
-) -> None:
-    """Compiles the step and runs the loop with the run's hooks."""
-    run = program.run
-    with loop.clock.section("compile"):
-        train_step = program.compile()
-    evaluation = run.evaluation
-    stop_on_signal = hooks.StopOnSignal()
-    chain: list[Hook] = [
-        stop_on_signal,
-        hooks.Evaluate(held_out, every=evaluation.every, steps=run.steps),
-        *run.hooks,
-        *_early_stop(evaluation),
-        hooks.Save(store, every=run.checkpoints.every, data=data.description, metric=evaluation.metric),
-    ]
-    if is_primary():
-        chain.append(
-            hooks.Log(
-                folder.metrics_jsonl,
-                folder.tensorboard if run.tensorboard else None,
-                every=run.log_every,
-                steps=run.steps,
-                start=loop.step,
-                max_skipped=run.max_skipped_updates,
+class _Execution:
+    """One call of `execute`: the parts of a run that exist only once there are data and devices."""
+
+    def __init__(
+        self, run: Run, folder: RunFolder, config_text: str, cache_dir: str | None, init_from: InitFrom | None
+    ):
+        """Prepares data and program."""
+        self.run, self.folder, self.config_text, self.init_from = run, folder, config_text, init_from
+        self.clock = Clock()
+        with self.clock.section("start"):
+            mesh = make_mesh(run.mesh)
+            _check_rows(run, mesh)
+            config = run.data
+            if init_from is not None:
+                vocabulary = VocabularyConfig(path=str(RunFolder(init_from.run_dir).vocabulary))
+                config = dataclasses.replace(config, vocabulary=vocabulary)
+            with primary_first("data"):
+                self.data = prepare(config, str(folder.path), cache_dir or str(folder.cache), run.seed)
+            self.program = make_program(run, self.data.vocabulary.size, mesh)
+
+    def result(self) -> dict[str, Any]:
+        """Trains and tests."""
+        run, folder = self.run, self.folder
+        retention = Retention(
+            keep_last=run.checkpoints.keep_last,
+            keep_best=run.checkpoints.keep_best,
+            metric=run.evaluation.metric,
+            mode="max" if run.evaluation.higher_is_better else "min",
+        )
+        with CheckpointStore(folder.checkpoints, retention) as store:
+            loop = first_loop(self.program, self.data, store, self.init_from, self.clock)
+            if is_primary():
+                self._open_folder(loop)
+            if hooks.is_owed(loop) or not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
+                loop = self._train(loop, store)
+            if is_primary():
+                draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
+            if loop.interrupted:
+                if is_primary():
+                    stopped = f"stopped at step {loop.step:,} of {run.steps:,}: {loop.stop}"
+                    print(f"{stopped}; the same command goes on", file=sys.stderr)
+                return {}
+            return self._finish(loop, store)
+
+    def _open_folder(self, loop: Loop) -> None:
+        """Writes the records, and takes back what a crash left in the log after the newest checkpoint."""
+        changes = environment_changes(self.folder) if loop.step else []
+        if changes:
+            logger.warning(
+                "going on with %s: the same batches follow, results are equal to rounding", "; ".join(changes)
             )
-        )
-    with stop_on_signal:
-        train(
-            loop,
-            train_step,
-            _device_batches(run, data, program.mesh, loop.batches_consumed),
+        write_records(self.folder, self.run, self.data, self.program.config, self.config_text)
+        since_line = loop.clock.earlier - sum(loop.memory.get("log", {}).get("clock", {}).values())
+        lost = cut_log(self.folder.metrics_jsonl, loop.step) - since_line
+        loop.clock.add({"lost": max(lost, 0.0)})
+
+    def _train(self, loop: Loop, store: CheckpointStore) -> Loop:
+        """Compiles the step and runs the loop, again from an earlier checkpoint where losses stay infinite."""
+        run, folder = self.run, self.folder
+        with compiling(loop.clock, "training step"):
+            train_step = self.program.compile()
+        with StopOnSignal() as stop, Profile(folder.path, looks=is_primary()) as profile:
+            held_out = HeldOut(self.program, self.data, stop.check)
+            save = hooks.Save(
+                store,
+                every=run.checkpoints.every,
+                data=self.data.description,
+                metric=run.evaluation.metric,
+                known_rows=self.data.plan.known_rows,
+            )
+            evaluate = hooks.Evaluate(held_out, every=run.evaluation.every, steps=run.steps, show=is_primary())
+            before_log: list[Hook] = [stop, profile, evaluate, *run.hooks, *_early_stop(run)]
+            while True:
+                try:
+                    self._attempt(loop, train_step, before_log, save)
+                    break
+                except Diverged as error:
+                    loop = self._go_back(error, loop, store)
+                    save.save(loop)
+            if loop.interrupted and stop.received_at is not None and is_primary():
+                seconds = time.perf_counter() - stop.received_at
+                logger.info("%s; update %d is on disk %.1f s later", loop.stop, loop.step, seconds)
+                JsonLines(folder.metrics_jsonl).append({"step": loop.step, "preemption_seconds": round(seconds, 3)})
+        if loop.stop is not None and not loop.interrupted:
+            logger.info("stopped at step %d: %s", loop.step, loop.stop)
+        return loop
+
+    def _attempt(self, loop: Loop, train_step: TrainStep, before_log: list[Hook], save: hooks.Save) -> None:
+        """Runs the loop to its end."""
+        run, folder = self.run, self.folder
+        batches = self.data.batches.skipping(loop.skipped)
+        path = folder.skipped_examples_jsonl if is_primary() else None
+        bad = BadUpdates(path, batches.plan.unskipped, batches.examples, run.max_skipped_updates)
+        hardware = hardware_of(jax.devices()[0].device_kind)
+        log = Log(
+            folder.metrics_jsonl if is_primary() else None,
+            folder.tensorboard if is_primary() and run.tensorboard else None,
+            every=run.log_every,
             steps=run.steps,
-            hooks=chain,
+            start=loop.step,
+            batch_flops=lambda index: 3 * self.program.config.flops(*batches.example_lengths(index)),
+            peak_flops=hardware.peak_flops * self.program.mesh.size if hardware else None,
         )
-    if loop.stop is not None:
-        logger.info("stopped at step %d: %s", loop.step, loop.stop)
+        chain = [*before_log, log, save]
+        loop.observers = (bad.observe, log.observe)
+        with closing(log):
+            if hooks.is_owed(loop):
+                for hook in chain:
+                    hook.after_step(loop)
+            device_batches = self._device_batches(batches, loop, save)
+            train(loop, train_step, device_batches, steps=run.steps, hooks=chain)
+
+    def _device_batches(self, batches: PackedBatches, loop: Loop, save: hooks.Save) -> Iterator[Batch]:
+        """Global batches from the loop's position on; this host reads its own rows only."""
+        mesh = self.program.mesh
+        host_batches = batch_iterator(batches, loop.batches_consumed, *host_rows(mesh, self.run.data.batch.rows))
+        while True:
+            try:
+                batch = next(host_batches)
+            except Exception:
+                # The weights are good. Several processes cannot save them: the others wait for this one's rows.
+                if jax.process_count() == 1 and loop.in_flight is not None:
+                    loop.settle()
+                    save.at_end(loop)
+                raise
+            yield global_batch(mesh, batch)
+
+    def _go_back(self, error: Diverged, loop: Loop, store: CheckpointStore) -> Loop:
+        """The loop at the newest checkpoint from before a bad stretch, the data up to the stretch's end left out.
+
+        Raises:
+          UserError: if the run has gone back too often.
+        """
+        run, folder = self.run, self.folder
+        rewinds = loop.memory.get("rewinds", 0) + 1
+        if rewinds > run.max_rewinds:
+            raise UserError(
+                f"{error}, after going back {run.max_rewinds} times; their examples are in "
+                f"{folder.skipped_examples_jsonl}; lower the learning rate, clip gradients, or clean the data"
+            )
+        del loop.state, loop.in_flight  # there need not be room for two
+        store.discard_after(error.first - 1)
+        again = first_loop(self.program, self.data, store, self.init_from, Clock(loop.clock.now))
+        plan = self.data.batches.plan.skipping(loop.skipped)
+        again.skipped = skipped_after(plan, again.batches_consumed, position_of(loop, error.last))
+        skipped_updates = loop.memory["skipped_updates"]
+        again.memory |= {"rewinds": rewinds, "skipped_updates": skipped_updates, "skipped_in_row": 0}
+        again.clock.add({"lost": loop.clock.total() - again.clock.earlier})
+        if is_primary():
+            cut_log(folder.metrics_jsonl, again.step)
+            logger.warning(
+                "%s: going back to step %d, and on after the batches of update %d (%d of %d times)",
+                *(error, again.step, error.last, rewinds, run.max_rewinds),
+            )
+        return again
+
+    def _finish(self, loop: Loop, store: CheckpointStore) -> dict[str, Any]:
+        """Decodes and scores the test set with the best checkpoint, and writes `results.json`."""
+        run, memory = self.run, loop.memory
+        split = loop.clock.split()
+        seconds, training = loop.clock.total(), max(split.get("data", 0.0) + split.get("step", 0.0), 1e-9)
+        results: dict[str, Any] = {
+            "steps": loop.step,
+            "parameters": self.program.config.num_params(),
+            "train_seconds": round(seconds, 2),
+            "target_tokens_per_second": round(memory.get("target_tokens", 0.0) / max(seconds, 1e-9), 1),
+            "model_flops_per_second": memory.get("model_flops", 0.0) / training,
+            "goodput": describe_split(split),
+        }
+        hardware = hardware_of(jax.devices()[0].device_kind)
+        if hardware:
+            results["mfu"] = results["model_flops_per_second"] / (hardware.peak_flops * self.program.mesh.size)
+        results |= {name: memory[name] for name in ("skipped_updates", "rewinds") if memory.get(name)}
+        if run.evaluation.patience is not None:
+            results["evaluations_without_gain"] = hooks.evaluations_without_gain(memory)
+        if self.data.test:
+            weights = placed_weights(self.program, store, "best", str(self.folder.path))
+            results |= run_test(self.program, weights, self.data, show=is_primary())
+        if is_primary():
+            lines = read_metrics(self.folder.metrics_jsonl)
+            preemptions = [line["preemption_seconds"] for line in lines if "preemption_seconds" in line]
+            results |= {"preemption_seconds": preemptions} if preemptions else {}
+            write_json(self.folder.results_json, results)
+        return results
 
 
-def _early_stop(config: EvaluationConfig) -> Iterator[hooks.EarlyStop]:
+def _early_stop(run: Run) -> Iterator[hooks.EarlyStop]:
+    config = run.evaluation
     if config.patience is not None:
         yield hooks.EarlyStop(config.metric, higher_is_better=config.higher_is_better, patience=config.patience)
 
@@ -171,149 +291,3 @@ def _check_rows(run: Run, mesh: Mesh) -> None:
 def _is_over(run: Run, steps: int, evaluations_without_gain: int) -> bool:
     patience = run.evaluation.patience
     return steps >= run.steps or (patience is not None and evaluations_without_gain >= patience)
-
-
-def _device_batches(run: Run, data: PreparedData, mesh: Mesh, start: int) -> Iterator[Batch]:
-    """Global batches from position `start` on; this host reads its own rows only."""
-    rows = host_rows(mesh, run.data.batch.rows)
-    for batch in batch_iterator(data.batches, start, *rows):
-        yield global_batch(mesh, batch)
-
-
-def _first_state(
-    run: Run,
-    config: TransformerConfig,
-    data: PreparedData,
-    template: PyTree,
-    store: CheckpointStore,
-    init_from: InitFrom | None,
-) -> Loop:
-    """The newest checkpoint of this run; else the weights of another run; else random weights."""
-    if store.steps():
-        state, extra = store.restore(template)
-        _check_data(store, extra["data"], data.description)
-        memory = extra["memory"]
-        memory["seconds_before"] = memory.pop("seconds")
-        logger.info("going on from step %d", int(state.step))
-        return Loop(state, int(state.step), extra["batches_consumed"], memory)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, template)
-
-    def create(key: jax.Array) -> TrainState:
-        return create_state(init_params(config, key), run.optimizer, with_ema=run.ema_decay is not None)
-
-    if init_from is None:
-        state = jax.jit(create, out_shardings=shardings)(jax.random.key(run.seed))
-    else:
-        state = _state_from(init_from, run, template)
-    return Loop(state, 0, 0)
-
-
-def _state_from(init_from: InitFrom, run: Run, template: TrainState) -> TrainState:
-    """A state with the weights of another run, its counters at zero."""
-    with CheckpointStore(RunFolder(init_from.run_dir).checkpoints) as store:
-        step = None if isinstance(init_from.checkpoint, str) else init_from.checkpoint
-        if init_from.checkpoint == "best":
-            step = store.best_step()
-        if init_from.keep_optimizer:
-            state, _ = store.restore(template, step)
-            return state._replace(step=jax.device_put(np.int32(0), template.step.sharding))
-        which: Any = init_from.checkpoint if step is None else step
-        try:
-            weights = store.restore_params(which, subtree="ema")
-        except UserError:
-            # Most runs keep no average; where it is the checkpoint that is missing, this says so.
-            weights = store.restore_params(which)
-    where = f"--init_from={init_from.run_dir}"
-    params = jax.tree.map(partial(_placed, where), template.params, weights)
-    create = partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None)
-    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, template))(params)
-
-
-def _placed(where: str, template: jax.ShapeDtypeStruct, weight: np.ndarray) -> jax.Array:
-    if template.shape != weight.shape:
-        raise UserError(f"{where}: its model has a weight of shape {weight.shape} where this one has {template.shape}")
-    return jax.device_put(weight, template.sharding)
-
-
-def _finish(run: Run, folder: RunFolder, loop: Loop, data: PreparedData, config: TransformerConfig) -> dict[str, Any]:
-    """Decodes and scores the test set with the best checkpoint, and writes `results.json`."""
-    seconds = loop.memory.get("seconds_before", 0.0) + sum(loop.clock.seconds.values())
-    results: dict[str, Any] = {
-        "steps": loop.step,
-        "parameters": config.num_params(),
-        "train_seconds": round(seconds, 2),
-        "target_tokens_per_second": round(loop.memory.get("target_tokens", 0.0) / max(seconds, 1e-9), 1),
-    }
-    if run.evaluation.patience is not None:
-        results["evaluations_without_gain"] = hooks.evaluations_without_gain(loop.memory)
-    if data.test:
-        results |= run_test(str(folder.path), data.test, run.evaluation)
-    if is_primary():
-        write_json(folder.results_json, results)
-    return results
-
-
-def _write_records(
-    folder: RunFolder, run: Run, data: PreparedData, config: TransformerConfig, config_text: str
-) -> None:
-    """What a reader needs (`model.json`), and what a person wants to know later (configuration, environment)."""
-    folder.write_model(
-        config.to_json(), dataclasses.asdict(run.data.tags), data.directions, data.vocabulary.fingerprint()
-    )
-    folder.config_gin.write_text(config_text)
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
-    environment = {
-        "python": platform.python_version(),
-        "packages": {"t5x_ext": t5x_ext.__version__, **versions},
-        "platform": platform.platform(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "processes": jax.process_count(),
-        "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-    write_json(folder.environment_json, environment)
-
-
-def _check_config(folder: RunFolder, config_text: str) -> None:
-    """Refuses to go on with a run whose settings have changed; before its first checkpoint there is none to go on with.
-
-    Raises:
-      UserError: naming the first difference.
-    """
-    with CheckpointStore(folder.checkpoints) as store:
-        if not store.steps() or not folder.config_gin.exists():
-            return
-    before, now = _settings(folder.config_gin.read_text()), _settings(config_text)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    if changed:
-        name = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(
-            f"{folder.path} holds a run with {name} = {before.get(name, 'unset')}, now it is "
-            f"{now.get(name, 'unset')}{more}; give the settings it was started with, or another --run_dir"
-        )
-
-
-def _check_data(store: CheckpointStore, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with other data: the position in it would mean something else.
-
-    Raises:
-      UserError: naming the parts that differ.
-    """
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
-        raise UserError(
-            f"{store.directory} was trained on other data ({', '.join(changed)} changed); restore it, or take another "
-            "--run_dir with --init_from"
-        )
-
-
-def _settings(config_text: str) -> dict[str, str]:
-    lines = (line.split(" = ", 1) for line in config_text.splitlines() if " = " in line and not line.startswith("#"))
-    return {name: value for name, value in lines if not any(part in name for part in _MAY_CHANGE)}
-
-
-def read_results(run_dir: str) -> dict[str, Any] | None:
-    """The results of a finished run; None where there are none yet."""
-    path = RunFolder(run_dir).results_json
-    return json.loads(path.read_text()) if path.exists() else None

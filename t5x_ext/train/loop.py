@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 
 from t5x_ext.contracts import Batch
+from t5x_ext.train.goodput import Clock
 from t5x_ext.train.state import TrainState
 from t5x_ext.train.step import StepMetrics, TrainStep
-
-
-class Clock:
-    """Wall seconds by section; `now` can be replaced in tests."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self.now = now
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside the block to a section."""
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
 
 @dataclass
@@ -40,11 +22,27 @@ class Loop:
     step: int  # updates done
     batches_consumed: int  # the data position: index of the next batch
     memory: dict[str, Any] = field(default_factory=dict)  # JSON that hooks keep across restarts
-    metrics: StepMetrics | None = None  # of update number step - 1, on the host
+    skipped: list[tuple[int, int]] = field(default_factory=list)  # ranges of batches left out, see BatchPlan.skipped
+    metrics: StepMetrics | None = None  # of the newest update that the device has finished, on the host
+    in_flight: StepMetrics | None = None  # of update number `step`, on the device; None once they were fetched
     evaluation: dict[str, float] = field(default_factory=dict)  # measured after this very step, else empty
     stop: str | None = None  # set to a reason, and the loop ends after the running hooks
     interrupted: bool = False  # whether that came from outside, so that the run is to be gone on with
     clock: Clock = field(default_factory=Clock)
+    observers: tuple[Observer, ...] = ()
+
+    def settle(self) -> None:
+        """Waits for the update under way, if there is one, and shows its metrics to the observers."""
+        if self.in_flight is None:
+            return
+        with self.clock.section("step"):
+            self.metrics, self.in_flight = jax.device_get(self.in_flight), None
+        for observe in self.observers:
+            observe(self, self.step, self.metrics)
+
+
+Observer = Callable[[Loop, int, StepMetrics], None]
+"""Told the metrics of each update, once, in order: (loop, number of the update from 1, metrics on the host)."""
 
 
 class Hook(Protocol):
@@ -57,6 +55,11 @@ class Hook(Protocol):
     def at_end(self, loop: Loop) -> None:
         """Called once when the loop has ended; `loop.metrics` are those of the last update."""
         ...
+
+
+def _traced(step: int) -> jax.profiler.StepTraceAnnotation:
+    """Marks an update in a profile, so that its viewer can tell updates apart."""
+    return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
 
 def train(loop: Loop, train_step: TrainStep, batches: Iterator[Batch], *, steps: int, hooks: Sequence[Hook]) -> Loop:
@@ -72,23 +75,20 @@ def train(loop: Loop, train_step: TrainStep, batches: Iterator[Batch], *, steps:
       steps: total number of updates, those before a restart included.
       hooks: called in this order after each update.
     """
-    in_flight: StepMetrics | None = None
     while loop.step < steps and loop.stop is None:
         with loop.clock.section("data"):
             batch = next(batches)
-        with loop.clock.section("step"):
-            # What moves between host and device is moved by name elsewhere; anything else here would be a mistake.
-            with jax.transfer_guard("disallow"):
-                loop.state, dispatched = train_step(loop.state, batch)
-            loop.metrics = jax.device_get(in_flight)
-        in_flight = dispatched
+        # What moves between host and device is moved by name elsewhere; anything else here would be a mistake.
+        with loop.clock.section("step"), _traced(loop.step), jax.transfer_guard("disallow"):
+            loop.state, dispatched = train_step(loop.state, batch)
+        loop.settle()
+        loop.in_flight = dispatched
         loop.step += 1
         loop.batches_consumed += 1
         loop.evaluation = {}
         for hook in hooks:
             hook.after_step(loop)
-    with loop.clock.section("step"):
-        loop.metrics = jax.device_get(in_flight)
+    loop.settle()
     for hook in hooks:
         hook.at_end(loop)
     return loop

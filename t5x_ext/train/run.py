@@ -85,7 +85,9 @@ class Run:
       axis_rules: which axes of the weights go to which axes of the mesh.
       ema_decay: moving average of the weights, used for evaluation; None keeps none.
       log_every: updates between log lines.
-      max_skipped_updates: so many non-finite updates in a row end the run.
+      max_skipped_updates: so many updates in a row left out, because loss or gradient was not finite, take the run back
+        to a checkpoint from before them, and on with other data.
+      max_rewinds: so often may it go back; then it ends.
       tensorboard: whether TensorBoard files are written beside the JSON lines.
       evaluation: held-out measurements.
       checkpoints: what is kept.
@@ -106,13 +108,15 @@ class Run:
     ema_decay: float | None = None
     log_every: int = 50
     max_skipped_updates: int = 10
+    max_rewinds: int = 3
     tensorboard: bool = True
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     hooks: tuple[Hook, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "num_microbatches": 1, "log_every": 1, "max_skipped_updates": 1}.items():
+        least_values = {"steps": 1, "num_microbatches": 1, "log_every": 1, "max_skipped_updates": 1, "max_rewinds": 0}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise UserError(f"Run.{name} is {getattr(self, name)}; it must be at least {least}")
         if self.data.batch.rows % self.num_microbatches:

@@ -17,8 +17,8 @@ from t5x_ext.contracts import Loss
 from t5x_ext.data import BatchConfig, DataConfig, ParallelText, VocabularyConfig, train_vocabulary
 from t5x_ext.models import TransformerConfig
 from t5x_ext.optim import adam
-from t5x_ext.train import CheckpointConfig, EvaluationConfig, Run, execute
-from t5x_ext.train.loop import Clock, Hook, Loop, train
+from t5x_ext.train import CheckpointConfig, Clock, EvaluationConfig, Run, execute
+from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.state import TrainState
 from t5x_ext.train.step import StepMetrics
 
@@ -76,6 +76,7 @@ def run_loop(seconds: Seconds) -> Callable[..., Loop]:
             seconds.now += 2.0
             return state._replace(step=state.step + 1), reports[batch]
 
+        loop.observers = tuple(hook.observe for hook in hooks if hasattr(hook, "observe"))
         return train(loop, step, batches(), steps=steps or len(reports), hooks=hooks)
 
     return run

@@ -16,10 +16,13 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from t5x_ext.checkpoints import CheckpointStore, Retention
 from t5x_ext.contracts import UserError
 from t5x_ext.train import hooks
+from t5x_ext.train.log import JsonLines, Log, cut_log
+from t5x_ext.train.preemption import Interrupted, StopOnSignal
+from t5x_ext.train.recovery import BadUpdates, Diverged
 
 
-def log(path, *, every=1, steps=100, start=0, max_skipped=3, tensorboard=None):
-    return hooks.Log(path, tensorboard, every=every, steps=steps, start=start, max_skipped=max_skipped)
+def log(path, *, every=1, steps=100, start=0, tensorboard=None, **options):
+    return Log(path, tensorboard, every=every, steps=steps, start=start, **options)
 
 
 def lines(path):
@@ -58,15 +61,41 @@ def test_a_line_gives_means_over_the_updates_since_the_line_before(new_loop, run
     # Each update takes 2 s, after waiting 0.5 s. A line is written when the update after it is under way: the first
     # covers three of them, the second two, and what the last line covers took no time of its own.
     assert first == {
-        "step": 2, "loss": 12 / 6, "accuracy": 3 / 6, "target_tokens": 6,
-        "target_tokens_per_second": 6 / 7.5, "gradient_norm": 2, "data_wait": 0.2,
+        "step": 2, "loss": 12 / 6, "accuracy": 3 / 6, "target_tokens": 6, "gradient_norm": 2,
+        "target_tokens_per_second": 6 / 7.5, "seconds": 7.5, "time/data": 0.2, "time/step": 0.8,
     }  # fmt: skip
     assert second == {
-        "step": 4, "loss": 15 / 3, "accuracy": 1 / 3, "target_tokens": 3,
-        "target_tokens_per_second": 3 / 5, "gradient_norm": 5, "data_wait": 0.2,
+        "step": 4, "loss": 15 / 3, "accuracy": 1 / 3, "target_tokens": 3, "gradient_norm": 5,
+        "target_tokens_per_second": 3 / 5, "seconds": 5, "time/data": 0.2, "time/step": 0.8,
     }  # fmt: skip
     assert [last[name] for name in ("step", "loss", "accuracy", "gradient_norm")] == [5, 1, 3 / 5, 4]
     assert loop.memory["target_tokens"] == 14
+
+
+def test_a_line_tells_where_the_time_went(new_loop, run_loop, report, seconds, tmp_path):
+    """Evaluation and saving slow no speed down: 70 operations in 2 x 2.5 s, of 20 possible a second."""
+
+    class Work(Measure):
+        def after_step(self, loop):
+            if loop.step == 1:
+                seconds.now += 4.0  # somewhere
+                for name, spent in (("evaluate", 5.0), ("save", 1.0)):
+                    with loop.clock.section(name):
+                        seconds.now += spent
+
+    path = tmp_path / "metrics.jsonl"
+    flops = {0: 30.0, 1: 40.0}
+    loop = run_loop(
+        new_loop(), [report()] * 2, Work({}), log(path, every=2, batch_flops=flops.__getitem__, peak_flops=20.0)
+    )
+    (line,) = lines(path)
+    times = {"data": 1, "step": 4, "evaluate": 5, "save": 1, "other": 4}
+    assert line["seconds"] == 15
+    assert {name: line[f"time/{name}"] for name in times} == {name: spent / 15 for name, spent in times.items()}
+    assert line["target_tokens_per_second"] == 2 / 5
+    assert line["model_flops_per_second"] == 70 / 5
+    assert line["mfu"] == 70 / 5 / 20
+    assert loop.memory["model_flops"] == 70
 
 
 def test_measurements_have_a_line_of_their_own(new_loop, run_loop, report, tmp_path):
@@ -80,8 +109,9 @@ def test_measurements_have_a_line_of_their_own(new_loop, run_loop, report, tmp_p
 def test_after_a_crash_each_update_stands_in_the_file_once(new_loop, run_loop, report, tmp_path, cut):
     """The run had written up to update 5 (or half a line), its newest checkpoint is of update 3."""
     path = tmp_path / "metrics.jsonl"
-    whole = [json.dumps({"step": step, "loss": float(step)}) for step in range(1, 6 if not cut else 3)]
+    whole = [json.dumps({"step": step, "loss": float(step), "seconds": 2.0}) for step in range(1, 6 if not cut else 3)]
     path.write_text("".join(f"{line}\n" for line in whole) + cut)
+    assert cut_log(path, 3) == (4.0 if not cut else 0.0)
     run_loop(new_loop(step=3), [report(loss=10 * step) for step in range(1, 7)], log(path, start=3))
     steps = [1, 2, 3] if "3.0}" in cut or not cut else [1, 2]
     assert [(line["step"], line["loss"]) for line in lines(path)] == [
@@ -96,7 +126,7 @@ def test_updates_left_out_are_counted_and_in_no_mean(new_loop, run_loop, report,
     path = tmp_path / "metrics.jsonl"
     bad = report(loss=math.nan, labels=3, norm=math.inf, finite=False)
     reports = [report(loss=4, labels=2), bad, bad, report(loss=6, labels=2), bad, bad, report(loss=1, labels=1)]
-    run_loop(new_loop(), reports, log(path, every=2, max_skipped=3))
+    run_loop(new_loop(), reports, bad_updates(limit=3), log(path, every=2))
     read = lines(path)
     assert [line["step"] for line in read] == [2, 4, 6, 7]
     assert [line.get("skipped_updates") for line in read] == [1, 2, 4, 4]
@@ -105,12 +135,40 @@ def test_updates_left_out_are_counted_and_in_no_mean(new_loop, run_loop, report,
     assert [line.get("target_tokens") for line in read] == [2, 2, None, 1]
 
 
-def test_too_many_updates_left_out_in_a_row_end_the_run(new_loop, run_loop, report, tmp_path):
-    reports = [report(), report(finite=False), report(), *[report(finite=False)] * 3, report()]
+def bad_updates(path=None, limit=3):
+    """Counts; the examples of batch i are `pair i`, its number is 100 + i."""
+    return Observing(BadUpdates(path, lambda index: 100 + index, lambda index: [f"pair {index}"], limit))
+
+
+class Observing:
+    """An observer as a hook."""
+
+    def __init__(self, observer):
+        self.observe = observer.observe
+
+    def after_step(self, loop):
+        pass
+
+    def at_end(self, loop):
+        pass
+
+
+def test_too_many_updates_left_out_in_a_row_are_reported_with_their_examples(new_loop, run_loop, report, tmp_path):
+    bad, path = report(finite=False), tmp_path / "skipped_examples.jsonl"
+    reports = [report(), bad, report(), bad, bad, bad, report()]
     loop = new_loop()
-    with pytest.raises(UserError, match="updates 4 to 6 all had a loss or gradient that is not finite; lower"):
-        run_loop(loop, reports, log(tmp_path / "metrics.jsonl", max_skipped=3))
-    assert loop.step == 7  # the sixth report is seen while the seventh update runs
+    with pytest.raises(Diverged, match="updates 4 to 6 all had a loss or gradient that is not finite") as error:
+        run_loop(loop, reports, bad_updates(path))
+    assert (error.value.first, error.value.last) == (4, 6)
+    assert lines(path) == [
+        {"step": step, "batch": 99 + step, "examples": [f"pair {step - 1}"]} for step in (2, 4, 5, 6)
+    ]
+    assert loop.memory["skipped_updates"] == 4
+    # A restart in the middle of the stretch goes on counting, and records no batch twice.
+    loop = new_loop(step=5, memory={"skipped_in_row": 2})
+    with pytest.raises(Diverged, match="updates 4 to 6"):
+        run_loop(loop, reports, bad_updates(path))
+    assert len(lines(path)) == 4
 
 
 def tensorboard_events(path):
@@ -139,6 +197,7 @@ def test_tensorboard_shows_what_the_lines_say_also_after_a_restart(new_loop, run
     run_loop(new_loop(), [report(loss=n) for n in (1, 2, 3, 4)], measure, log(path, tensorboard=folder))
     # Files are named after second and host; the restart comes in the same second.
     monkeypatch.setattr("tensorboardX.event_file_writer.socket.gethostname", lambda: "~")
+    cut_log(path, 2)
     run_loop(new_loop(step=2), [report(loss=10 * n) for n in (1, 2, 3)], log(path, start=2, tensorboard=folder))
     expected = {(name, line["step"]): value for line in lines(path) for name, value in line.items() if name != "step"}
     points = tensorboard_points(folder)
@@ -214,14 +273,28 @@ def test_saves_keep_the_best_and_the_newest_with_everything_to_go_on(new_loop, r
     assert state.step == 7
     assert extra["batches_consumed"] == 7
     assert extra["data"] == {"vocabulary": "v"}
-    assert extra["memory"] == {"note": [1], "seconds": 7 * 2.5}
+    assert extra["memory"] == {"note": [1]}
+    assert extra["clock"]["data"] + extra["clock"]["step"] == 7 * 2.5
     assert store.restore(loop.state, 4)[0].step == 4
 
 
 def test_seconds_add_up_over_restarts(new_loop, run_loop, report, store):
     save = hooks.Save(store, every=0, data={}, metric="valid/loss")
-    run_loop(new_loop(step=4, memory={"seconds_before": 100.0}), [report()] * 6, save)
-    assert store.restore(new_loop().state)[1]["memory"]["seconds"] == 100 + 2 * 2.5
+    loop = new_loop(step=4)
+    loop.clock.add({"step": 90.0, "other": 10.0})
+    run_loop(loop, [report()] * 6, save)
+    clock = store.restore(new_loop().state)[1]["clock"]
+    assert clock["step"] == 90 + 2 * 2.0
+    assert sum(clock.values()) == 100 + 2 * 2.5
+
+
+def test_a_bad_stretch_does_not_push_good_checkpoints_out(new_loop, run_loop, report, store):
+    reports = [report(), report(), *[report(finite=False)] * 4, report()]
+    save = hooks.Save(store, every=1, data={}, metric="valid/loss")
+    saved = []
+    store.save = lambda step, *_: saved.append(step)
+    run_loop(new_loop(), reports, bad_updates(limit=9), save)
+    assert saved == [1, 2, 7]
 
 
 def test_nothing_is_saved_twice(new_loop, run_loop, report):
@@ -246,7 +319,7 @@ def test_a_metric_that_nobody_measures_is_a_mistake_and_loses_nothing(new_loop, 
     assert store.steps() == [2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_loop_after_the_running_update(new_loop, run_loop, report, number):
     class Send(Measure):
         def after_step(self, loop):
@@ -254,7 +327,7 @@ def test_a_signal_ends_the_loop_after_the_running_update(new_loop, run_loop, rep
                 os.kill(os.getpid(), number)
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with hooks.StopOnSignal() as stop:
+    with StopOnSignal() as stop:
         assert signal.getsignal(number) not in before
         loop = run_loop(new_loop(), [report()] * 9, Send({}), stop)
         # A second one is not ours any more: it ends the process at once.
@@ -265,7 +338,7 @@ def test_a_signal_ends_the_loop_after_the_running_update(new_loop, run_loop, rep
 
 def test_a_run_that_fails_gives_the_signals_back():
     before = signal.getsignal(signal.SIGINT)
-    with contextlib.suppress(ZeroDivisionError), hooks.StopOnSignal():
+    with contextlib.suppress(ZeroDivisionError), StopOnSignal():
         assert signal.getsignal(signal.SIGINT) != before
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGINT) == before
@@ -276,7 +349,7 @@ def test_a_run_in_a_thread_leaves_signals_alone(new_loop, run_loop, report):
     steps = []
 
     def work():
-        with hooks.StopOnSignal() as stop:
+        with StopOnSignal() as stop:
             steps.append(run_loop(new_loop(), [report()] * 3, stop).step)
 
     thread = threading.Thread(target=work)

@@ -1,0 +1,114 @@
+"""Stopping on a signal: on every process after the same update, with the weights on disk.
+
+SIGTERM is what Kubernetes, Slurm, a virtual machine that is taken away and the maintenance notice of Cloud TPU
+(autocheckpoint) send; SIGUSR1 is what `sbatch --signal=USR1@60` sends; SIGINT is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from t5x_ext.train.loop import Loop
+from t5x_ext.train.signals import listening
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_numbers = itertools.count()  # of the ballots of this process; processes train the same runs in the same order
+
+
+class Interrupted(Exception):
+    """An evaluation was given up because the run was told to stop; the message says by what."""
+
+
+class _Ballot:
+    """Processes agree on the update after which they stop, without waiting for a device.
+
+    A process that was told to stop after update n asks all to stop after update n + 2, through the key-value store of
+    JAX's coordination service. That is late enough: a process fetches the metrics of update m - 1 before it runs its
+    hooks after update m, and they exist only when every process has dispatched update m - 1; so nobody has passed its
+    hooks after update n + 1 when the request is written, and everybody reads it after update n + 2. Of several
+    requests the earliest holds, by the same argument.
+    """
+
+    LEAD = 2
+
+    def __init__(self) -> None:
+        self._client: Any = distributed.global_state.client
+        self._folder = f"t5x_ext/stop/{next(_numbers)}"
+        self._asked = False
+
+    def ask(self, step: int, reason: str) -> None:
+        """Asks all processes to stop; once."""
+        if not self._asked:
+            self._asked = True
+            self._client.key_value_set(f"{self._folder}/{jax.process_index()}", f"{step + self.LEAD} {reason}")
+
+    def due(self, step: int) -> str | None:
+        """The reason for which all stop after this update, if any was given."""
+        requests = (value.split(" ", 1) for _, value in self._client.key_value_dir_get(self._folder))
+        earliest = min(((int(number), reason) for number, reason in requests), default=None)
+        return earliest[1] if earliest and earliest[0] <= step else None
+
+
+class StopOnSignal:
+    """Ends the loop on SIGTERM, SIGINT or SIGUSR1, so that the weights are saved.
+
+    A single process stops after the running update, several of them after two more, whichever of them got the signal.
+    It listens inside a `with` block only, and to the first signal only: a second one ends the process at once.
+
+    Attributes:
+      received_at: `time.perf_counter()` of the signal, or of when another process's was heard of; None before.
+    """
+
+    def __init__(self) -> None:
+        self.received_at: float | None = None
+        self._received: str | None = None
+        self._ballot = _Ballot() if jax.process_count() > 1 else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StopOnSignal:
+        self._give_back = self._stack.enter_context(listening(SIGNALS, self._handle))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._received, self.received_at = signal.Signals(number).name, time.perf_counter()
+        self._give_back()
+
+    def after_step(self, loop: Loop) -> None:
+        """Asks the loop to stop once a signal has come."""
+        reason = self._received
+        if self._ballot is not None:
+            if reason:
+                self._ballot.ask(loop.step, reason)
+            reason = self._ballot.due(loop.step)
+        if reason:
+            self.received_at = self.received_at or time.perf_counter()
+            loop.stop, loop.interrupted = f"{reason} received", True
+
+    def check(self) -> None:
+        """Gives an evaluation up once a signal has come; all processes call it at the same places.
+
+        Raises:
+          Interrupted: on all processes, if any of them was told to stop.
+        """
+        told = self._received is not None
+        if self._ballot is not None:
+            told = bool(np.any(multihost_utils.process_allgather(np.asarray(told))))
+        if told:
+            self.received_at = self.received_at or time.perf_counter()
+            raise Interrupted(f"{self._received or 'a signal on another process'} received")
+
+    def at_end(self, loop: Loop) -> None:
+        """Nothing is left to do."""
