@@ -3,7 +3,13 @@
 Takes the flags of t5x_ext train. Prints what was kept and dropped, disk space, how the directions mix, how full packed
 rows are, and a few packed examples as text. Training with the same --run_dir (and --cache_dir) then starts at once.
 
+With --runner the training text is tokenized on Apache Beam, to the same bytes. Its workers must reach --cache_dir and
+the text files, and need this package: on Flink, Spark and Dataflow name a container image that has it.
+
 example: t5x_ext cache --gin_file=runs/multi30k_en_de.gin --run_dir=out
+example: t5x_ext cache --gin_file=runs/vega_mt_4b7.gin --run_dir=out --cache_dir=gs://bucket/caches \\
+    --runner=DataflowRunner --runner_option=--project=ID --runner_option=--region=europe-west4 \\
+    --runner_option=--temp_location=gs://bucket/tmp --runner_option=--sdk_container_image=IMAGE
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from absl import flags
 
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
+from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.run_flags import check_texts, define_run_flags, run_from_flags
 
 if TYPE_CHECKING:
@@ -31,6 +38,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "num_processes", None, "worker processes; by default by size", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_enum(
+        "runner", None, ["DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner"],
+        "tokenize on Apache Beam (extra beam) instead of with worker processes", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_multi_string(
+        "runner_option", [], "a pipeline option of Beam, as --runner_option=--direct_num_workers=4", flag_values=values
+    )
     flags.DEFINE_integer("preview", 1, "packed rows to show as text", lower_bound=0, flag_values=values)
     flags.DEFINE_string("json_out", None, "file for the counts as JSON; - is standard output", flag_values=values)
 
@@ -40,12 +54,17 @@ def main(values: flags.FlagValues) -> None:
     require(values, "run_dir")
     check_folder(values.run_dir, "--run_dir")
     check_writable(values.json_out, "--json_out")
+    if values.runner_option and values.runner is None:
+        raise UsageError("--runner_option goes with --runner, which is not given")
+    if values.runner is not None and values.num_processes is not None:
+        raise UsageError("--num_processes is for tokenizing without --runner; give the runner its own options")
     run, _ = run_from_flags(values)
     check_texts(run)
 
-    from t5x_ext.data import prepare
+    from t5x_ext.data import BeamRunner, prepare
 
-    data = prepare(run.data, values.run_dir, values.cache_dir, run.seed, values.num_processes)
+    beam = BeamRunner(values.runner, tuple(values.runner_option)) if values.runner is not None else None
+    data = prepare(run.data, values.run_dir, values.cache_dir, run.seed, values.num_processes, beam)
     caches = list({stream.cache.path: stream.cache for stream in data.plan.streams}.values())
     result: dict[str, Any] = {
         "vocabulary": {"size": data.vocabulary.size, "languages": list(data.vocabulary.languages)},

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from t5x_ext.data.batches import ExampleId, PackedBatches, batch_iterator
-from t5x_ext.data.cache import SubwordSampling, TokenCache, build_cache
+from t5x_ext.data.cache import BeamRunner, TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig, clean_line
+from t5x_ext.data.encoding import SubwordSampling
 from t5x_ext.data.parallel_text import ParallelText, aligned_files, read_lines
 from t5x_ext.data.pipeline import DataConfig, PreparedData, prepare, prepare_vocabulary
 from t5x_ext.data.plan import BatchConfig, BatchPlan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchConfig",
     "BatchPlan",
+    "BeamRunner",
     "CldrCorpus",
     "CleaningConfig",
     "DataConfig",

@@ -15,24 +15,25 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
-import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Int
 from tqdm import tqdm
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.cleaning import CleaningConfig, clean_line
+from t5x_ext.data.cleaning import CleaningConfig
+from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder, SubwordSampling
+from t5x_ext.data.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
 from t5x_ext.data.shards import Shard, open_writer
 from t5x_ext.data.vocabulary import Vocabulary
 
@@ -43,39 +44,10 @@ LENGTHS_FILE = "lengths.npy"
 _FORMAT = 1
 
 _RECORD_OVERHEAD_BYTES = 8
-_RECORDS_PER_SHARD = 1 << 20
-_CHUNK_PAIRS = 8192
+RECORDS_PER_SHARD = 1 << 20
 _PAIRS_WORTH_PROCESSES = 200_000
 _MAX_PROCESSES = 16
 _ESTIMATE_PAIRS = 4096
-
-
-@dataclass(frozen=True)
-class SubwordSampling:
-    """Several random segmentations of every line instead of its best one.
-
-    The cache holds `variants` segmentations of every pair; the pass number over the corpus, modulo `variants`, picks
-    the one that is read, so that sampling costs disk space and no time during training.
-
-    Attributes:
-      variants: segmentations a pair; 0: the best one only.
-      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`. On Multi30k with 8,000
-        pieces 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
-    """
-
-    variants: int = 0
-    alpha: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.variants <= 64:
-            raise UserError(f"SubwordSampling.variants={self.variants}: must be 0 (off) to 64")
-        if not 0 < self.alpha <= 1:
-            raise UserError(f"SubwordSampling.alpha={self.alpha}: must be above 0 and at most 1")
-
-    @property
-    def stored(self) -> int:
-        """Segmentations that a cache holds of every pair."""
-        return max(1, self.variants)
 
 
 class Tokens(NamedTuple):
@@ -179,6 +151,20 @@ class TokenCache:
         return sides[0::2], sides[1::2]
 
 
+@dataclass(frozen=True)
+class BeamRunner:
+    """Where Apache Beam runs.
+
+    Attributes:
+      name: `DirectRunner` (this machine), `FlinkRunner`, `SparkRunner` or `DataflowRunner`.
+      options: Beam's pipeline options as on its command line, as in `--direct_num_workers=4`. Workers need this
+        package: name a container image that has it (`--sdk_container_image=...`), or install it (`--setup_file=...`).
+    """
+
+    name: str = "DirectRunner"
+    options: tuple[str, ...] = ()
+
+
 def build_cache(
     corpus: Corpus,
     vocabulary: Vocabulary,
@@ -186,25 +172,26 @@ def build_cache(
     cleaning: CleaningConfig | None = None,
     subword: SubwordSampling | None = None,
     num_processes: int | None = None,
+    beam: BeamRunner | None = None,
 ) -> TokenCache:
     """Tokenises a corpus, or opens the cache that holds it already.
 
     Args:
       corpus: the pairs; read three times (fingerprint, count, tokens).
       vocabulary: what tokenises them.
-      root: local folder of all caches; made if it is missing.
+      root: folder of all caches; made if it is missing. Caches are read at random: of a remote one (`gs://`) a local
+        copy is made and read (see `local_copies`).
       cleaning: which pairs are left out.
       subword: how many segmentations of every pair.
       num_processes: worker processes; None: one a core for more than 200,000 pairs, otherwise none. The result is the
         same, byte for byte, for any number.
+      beam: tokenise on Apache Beam instead, with the same result; its workers must reach `root`.
 
     Raises:
-      UserError: for what the corpus raises, an empty corpus, too little free disk space, a remote `root`, and a
-        corpus of which nothing is left after cleaning. Nothing half-written stays behind.
+      UserError: for what the corpus raises, an empty corpus, too little free disk space, and a corpus of which nothing
+        is left after cleaning. Nothing half-written stays behind where `root` is local.
     """
     cleaning, subword = cleaning or CleaningConfig(), subword or SubwordSampling()
-    if "://" in str(root):
-        raise UserError(f"{root}: token caches are read at random and need a local folder")
     identity = {
         "format": _FORMAT,
         "corpus": corpus.fingerprint(),
@@ -214,101 +201,128 @@ def build_cache(
         "subword": asdict(subword) if subword.variants else None,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = Path(root) / f"{_safe_name(corpus.name)}-{digest[:16]}"
-    if not (folder / MANIFEST_FILE).exists():
-        encoder = _Encoder(vocabulary.model, vocabulary.languages, cleaning, subword)
-        _build(corpus, encoder, folder, identity, num_processes)
-    return TokenCache(str(folder))
+    name = f"{_safe_name(corpus.name)}-{digest[:16]}"
+    local = (local_copies() if is_remote(root) else Path(root)) / name
+
+    def build(place: str) -> None:
+        encoder = Encoder(vocabulary.model, vocabulary.languages, cleaning, subword)
+        if beam is None:
+            _build(corpus, encoder, Path(place), identity, num_processes)
+        else:
+            from t5x_ext.data.beam_cache import build as build_on_beam
+
+            build_on_beam(corpus, encoder, place, identity, beam)
+
+    if not (local / MANIFEST_FILE).exists():
+        if is_remote(root):
+            _build_remote(f"{str(root).rstrip('/')}/{name}", local, build, on_workers=beam is not None)
+        else:
+            build(str(local))
+    return TokenCache(str(local))
 
 
-class _Chunk(NamedTuple):
-    """A chunk of pairs, tokenised: rules that dropped pairs, and for every variant all ids and [pairs, 2] lengths."""
-
-    counts: Counter[str]
-    ids: list[bytes]
-    lengths: list[np.ndarray]
-
-
-class _Encoder:
-    """Turns a numbered chunk of pairs into tokens: a pure function of the chunk, wherever it runs."""
-
-    def __init__(self, model: bytes, languages: Sequence[str], cleaning: CleaningConfig, subword: SubwordSampling):
-        self.arguments = (model, languages, cleaning, subword)
-        self._vocabulary = Vocabulary.from_model(model, languages)
-        self._cleaning = cleaning
-        self._subword = subword
-        self.dtype = np.dtype("<u2" if self._vocabulary.size <= 1 << 16 else "<i4")
-
-    def encode(self, number: int, pairs: Sequence[tuple[str, str]]) -> _Chunk:
-        counts: Counter[str] = Counter()
-        lines: list[str] = []
-        for source, target in pairs:
-            cleaned = clean_line(source), clean_line(target)
-            counts["changed_lines"] += (cleaned[0] != source) + (cleaned[1] != target)
-            rule = self._cleaning.rule_against(*cleaned)
-            if rule is None:
-                lines += cleaned
-            else:
-                counts[rule] += 1
-        variants = [self._segment(lines, number, variant) for variant in range(self._subword.stored)]
-        ids = [np.concatenate([*sides, np.zeros(0, np.int32)]).astype(self.dtype).tobytes() for sides in variants]
-        lengths = [np.array([len(side) for side in sides], dtype=np.int32).reshape(-1, 2) for sides in variants]
-        return _Chunk(counts, ids, lengths)
-
-    def _segment(self, lines: Sequence[str], number: int, variant: int) -> list[np.ndarray]:
-        if not self._subword.variants:
-            return self._vocabulary.encode(lines)
-        seed = int.from_bytes(hashlib.sha256(f"{number}/{variant}".encode()).digest()[:4], "little")
-        return self._vocabulary.sample(lines, self._subword.alpha, seed)
+def _build_remote(remote: str, local: Path, build: Callable[[str], None], on_workers: bool) -> None:
+    """Makes the local copy of a remote cache, which is built first if there is none."""
+    manifest = epath.Path(remote) / MANIFEST_FILE
+    if not manifest.exists():
+        build(remote if on_workers else str(local))
+    if manifest.exists():
+        logger.info("copying %s to %s", remote, local)
+        fetch_folder(remote, local, _files_of(json.loads(manifest.read_text())))
+    else:
+        logger.info("copying %s to %s", local, remote)
+        upload_folder(local, remote, _files_of(_read_manifest(local)))
 
 
-_worker_encoder: _Encoder | None = None
+def _files_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Files of a cache, the one that says that it is whole last."""
+    return [*(shard["file"] for shard in manifest["shards"]), LENGTHS_FILE, MANIFEST_FILE]
+
+
+_worker_encoder: Encoder | None = None
 
 
 def _start_worker(*arguments: Any) -> None:
     global _worker_encoder
-    _worker_encoder = _Encoder(*arguments)
+    _worker_encoder = Encoder(*arguments)
 
 
-def _encode_in_worker(number: int, pairs: list[tuple[str, str]]) -> _Chunk:
+def _encode_in_worker(number: int, pairs: list[tuple[str, str]]) -> Chunk:
     assert _worker_encoder is not None
     return _worker_encoder.encode(number, pairs)
 
 
-def _build(
-    corpus: Corpus, encoder: _Encoder, folder: Path, identity: dict[str, Any], num_processes: int | None
-) -> None:
+def _build(corpus: Corpus, encoder: Encoder, folder: Path, identity: dict[str, Any], num_processes: int | None) -> None:
     num_pairs, sample = _count(corpus)
     if not num_pairs:
         raise UserError(f"{corpus.name}: the corpus is empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(corpus.name, num_pairs, encoder.encode(0, sample), len(sample), folder.parent)
     processes = _choose_processes(num_pairs, num_processes)
-    with _temporary_folder(folder) as temporary:
+    with whole_folder(folder, MANIFEST_FILE) as temporary:
         progress = tqdm(total=num_pairs, desc=f"cache {corpus.name}", unit=" pairs", disable=None)
         with progress, _Writer(temporary, encoder.dtype) as writer:
             for chunk in _encoded_chunks(corpus.pairs(), encoder, processes):
                 writer.add(chunk)
                 progress.update(len(chunk.lengths[0]) + sum(n for r, n in chunk.counts.items() if r != "changed_lines"))
-        counts = dict(sorted(writer.counts.items()))
-        if not writer.num_pairs:
-            raise UserError(f"{corpus.name}: no pair is left after cleaning ({counts})")
-        manifest = {
-            **identity,
-            "name": corpus.name,
-            "pairs_read": num_pairs,
-            "pairs": writer.num_pairs,
-            "variants": len(writer.shards_of),
-            "dropped": {rule: count for rule, count in counts.items() if rule != "changed_lines"},
-            "changed_lines": counts.get("changed_lines", 0),
-            "tokens": writer.save_lengths(),
-            "dtype": encoder.dtype.str,
-            "shards": [shard for shards in writer.shards_of for shard in shards],
-        }
-        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-    logger.info(
-        "cache %s: %d of %d pairs kept, dropped %s", folder.name, writer.num_pairs, num_pairs, manifest["dropped"] or 0
-    )
+        check_kept(corpus.name, writer.num_pairs, writer.counts)
+        shards = [shard for shards in writer.shards_of for shard in shards]
+        tokens = writer.save_lengths()
+        manifest = make_manifest(identity, corpus.name, num_pairs, encoder, writer.counts, tokens, shards)
+        (temporary / MANIFEST_FILE).write_text(manifest)
+
+
+def check_kept(name: str, kept: int, counts: Counter[str]) -> None:
+    """Refuses a corpus of which no pair is kept.
+
+    Raises:
+      UserError: saying why they were dropped.
+    """
+    if not kept:
+        raise UserError(f"{name}: no pair is left after cleaning ({dict(sorted(counts.items()))})")
+
+
+def make_manifest(
+    identity: dict[str, Any],
+    name: str,
+    pairs_read: int,
+    encoder: Encoder,
+    counts: Counter[str],
+    tokens: Sequence[int],
+    shards: Sequence[dict[str, Any]],
+) -> str:
+    """The text of `manifest.json`, and a log line of what was kept.
+
+    Args:
+      identity: what decides the content.
+      name: the corpus' name.
+      pairs_read: pairs before cleaning.
+      encoder: what tokenised them.
+      counts: pairs dropped by each rule, and changed lines.
+      tokens: tokens of both sides, all variants together.
+      shards: `file` and number of `records` of every shard, variant by variant.
+    """
+    pairs = sum(shard["records"] for shard in shards) // encoder.variants
+    dropped = {rule: count for rule, count in sorted(counts.items()) if rule != "changed_lines"}
+    logger.info("cache %s: %d of %d pairs kept, dropped %s", name, pairs, pairs_read, dropped or 0)
+    manifest = {
+        **identity,
+        "name": name,
+        "pairs_read": pairs_read,
+        "pairs": pairs,
+        "variants": encoder.variants,
+        "dropped": dropped,
+        "changed_lines": counts["changed_lines"],
+        "tokens": list(tokens),
+        "dtype": encoder.dtype.str,
+        "shards": list(shards),
+    }
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def shard_file(variant: int, number: int) -> str:
+    """The name of the file with records `number * RECORDS_PER_SHARD` and following of a variant."""
+    return f"tokens-{variant:02d}-{number:05d}.array_record"
 
 
 def _count(corpus: Corpus) -> tuple[int, list[tuple[str, str]]]:
@@ -323,7 +337,7 @@ def _count(corpus: Corpus) -> tuple[int, list[tuple[str, str]]]:
     return count, sample
 
 
-def _check_disk(name: str, num_pairs: int, chunk: _Chunk, sampled: int, root: Path) -> None:
+def _check_disk(name: str, num_pairs: int, chunk: Chunk, sampled: int, root: Path) -> None:
     records = sum(len(lengths) for lengths in chunk.lengths)
     size = sum(map(len, chunk.ids)) + records * (_RECORD_OVERHEAD_BYTES + chunk.lengths[0].itemsize * 2)
     needed = int(size / sampled * num_pairs)
@@ -342,15 +356,15 @@ def _choose_processes(num_pairs: int, num_processes: int | None) -> int:
     return min(os.cpu_count() or 1, _MAX_PROCESSES) if num_pairs > _PAIRS_WORTH_PROCESSES else 1
 
 
-def _encoded_chunks(pairs: Iterator[tuple[str, str]], encoder: _Encoder, processes: int) -> Iterator[_Chunk]:
-    chunks = enumerate(iter(lambda: list(islice(pairs, _CHUNK_PAIRS)), []))
+def _encoded_chunks(pairs: Iterator[tuple[str, str]], encoder: Encoder, processes: int) -> Iterator[Chunk]:
+    chunks = enumerate(iter(lambda: list(islice(pairs, CHUNK_PAIRS)), []))
     if processes <= 1:
         for number, chunk in chunks:
             yield encoder.encode(number, chunk)
         return
     # Workers are spawned, not forked: JAX may hold threads in this process.
     context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[_Chunk]] = deque()
+    waiting: deque[Future[Chunk]] = deque()
     try:
         with ProcessPoolExecutor(processes, context, _start_worker, encoder.arguments) as pool:
             for number, chunk in chunks:
@@ -379,7 +393,7 @@ class _Writer(ExitStack):
         self._lengths: list[list[np.ndarray]] = []
         self._writers: list[Any] = []
 
-    def add(self, chunk: _Chunk) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Appends a chunk's records."""
         self.counts.update(chunk.counts)
         if not self._writers:
@@ -395,9 +409,9 @@ class _Writer(ExitStack):
 
     def _write(self, variant: int, record: bytes) -> None:
         shards = self.shards_of[variant]
-        if not shards or shards[-1]["records"] == _RECORDS_PER_SHARD:
+        if not shards or shards[-1]["records"] == RECORDS_PER_SHARD:
             self._close_shard(variant)
-            name = f"tokens-{variant:02d}-{len(shards):05d}.array_record"
+            name = shard_file(variant, len(shards))
             self._writers[variant] = open_writer(self._folder / name)
             self.callback(self._close_shard, variant)
             shards.append({"file": name, "records": 0})
@@ -414,43 +428,6 @@ class _Writer(ExitStack):
         lengths = np.concatenate([part for parts in self._lengths for part in parts])
         np.save(self._folder / LENGTHS_FILE, lengths)
         return lengths.sum(axis=0, dtype=np.int64).tolist()
-
-
-@contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place at the end, and is removed if anything fails."""
-    prefix = f".{folder.name}-{socket.gethostname()}-"
-    _remove_abandoned(folder.parent.glob(f"{prefix}*"), prefix)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process finished the same content first; a folder without a manifest is not one of ours.
-            if not (folder / MANIFEST_FILE).exists():
-                raise UserError(f"{folder}: is in the way of a token cache; remove it") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(folders: Iterable[Path], prefix: str) -> None:
-    """Removes what builds of this machine left behind when they were killed."""
-    for folder in folders:
-        process = folder.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _safe_name(name: str) -> str:
@@ -472,5 +449,5 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _sum_lengths(lengths: Int[np.ndarray, "records 2"]) -> list[int]:
     """Tokens of both sides; a sum over a whole memory-mapped file at once would need it twice in memory."""
-    parts = (lengths[start : start + _RECORDS_PER_SHARD] for start in range(0, len(lengths), _RECORDS_PER_SHARD))
+    parts = (lengths[start : start + RECORDS_PER_SHARD] for start in range(0, len(lengths), RECORDS_PER_SHARD))
     return sum((part.sum(axis=0, dtype=np.int64) for part in parts), np.zeros(2, dtype=np.int64)).tolist()

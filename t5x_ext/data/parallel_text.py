@@ -7,9 +7,10 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import IO, cast
+from itertools import islice, zip_longest
+from typing import IO, NamedTuple, cast
 
+import numpy as np
 from etils import epath
 
 from t5x_ext.contracts import UserError
@@ -17,7 +18,17 @@ from t5x_ext.data.tags import check_language
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
+_NEWLINE = 10
 _BLOCK_BYTES = 1 << 20
+_SCAN_BYTES = 1 << 24
+
+
+class LineSpan(NamedTuple):
+    """A stretch of a corpus: number of its first line, number of pairs, and where it begins in every file, in bytes."""
+
+    line: int
+    pairs: int
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,34 @@ class ParallelText:
             digest.update(b"\0end of file\0")
         return digest.hexdigest()
 
+    def spans(self, pairs_per_span: int) -> list[LineSpan] | None:
+        """The corpus in stretches of so many pairs that can be read independently; None where a file is gzipped.
+
+        Files are scanned for line ends only, some GB a second; what lines hold is seen by `read_span`.
+
+        Raises:
+          UserError: for missing and empty files, and unequal line counts.
+        """
+        marks = [_mark_lines(path, pairs_per_span) for path in self._paths()]
+        if any(mark is None for mark in marks):
+            return None
+        counts, starts = zip(*cast(list[tuple[int, list[int]]], marks))
+        self._check_counts(*counts)
+        return [
+            LineSpan(number * pairs_per_span + 1, min(pairs_per_span, counts[0] - number * pairs_per_span), offsets)
+            for number, offsets in enumerate(zip(*starts))
+        ]
+
+    def read_span(self, span: LineSpan) -> list[tuple[str, str]]:
+        """The pairs of a stretch that `spans` gave.
+
+        Raises:
+          UserError: as `pairs` does, with the same line numbers.
+        """
+        lines = [read_lines(path, start, span.line) for path, start in zip(self._paths(), span.starts)]
+        pairs = zip(*lines) if self.tsv_path is None else self._split(lines[0], span.line)
+        return list(islice(pairs, span.pairs))
+
     def _columns(self) -> tuple[int, int] | None:
         return None if self.tsv_path is None else (self.source_column, self.target_column)
 
@@ -109,15 +148,22 @@ class ParallelText:
             counts[1] += target is not None
             if source is not None and target is not None:
                 yield source, target
-        if counts[0] != counts[1]:
+        self._check_counts(*counts)
+
+    def _check_counts(self, *counts: int) -> None:
+        if len(set(counts)) > 1:
+            source_path, target_path = self._paths()
             raise UserError(
                 f"{source_path} has {counts[0]} lines but {target_path} has {counts[1]}: aligned files need as many"
             )
 
     def _table_pairs(self) -> Iterator[tuple[str, str]]:
+        return self._split(read_lines(self._paths()[0]), 1)
+
+    def _split(self, lines: Iterator[str], first: int) -> Iterator[tuple[str, str]]:
         path = self._paths()[0]
         needed = max(self.source_column, self.target_column) + 1
-        for number, line in enumerate(read_lines(path), start=1):
+        for number, line in enumerate(lines, start=first):
             columns = line.split("\t")
             if len(columns) < needed:
                 raise UserError(f"{path}, line {number}: {len(columns)} tab-separated column(s), {needed} are needed")
@@ -138,16 +184,23 @@ def aligned_files(directory: str, stem: str, source_language: str, target_langua
     return ParallelText(find(source_language), find(target_language), source_language, target_language)
 
 
-def read_lines(path: str) -> Iterator[str]:
+def read_lines(path: str, start: int = 0, first: int = 1) -> Iterator[str]:
     r"""The lines of a UTF-8 file, plain or gzipped, split at "\n" only and without line ends.
+
+    Args:
+      path: the file.
+      start: where to begin, in bytes: the start of a line of a plain file.
+      first: number of the line that begins there.
 
     Raises:
       UserError: where the file is missing, empty, not whole or not UTF-8; the last names the line.
     """
     with _open(path) as file:
-        number = 0
+        number = first - 1
         try:
-            for number, raw in enumerate(file, start=1):
+            if start:
+                file.seek(start)
+            for number, raw in enumerate(file, start=first):
                 if number == 1:
                     raw = raw.removeprefix(_BYTE_ORDER_MARK)
                 yield raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
@@ -160,6 +213,24 @@ def read_lines(path: str) -> Iterator[str]:
             raise UserError(f"{path}, after line {number}: the gzip file is damaged ({error})") from None
         if number == 0:
             raise UserError(f"{path}: the file is empty")
+
+
+def _mark_lines(path: str, every: int) -> tuple[int, list[int]] | None:
+    """Number of lines, and where line 0, `every`, 2 * `every`, ... begin in bytes; None for a gzipped file."""
+    count, offset, starts, last = 0, 0, [0], b""
+    with _open(path) as file:
+        if isinstance(file, gzip.GzipFile):
+            return None
+        while block := file.read(_SCAN_BYTES):
+            ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == _NEWLINE)
+            # Line n begins behind line end n, counted from 1.
+            starts += (offset + 1 + ends[(-count - 1) % every :: every]).tolist()
+            count, offset, last = count + len(ends), offset + len(block), block[-1:]
+    if not offset:
+        raise UserError(f"{path}: the file is empty")
+    if last != b"\n":
+        return count + 1, starts
+    return count, starts[: -(-count // every)]
 
 
 def _blocks(path: str) -> Iterator[bytes]:

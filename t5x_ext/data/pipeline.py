@@ -12,8 +12,9 @@ from etils import epath
 
 from t5x_ext.contracts import Batch, Corpus, UserError
 from t5x_ext.data.batches import PackedBatches
-from t5x_ext.data.cache import SubwordSampling, TokenCache, build_cache
+from t5x_ext.data.cache import BeamRunner, TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig
+from t5x_ext.data.encoding import SubwordSampling
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
 from t5x_ext.data.tags import TagPolicy
@@ -104,16 +105,23 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, run_dir: str, cache_root: str | None = None, seed: int = 0, num_processes: int | None = None
+    config: DataConfig,
+    run_dir: str,
+    cache_root: str | None = None,
+    seed: int = 0,
+    num_processes: int | None = None,
+    beam: BeamRunner | None = None,
 ) -> PreparedData:
     """Vocabulary, caches and plan of a run; what is there already is reused.
 
     Args:
       config: what to train on.
       run_dir: the vocabulary goes to its folder `vocabulary`.
-      cache_root: local folder of token caches, shared by runs; None: `cache` in the run folder.
+      cache_root: folder of token caches, shared by runs; None: `cache` in the run folder. See `build_cache` for what
+        happens to remote ones.
       seed: decides the order of the data.
       num_processes: see `build_cache`.
+      beam: where the training corpora are tokenised, see `build_cache`; None: here.
 
     Raises:
       UserError: for whatever is wrong with the input, and where the run folder's vocabulary is not the one that the
@@ -124,7 +132,8 @@ def prepare(
     vocabulary = prepare_vocabulary(config.vocabulary, config.train, str(epath.Path(run_dir) / VOCABULARY_FOLDER))
     root = str(epath.Path(run_dir) / "cache") if cache_root is None else cache_root
     caches = [
-        build_cache(corpus, vocabulary, root, config.cleaning, config.subword, num_processes) for corpus in config.train
+        build_cache(corpus, vocabulary, root, config.cleaning, config.subword, num_processes, beam)
+        for corpus in config.train
     ]
     plan = BatchPlan(_streams(caches, config.bidirectional), vocabulary, config.tags, config.batch, seed)
     for name, rate in plan.rates().items():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from t5x_ext.contracts import UserError
 from t5x_ext.data import CleaningConfig, SubwordSampling, TokenCache, build_cache, train_vocabulary
 from t5x_ext.data import cache as cache_module
+from t5x_ext.data.folders import local_copies
 
 
 def files_of(folder: str) -> dict[str, bytes]:
@@ -25,8 +27,8 @@ def folders(root: Path) -> list[str]:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Chunks and shards of a few records, so that small corpora have several."""
-    monkeypatch.setattr(cache_module, "_CHUNK_PAIRS", 16)
-    monkeypatch.setattr(cache_module, "_RECORDS_PER_SHARD", 30)
+    monkeypatch.setattr(cache_module, "CHUNK_PAIRS", 16)
+    monkeypatch.setattr(cache_module, "RECORDS_PER_SHARD", 30)
 
 
 def test_records_hold_both_sides_in_order(make_corpus, vocabulary, tmp_path, small_pieces):
@@ -66,7 +68,7 @@ def test_empty_lines_are_dropped_in_pairs_and_counted(list_corpus, vocabulary, t
 
 
 def test_any_number_of_processes_writes_the_same_bytes(make_corpus, vocabulary, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_CHUNK_PAIRS", 64)
+    monkeypatch.setattr(cache_module, "CHUNK_PAIRS", 64)
     corpus, subword = make_corpus(150), SubwordSampling(variants=2)
     one, two = (
         build_cache(corpus, vocabulary, tmp_path / str(count), subword=subword, num_processes=count) for count in (1, 2)
@@ -135,9 +137,9 @@ def test_what_a_killed_build_left_is_removed_not_read(make_corpus, vocabulary, t
     if not process:
         os._exit(0)
     os.waitpid(process, 0)
-    abandoned = tmp_path / f".{name}-{cache_module.socket.gethostname()}-{process}-x"
+    abandoned = tmp_path / f".{name}-{socket.gethostname()}-{process}-x"
     Path(cache.path).rename(abandoned)
-    running = tmp_path / f".{name}-{cache_module.socket.gethostname()}-{os.getppid()}-x"
+    running = tmp_path / f".{name}-{socket.gethostname()}-{os.getppid()}-x"
     running.mkdir()
     assert build_cache(make_corpus(20), vocabulary, tmp_path).num_pairs == 20
     assert folders(tmp_path) == [running.name, name]
@@ -176,8 +178,64 @@ def test_refused_corpora_leave_nothing(list_corpus, vocabulary, tmp_path):
         with pytest.raises(UserError, match=message):
             build_cache(list_corpus(lines), vocabulary, tmp_path)
     assert folders(tmp_path) == []
-    with pytest.raises(UserError, match="local folder"):
-        build_cache(list_corpus((("a", "b"),)), vocabulary, "gs://bucket/caches")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Path:
+    """A folder that counts as remote; local copies go to `machine-1`."""
+    bucket = tmp_path / "bucket"
+    monkeypatch.setattr(cache_module, "is_remote", lambda path: str(path).startswith(str(bucket)))
+    monkeypatch.setattr(cache_module, "local_copies", lambda: tmp_path / "machine-1")
+    return bucket
+
+
+def test_remote_caches_are_built_uploaded_and_read_from_copies(
+    make_corpus, vocabulary, tmp_path, bucket, monkeypatch, small_pieces
+):
+    corpus = make_corpus(100)
+    local = build_cache(corpus, vocabulary, tmp_path / "local")
+    first = build_cache(corpus, vocabulary, bucket)
+    name = Path(local.path).name
+    assert first.path == str(tmp_path / "machine-1" / name)
+    assert files_of(bucket / name) == files_of(first.path) == files_of(local.path)
+    monkeypatch.setattr(cache_module, "local_copies", lambda: tmp_path / "machine-2")
+    monkeypatch.setattr(cache_module, "_build", None)
+    second = build_cache(corpus, vocabulary, bucket)
+    assert second.path == str(tmp_path / "machine-2" / name)
+    assert files_of(second.path) == files_of(local.path)
+    assert folders(tmp_path / "machine-2") == [name]
+    shutil.rmtree(bucket)
+    assert build_cache(corpus, vocabulary, bucket).num_pairs == 100, "the copy is enough"
+
+
+def test_remote_caches_that_are_not_whole(make_corpus, vocabulary, tmp_path, bucket, monkeypatch):
+    corpus = make_corpus(20)
+    remote = bucket / Path(build_cache(corpus, vocabulary, bucket).path).name
+    (remote / "manifest.json").unlink()
+    monkeypatch.setattr(cache_module, "local_copies", lambda: tmp_path / "machine-2")
+    assert build_cache(corpus, vocabulary, bucket).num_pairs == 20
+    assert (remote / "manifest.json").exists(), "an upload that was cut short is done again"
+    (remote / "lengths.npy").unlink()
+    monkeypatch.setattr(cache_module, "local_copies", lambda: tmp_path / "machine-3")
+    with pytest.raises(UserError, match=r"not whole \(.*lengths.npy"):
+        build_cache(corpus, vocabulary, bucket)
+    assert folders(tmp_path / "machine-3") == []
+
+
+def test_local_copies_need_disk_space(make_corpus, vocabulary, tmp_path, bucket, monkeypatch):
+    build_cache(make_corpus(20), vocabulary, bucket)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(cache_module, "local_copies", lambda: tmp_path / "machine-2")
+    with pytest.raises(UserError, match="0 MiB are free; set XDG_CACHE_HOME"):
+        build_cache(make_corpus(20), vocabulary, bucket)
+
+
+def test_where_local_copies_go(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert local_copies() == tmp_path / "t5x_ext" / "caches"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert local_copies() == Path.home() / ".cache" / "t5x_ext" / "caches"
 
 
 def test_damaged_caches_are_refused(make_corpus, vocabulary, tmp_path, small_pieces):

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data import ParallelText, aligned_files, read_lines
+from t5x_ext.data import ParallelText, aligned_files, parallel_text, read_lines
 
 
 def test_aligned_files_give_pairs_in_order(write):
@@ -136,3 +136,43 @@ def test_table_with_too_few_columns_names_the_line(write):
 def test_wrong_arguments_are_refused_at_once(arguments, message):
     with pytest.raises(UserError, match=message):
         ParallelText(**arguments)
+
+
+@pytest.mark.parametrize("last", [b"", b"\n"])
+@pytest.mark.parametrize("scan_bytes", [3, 7, 1 << 20])
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 8, 12])
+def test_spans_hold_every_pair_once_in_order(write, monkeypatch, count, scan_bytes, last):
+    monkeypatch.setattr(parallel_text, "_SCAN_BYTES", scan_bytes)
+    lines = [f"{'wörter ' * (n % 3)}{n}" for n in range(count)]
+    source = write("a.en", b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + last)
+    target = write("a.de", "\n".join(line.upper() for line in lines).encode() + last)
+    table = write("a.tsv", "\n".join(f"x\t{line}\t{line.upper()}" for line in lines).encode() + last)
+    for corpus in (
+        ParallelText(source, target, "en", "de"),
+        ParallelText(tsv_path=table, source_language="en", target_language="de", source_column=1, target_column=2),
+    ):
+        spans = corpus.spans(3)
+        assert [span.pairs for span in spans] == [3] * (count // 3) + [count % 3] * (count % 3 > 0)
+        assert [pair for span in spans for pair in corpus.read_span(span)] == list(corpus.pairs())
+
+
+def test_empty_lines_at_the_end_are_lines_of_spans_too(write):
+    corpus = ParallelText(write("a.en", b"a\n\n\n\n"), write("a.de", b"b\n\n\n\n"), "en", "de")
+    spans = corpus.spans(2)
+    assert [pair for span in spans for pair in corpus.read_span(span)] == list(corpus.pairs())
+    assert len(spans) == 2
+
+
+def test_spans_find_what_pairs_finds(write):
+    good = write("good.de", b"a\nb\nc\n")
+    assert ParallelText(write("a.en.gz", gzip.compress(b"a\nb\nc\n")), good, "en", "de").spans(2) is None
+    with pytest.raises(UserError, match=r"has 2 lines but .*good.de has 3"):
+        ParallelText(write("short.en", b"a\nb\n"), good, "en", "de").spans(2)
+    with pytest.raises(UserError, match="the file is empty"):
+        ParallelText(write("empty.en", b""), good, "en", "de").spans(2)
+    latin = ParallelText(write("latin.en", b"a\nb\n\xe4\n"), good, "en", "de")
+    with pytest.raises(UserError, match=r"latin.en, line 3: not UTF-8"):
+        latin.read_span(latin.spans(2)[1])
+    narrow = ParallelText(tsv_path=write("a.tsv", b"a\tb\na\tb\na\n"), source_language="en", target_language="de")
+    with pytest.raises(UserError, match=r"a.tsv, line 3: 1 tab-separated"):
+        narrow.read_span(narrow.spans(2)[1])

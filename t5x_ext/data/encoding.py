@@ -1,0 +1,89 @@
+"""What happens to a chunk of pairs on its way into a token cache: cleaning and tokenising."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from t5x_ext.contracts import UserError
+from t5x_ext.data.cleaning import CleaningConfig, clean_line
+from t5x_ext.data.vocabulary import Vocabulary
+
+CHUNK_PAIRS = 8192
+"""Pairs of a chunk, in the order of the corpus, before cleaning; random segmentations depend on it."""
+
+
+@dataclass(frozen=True)
+class SubwordSampling:
+    """Several random segmentations of every line instead of its best one.
+
+    The cache holds `variants` segmentations of every pair; the pass number over the corpus, modulo `variants`, picks
+    the one that is read, so that sampling costs disk space and no time during training.
+
+    Attributes:
+      variants: segmentations a pair; 0: the best one only.
+      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`. On Multi30k with 8,000
+        pieces 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
+    """
+
+    variants: int = 0
+    alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.variants <= 64:
+            raise UserError(f"SubwordSampling.variants={self.variants}: must be 0 (off) to 64")
+        if not 0 < self.alpha <= 1:
+            raise UserError(f"SubwordSampling.alpha={self.alpha}: must be above 0 and at most 1")
+
+    @property
+    def stored(self) -> int:
+        """Segmentations that a cache holds of every pair."""
+        return max(1, self.variants)
+
+
+class Chunk(NamedTuple):
+    """A chunk of pairs, tokenised: rules that dropped pairs, and for every variant all ids and [pairs, 2] lengths."""
+
+    counts: Counter[str]
+    ids: list[bytes]
+    lengths: list[np.ndarray]
+
+
+class Encoder:
+    """Turns a numbered chunk of pairs into tokens: a pure function of the chunk, wherever it runs."""
+
+    def __init__(self, model: bytes, languages: Sequence[str], cleaning: CleaningConfig, subword: SubwordSampling):
+        self.arguments = (model, languages, cleaning, subword)
+        self._vocabulary = Vocabulary.from_model(model, languages)
+        self._cleaning = cleaning
+        self._subword = subword
+        self.variants = subword.stored
+        self.dtype = np.dtype("<u2" if self._vocabulary.size <= 1 << 16 else "<i4")
+
+    def encode(self, number: int, pairs: Sequence[tuple[str, str]]) -> Chunk:
+        """Cleans and tokenises chunk `number` of a corpus."""
+        counts: Counter[str] = Counter()
+        lines: list[str] = []
+        for source, target in pairs:
+            cleaned = clean_line(source), clean_line(target)
+            counts["changed_lines"] += (cleaned[0] != source) + (cleaned[1] != target)
+            rule = self._cleaning.rule_against(*cleaned)
+            if rule is None:
+                lines += cleaned
+            else:
+                counts[rule] += 1
+        variants = [self._segment(lines, number, variant) for variant in range(self.variants)]
+        ids = [np.concatenate([*sides, np.zeros(0, np.int32)]).astype(self.dtype).tobytes() for sides in variants]
+        lengths = [np.array([len(side) for side in sides], dtype=np.int32).reshape(-1, 2) for sides in variants]
+        return Chunk(counts, ids, lengths)
+
+    def _segment(self, lines: Sequence[str], number: int, variant: int) -> list[np.ndarray]:
+        if not self._subword.variants:
+            return self._vocabulary.encode(lines)
+        seed = int.from_bytes(hashlib.sha256(f"{number}/{variant}".encode()).digest()[:4], "little")
+        return self._vocabulary.sample(lines, self._subword.alpha, seed)

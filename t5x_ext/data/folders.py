@@ -1,0 +1,106 @@
+"""Folders that appear whole or not at all, and copies of remote ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from etils import epath
+
+from t5x_ext.contracts import UserError
+
+
+@contextmanager
+def whole_folder(folder: Path, last_file: str) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place at the end, and is removed if anything fails.
+
+    Args:
+      folder: the place; its parent is made if it is missing.
+      last_file: a file that whole folders have. Where the place is taken by one that has it, that one stays: another
+        process finished the same content first.
+
+    Raises:
+      UserError: where something else is in the place.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}-{socket.gethostname()}-"
+    _remove_abandoned(folder.parent.glob(f"{prefix}*"), prefix)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / last_file).exists():
+                raise UserError(f"{folder}: is in the way of a token cache; remove it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folders: Iterable[Path], prefix: str) -> None:
+    """Removes what processes of this machine left behind when they were killed."""
+    for folder in folders:
+        process = folder.name.removeprefix(prefix).split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address, as `gs://bucket/folder`."""
+    return "://" in str(path)
+
+
+def local_copies() -> Path:
+    """Where this machine keeps local copies of remote caches: `t5x_ext/caches` in the user's cache folder.
+
+    That is `$XDG_CACHE_HOME`, by default `~/.cache`; set it to a disk that is large enough.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "t5x_ext" / "caches"
+
+
+def fetch_folder(remote: str, folder: Path, files: Sequence[str]) -> None:
+    """Copies these files of a remote folder to a local one, which then has the last of them last.
+
+    Raises:
+      UserError: for too little free disk space, and where a file is missing.
+    """
+    sources = [epath.Path(remote) / file for file in files]
+    try:
+        needed = sum(source.stat().length for source in sources)
+    except FileNotFoundError as error:
+        raise UserError(f"{remote}: not whole ({error}); delete it to build it anew") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise UserError(
+            f"{folder.parent}: the local copy of {remote} needs {needed / 2**20:.0f} MiB but {free / 2**20:.0f} MiB are"
+            " free; set XDG_CACHE_HOME to a larger disk"
+        )
+    with whole_folder(folder, files[-1]) as temporary:
+        for source in sources:
+            source.copy(temporary / source.name)
+
+
+def upload_folder(folder: Path, remote: str, files: Sequence[str]) -> None:
+    """Copies these files of a local folder to a remote one, in this order; what is there is replaced."""
+    target = epath.Path(remote)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        epath.Path(folder / file).copy(target / file, overwrite=True)
