@@ -15,7 +15,7 @@ from t5x_ext.plan.hlo import Array, Computation, Instruction, Module, Shape, lea
 
 RENAMES = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier"}) | {
     *("after-all", "add-dependency", "domain", "partition-id", "replica-id", "get-dimension-size"),
-    *("while", "conditional", "call", "async-start"),
+    *("while", "conditional", "call", "async"),
 }
 """Opcodes that move nothing themselves; what they call may."""
 
@@ -44,29 +44,41 @@ def carries_on(computation: Computation, instruction: Instruction) -> bool:
 
 
 def instruction_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that one execution of an instruction moves between HBM and the cores."""
-    opcode = instruction.opcode
+    """Bytes that one execution of an instruction moves between HBM and the cores.
+
+    An asynchronous instruction counts where it starts.
+    """
+    opcode = instruction.opcode.removesuffix("-start")
     if opcode in RENAMES or opcode.endswith(("-done", "-update")):
         return 0
     operands = computation.operand_shapes(instruction)
+    result = _result(instruction)
     if opcode == "fusion":
-        return _fusion_bytes(module, instruction, operands)
+        return _fusion_bytes(module, module.computations[instruction.called["calls"][0]], operands, result)
     if opcode == "custom-call" and (instruction.attribute("custom_call_target") or "").strip('"') in RENAMING_CALLS:
         return 0
     if opcode in ("send", "recv"):
-        return _hbm(instruction.shape[0] if isinstance(instruction.shape, tuple) else instruction.shape)
-    if opcode in ("copy-start", "slice-start"):
-        return _transfer_bytes(instruction.shape, opcode)
-    if opcode.endswith("-start"):
-        return sum(map(_hbm, operands)) + _hbm(_started(instruction.shape))
+        return _hbm(result[0] if isinstance(result, tuple) else result)
     if opcode in _SLICES:
-        return _portion(operands[0], _elements(instruction.shape)) + sum(map(_hbm, [*operands[1:], instruction.shape]))
+        return _portion(operands[0], _elements(result)) + sum(map(_hbm, [*operands[1:], result]))
     if opcode == "dynamic-update-slice":
-        return _hbm(operands[1]) + _portion(instruction.shape, _elements(operands[1]))
+        return _hbm(operands[1]) + _portion(result, _elements(operands[1]))
     if opcode == "scatter":
-        updates = _elements(operands[-1])
-        return sum(map(_hbm, operands[1:])) + 2 * _portion(instruction.shape, updates)
-    return sum(map(_hbm, operands)) + _hbm(instruction.shape)
+        return sum(map(_hbm, operands[1:])) + 2 * _portion(result, _elements(operands[-1]))
+    return sum(map(_hbm, operands)) + _hbm(result)
+
+
+def _result(instruction: Instruction) -> Shape:
+    """What an instruction gives; one that starts has the shape (operands, result, contexts...).
+
+    But a copy's is (result, operand, context), and an all-reduce's its result.
+    """
+    shape = instruction.shape
+    if instruction.opcode == "copy-start" and isinstance(shape, tuple):
+        return shape[0]
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start" and isinstance(shape, tuple):
+        return shape[1]
+    return shape
 
 
 def _hbm(shape: Shape) -> int:
@@ -83,29 +95,16 @@ def _portion(shape: Shape, elements: int) -> int:
     return _hbm(shape) * min(elements, total) // total if total else 0
 
 
-def _started(shape: Shape) -> Shape:
-    """What an asynchronous start writes: the second element of (operands, results, contexts...), or the one array."""
-    return shape[1] if isinstance(shape, tuple) and len(shape) > 1 else shape
-
-
-def _transfer_bytes(shape: Shape, opcode: str) -> int:
-    """A copy's (to, from, context) or a slice's ((from), to, context): both sides move as much as arrives."""
-    if not isinstance(shape, tuple):
-        return _hbm(shape)
-    target, source = (shape[0], shape[1]) if opcode == "copy-start" else (shape[1], shape[0])
-    return _hbm(target) + _portion(source, _elements(target))
-
-
-def _fusion_bytes(module: Module, fusion: Instruction, operands: list[Shape]) -> int:
-    inner = module.computations[fusion.called["calls"][0]]
+def _fusion_bytes(module: Module, inner: Computation, operands: list[Shape], result: Shape) -> int:
     if any(user.opcode == "custom-call" and CHAIN_START in user.attributes for user in inner.instructions.values()):
-        return sum(map(_hbm, operands)) + _hbm(_started(fusion.shape))
+        gathered = result[1] if isinstance(result, tuple) else result
+        return sum(map(_hbm, operands)) + _hbm(gathered)
     reads = sum(
         _portion(shape, _elements_read(module, inner, inner.parameters[number]))
         for number, shape in enumerate(operands)
         if number in inner.parameters
     )
-    return reads + _fusion_writes(module, inner, fusion.shape)
+    return reads + _fusion_writes(module, inner, result)
 
 
 def _elements_read(module: Module, computation: Computation, value: Instruction) -> int:

@@ -31,7 +31,6 @@ _MEGASCALE_KINDS = {
 }
 _OPCODE_KINDS = {
     **{kind: kind for kind in KINDS},
-    **{f"{kind}-start": kind for kind in KINDS},
     "ragged-all-to-all": "all-to-all",
 }
 
@@ -100,7 +99,8 @@ class HloReport:
       bytes_accessed: estimate of the traffic between HBM and the cores; see `t5x_ext.plan.hlo_bytes`.
       collective_ops: every collective instruction that sends to another device.
       buffers: every array in HBM, largest first; arguments and what fusions give, not what lies inside of them.
-      unknown_loops: `while` instructions whose number of iterations the text does not tell; counted as one.
+      unknown_loops: `while` instructions whose number of iterations the text does not tell; counted as
+        `unknown_trips`.
     """
 
     flops: float
@@ -132,19 +132,20 @@ class HloReport:
         return self.find(dtype, lambda found: _significant(found) == wanted)
 
 
-def analyse(text: str, mesh_shape: dict[str, int]) -> HloReport:
+def analyse(text: str, mesh_shape: dict[str, int], unknown_trips: int = 1) -> HloReport:
     """What the program in `text` (`compiled.as_text()`, after optimization) costs one device.
 
     Args:
       text: the HLO of the partitioned program.
       mesh_shape: axis -> size, outermost first, of the mesh it was compiled for; partition numbers are device positions
         in this order. Where the program is the part of one of several slices, the outermost axes span the slices.
+      unknown_trips: iterations of loops whose number the text does not tell, as that of a search over the data.
 
     Raises:
       ValueError: if the program has not as many partitions as the mesh, or as one slice of it, has devices.
     """
     module = parse_module(text)
-    walk = _Walk(module, _Network(module, mesh_shape))
+    walk = _Walk(module, _Network(module, mesh_shape), unknown_trips)
     cost = walk.computation(module.entry, fused=False)
     buffers = sorted(walk.buffers, key=lambda buffer: -buffer.bytes)
     return HloReport(cost.flops, cost.bytes, tuple(cost.collectives), tuple(buffers), tuple(walk.unknown_loops))
@@ -177,7 +178,7 @@ class _Network:
             size = math.prod(self.between.values())
             between = _MEGASCALE_KINDS.get(megascale[1], "all-reduce")
             return _collective_op(between, axes, size, computation, instruction)
-        kind = _OPCODE_KINDS.get(instruction.opcode)
+        kind = _OPCODE_KINDS.get(instruction.opcode.removesuffix("-start"))
         if kind is None or carries_on(computation, instruction):
             return None
         if kind == "all-reduce" and fused and _only_sliced(computation, instruction):
@@ -245,9 +246,10 @@ class _Cost:
 class _Walk:
     """The recursion through called computations; every computation is costed once."""
 
-    def __init__(self, module: Module, network: _Network) -> None:
+    def __init__(self, module: Module, network: _Network, unknown_trips: int) -> None:
         self.module = module
         self.network = network
+        self.unknown_trips = unknown_trips
         self.costs: dict[tuple[str, bool], _Cost] = {}
         self.buffers: list[Buffer] = []
         self.unknown_loops: list[str] = []
@@ -277,18 +279,19 @@ class _Walk:
             kind: [self.module.computations[name] for name in names if name in self.module.computations]
             for kind, names in instruction.called.items()
         }
-        if instruction.opcode == "while":
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode == "while":
             trips = self.module.trip_count(computation, instruction)
             if trips is None:
                 self.unknown_loops.append(instruction.name)
             for part in (*called["condition"], *called["body"]):
-                cost.add(self.computation(part, fused), 1 if trips is None else trips)
-        elif instruction.opcode == "conditional":
+                cost.add(self.computation(part, fused), self.unknown_trips if trips is None else trips)
+        elif opcode == "conditional":
             branches = [self.computation(branch, fused) for names in called.values() for branch in names]
             cost.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-        elif instruction.opcode in ("fusion", "call", "async-start"):
+        elif opcode in ("fusion", "call", "async"):
             for part in (part for names in called.values() for part in names):
-                cost.add(self.computation(part, fused or instruction.opcode == "fusion"))
+                cost.add(self.computation(part, fused or opcode == "fusion"))
 
     def _note_buffers(self, computation: Computation, instruction: Instruction) -> None:
         if not _allocates(self.module, computation, instruction):

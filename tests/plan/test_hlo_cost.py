@@ -301,6 +301,30 @@ replica_groups={{{{0,2}},{{1,3}}}}, dimensions={{0}}, use_global_device_ids=true
     assert report.bytes_accessed == (2048 + 512) + (512 + 1024) + 2 * 2048
 
 
+def test_anything_may_be_asynchronous():
+    text = _module(
+        """%product (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  ROOT %d = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %a = ((f32[8,8]{1,0}), f32[8,8]{1,0}, u32[]) fusion-start(%x), kind=kOutput, calls=%product
+  %b = f32[8,8]{1,0} fusion-done(%a)
+  %c = ((f32[8,8]{1,0}), f32[8,8]{1,0}, u32[]) call-start(%b), to_apply=%product
+  %d = f32[8,8]{1,0} call-done(%c)
+  %e = ((f32[8,8]{1,0}), f32[8,8]{1,0}, u32[]) unheard-of-start(%d), mode=strange
+  ROOT %f = f32[8,8]{1,0} unheard-of-done(%e)
+}
+""",
+        "HloModule m",
+    )
+    report = analyse(text, {})
+    assert report.flops == 2 * 2 * 8**3
+    assert report.bytes_accessed == (2 + 3 + 2) * 256  # the product that is called reads its operand twice
+
+
 def test_updates_in_place_and_on_chip_arrays_cost_what_moves():
     text = _module(
         """%update (p: f32[100,64], u: f32[1,64], i: s32[]) -> f32[100,64] {
