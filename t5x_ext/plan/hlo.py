@@ -18,6 +18,7 @@ _HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*\) -> .* |)\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = ")
 _OPCODE = re.compile(r"\s*([A-Za-z][\w.$-]*)\(")
 _OPERAND = re.compile(r"%([^\s,(){}]+)")
+_BARE_OPERAND = re.compile(r"(?:^|[\s,])([A-Za-z_][\w.-]*)(?=,|$)")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
     r"(\{[^}]*\}|%?[^\s,{}]+)"
@@ -207,7 +208,9 @@ def _parse_instruction(name: str, line: str, start: int, shapes: dict[str, Shape
         kind: tuple(part.strip().lstrip("%") for part in names.strip("{}").split(","))
         for kind, names in _CALLED.findall(_before_metadata(attributes))
     }
-    operands = () if opcode[1] in ("constant", "parameter") else tuple(_OPERAND.findall(arguments))
+    # Before optimization names are printed without their mark.
+    operand = _OPERAND if "%" in arguments else _BARE_OPERAND
+    operands = () if opcode[1] in ("constant", "parameter") else tuple(operand.findall(arguments))
     printed = line[start:end]
     if printed not in shapes:
         shapes[printed] = parse_shape(printed)

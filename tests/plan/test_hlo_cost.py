@@ -97,11 +97,17 @@ def test_programs_without_loops_agree_with_cost_analysis(function, arguments):
     assert report.flops <= expected.get("flops", 0) <= 1.02 * report.flops + 10
 
 
+def test_programs_before_optimization_are_read_too():
+    lowered = jax.jit(jax.grad(_nested_scans)).lower(*LAYERS)
+    assert analyse(lowered.as_text("hlo"), {}).flops == 45 * LAYER
+
+
 def test_a_loop_whose_end_is_an_argument_counts_once_and_is_named():
     loop = _compiled(lambda x, n: jax.lax.fori_loop(0, n, lambda _, x: x @ x, x), _struct(64, 64), _struct(dtype=int))
     report = analyse(loop.as_text(), {})
     assert report.flops == SQUARE
     assert len(report.unknown_loops) == 1
+    assert analyse(loop.as_text(), {}, unknown_trips=7).flops == 7 * SQUARE
 
 
 def test_a_scan_over_stacked_weights_reads_each_once():
