@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
 from t5x_ext.cli.languages import known_language
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     about = "code, as de or zh; may be left out where the model has one direction that fits"
     flags.DEFINE_string("source_language", None, about, flag_values=values)
     flags.DEFINE_string("target_language", None, about, flag_values=values)
+    define_compile_cache_flag(values)
 
 
 def define_decode_flags(values: flags.FlagValues) -> None:
@@ -83,6 +85,7 @@ def open_translator(values: flags.FlagValues) -> Translator:
     Raises:
       UserError: for a folder that holds no whole run, an unknown language, a direction that the model does not have.
     """
+    keep_compiled_programs(values)
     from t5x_ext.decode import Translator
 
     for language in (values.source_language, values.target_language):

@@ -10,12 +10,16 @@ example: t5x_ext train --gin_file=runs/multi30k_en_de.gin --run_dir=out --gin.Ru
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
 from t5x_ext.cli.distributed_flags import define_distributed_flags, distributed_from_flags
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
@@ -46,6 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "cache_dir", None, "folder of token caches that runs share; by default in --run_dir", flag_values=values
     )
     flags.DEFINE_string("json_out", None, "file for the results as JSON; - is standard output", flag_values=values)
+    define_compile_cache_flag(values)
     define_distributed_flags(values)
 
 
@@ -58,23 +63,46 @@ def main(values: flags.FlagValues) -> int:
         raise UsageError("--init_from brings its own vocabulary: leave --vocabulary and --vocab_size out")
     if values.keep_optimizer and not values.init_from:
         raise UsageError("--keep_optimizer goes with --init_from")
-    if values.distributed != "none":
-        from t5x_ext.parallel import initialize_distributed
-
-        # Before anything touches a device: reading gin files may.
-        initialize_distributed(distributed_from_flags(values))
+    # Before anything touches a device: reading gin files may.
+    _restore_threads(values.run_dir)
+    primary = _join(values)
+    keep_compiled_programs(values)
     run, text = run_from_flags(values)
     init_from = _init_from(values, run)
-    if not (Path(values.run_dir) / "checkpoints").is_dir():
-        check_texts(run)
 
+    from t5x_ext.parallel import primary_first
     from t5x_ext.train import execute
+
+    with primary_first("texts"):
+        if primary and not (Path(values.run_dir) / "checkpoints").is_dir():
+            check_texts(run)
 
     results = execute(run, values.run_dir, config_text=text, cache_dir=values.cache_dir, init_from=init_from)
     if not results:
         return 130
-    report(_summary(values.run_dir, results), results, values.json_out)
+    if primary:
+        report(_summary(values.run_dir, results), results, values.json_out)
     return 0
+
+
+def _restore_threads(run_dir: str) -> None:
+    """Goes on with as many CPU threads as a run was started with: sums depend on how they are cut among threads.
+
+    XLA reads NPROC when its CPU client is made, which is before anything is computed.
+    """
+    path = Path(run_dir) / "environment.json"
+    if "NPROC" not in os.environ and path.exists():
+        os.environ["NPROC"] = str(json.loads(path.read_text())["cpu_threads"])
+
+
+def _join(values: flags.FlagValues) -> bool:
+    """Joins the other processes of the run, where there are any; whether this is the one that speaks for all."""
+    from t5x_ext.parallel import initialize_distributed, is_primary
+
+    initialize_distributed(distributed_from_flags(values))
+    if not is_primary():
+        logging.getLogger("t5x_ext").setLevel(logging.WARNING)
+    return is_primary()
 
 
 def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:

@@ -32,5 +32,5 @@ def compiling(clock: Clock, what: str) -> Iterator[None]:
             yield
     finally:
         monitoring.unregister_event_listener(count)
-    cache = f"{counts['hits']} hits, {counts['misses']} misses" if counts else "off"
+    cache = f"hits {counts['hits']}, misses {counts['misses']}" if counts else "off"
     logger.info("%s compiled in %.1f s (cache: %s)", what, clock.now() - start, cache)

@@ -18,7 +18,16 @@ from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_jso
 from t5x_ext.checkpoints.store import SaveError
 from t5x_ext.contracts import Batch, UserError
 from t5x_ext.data import PackedBatches, VocabularyConfig, batch_iterator, prepare
-from t5x_ext.parallel import BATCH_AXES, batch_devices, global_batch, hardware_of, host_rows, make_mesh
+from t5x_ext.parallel import (
+    BATCH_AXES,
+    batch_devices,
+    global_batch,
+    hardware_of,
+    host_rows,
+    is_primary,
+    make_mesh,
+    primary_first,
+)
 from t5x_ext.train import hooks
 from t5x_ext.train.beginning import InitFrom, first_loop, placed_weights
 from t5x_ext.train.compilation import compiling
@@ -27,7 +36,6 @@ from t5x_ext.train.goodput import Clock, describe_split
 from t5x_ext.train.log import JsonLines, Log, cut_log
 from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.preemption import StopOnSignal
-from t5x_ext.train.processes import is_primary, primary_first
 from t5x_ext.train.profiling import Profile
 from t5x_ext.train.program import make_program
 from t5x_ext.train.records import check_config, environment_changes, read_results, write_records

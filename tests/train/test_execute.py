@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,14 +18,15 @@ import optax
 import pytest
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder
+from t5x_ext.checkpoints.store import SaveError
 from t5x_ext.contracts import UserError
-from t5x_ext.data import prepare
+from t5x_ext.data import PackedBatches, prepare
 from t5x_ext.decode import DecodeConfig, Translator
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import adam
 from t5x_ext.parallel import MeshConfig
-from t5x_ext.train import EvaluationConfig, InitFrom, create_state, make_evaluation_step
+from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, create_state, make_evaluation_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -37,6 +40,15 @@ def lines(run_dir):
 
 def losses(run_dir):
     return {line["step"]: line["loss"] for line in lines(run_dir) if "loss" in line}
+
+
+def measured(run_dir):
+    return {line["step"]: line for line in lines(run_dir) if "valid/loss" in line}
+
+
+def best(run_dir):
+    with CheckpointStore(run_dir / "checkpoints") as store:
+        return store.ranked_steps()
 
 
 def weights(run_dir, which="last", subtree="params"):
@@ -81,7 +93,8 @@ def test_results_and_records_of_a_run(finished, place):
     model = TransformerConfig.from_json(RunFolder(finished).read_model().model)
     assert results["steps"] == 6
     assert results["parameters"] == model.num_params() == sum(leaf.size for leaf in jax.tree.leaves(weights(finished)))
-    assert results["train_seconds"] > 0
+    assert results["train_seconds"] == pytest.approx(sum(results["goodput"]["seconds"].values()), rel=0.01)
+    assert sum(results["goodput"]["fractions"].values()) == pytest.approx(1, abs=0.01)
     assert results["target_tokens_per_second"] > 0
     assert set(results["directions"]) == {"en-de"}
     scores = results["directions"]["en-de"]
@@ -203,8 +216,116 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(finished, place, whole, 
     results = place.run(tmp_path / "run", config_text=CONFIG, **whole)
     assert results["directions"] == json.loads((finished / "results.json").read_text())["directions"]
     assert losses(tmp_path / "run") == losses(finished)
+    # The evaluation of update 3 was put off, and made up for.
+    assert measured(tmp_path / "run") == measured(finished)
+    assert results["preemption_seconds"] == [
+        line["preemption_seconds"] for line in lines(tmp_path / "run") if "preemption_seconds" in line
+    ]
+    assert 0 < results["preemption_seconds"][0] < 30
+    assert best(tmp_path / "run") == best(finished)
     for subtree in ("params", "ema"):
         assert_equal(weights(tmp_path / "run", subtree=subtree), weights(finished, subtree=subtree))
+
+
+def test_an_evaluation_is_given_up_for_a_signal_and_made_up_for(finished, place, whole, tmp_path, monkeypatch):
+    """SIGTERM while the first line is decoded after update 3: the run saves at once, and goes on to the same end."""
+    translate = Translator.translate
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return translate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Translator, "translate", interrupted)
+        assert place.run(tmp_path, config_text=CONFIG, **whole) == {}
+    assert [line["step"] for line in lines(tmp_path) if "valid/loss" in line] == []
+    place.run(tmp_path, config_text=CONFIG, **whole)
+    assert measured(tmp_path) == measured(finished)
+    assert best(tmp_path) == best(finished)
+    assert_equal(weights(tmp_path), weights(finished))
+
+
+def test_lines_of_several_updates_are_the_same_wherever_a_run_was_cut(place, tmp_path):
+    """Lines after updates 4 and 6; cut by a signal after 3, and then by a crash after 5."""
+    place.run(tmp_path / "whole", log_every=4)
+    place.run(tmp_path / "run", log_every=4, hooks=(Kill(2),), checkpoints=CheckpointConfig(every=1))
+    assert losses(tmp_path / "run") == {}
+    with contextlib.suppress(RuntimeError):
+        place.run(tmp_path / "run", log_every=4, hooks=(Crash(6),), checkpoints=CheckpointConfig(every=1))
+    place.run(tmp_path / "run", log_every=4)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    tokens = [sum(line.get("target_tokens", 0) for line in lines(tmp_path / name)) for name in ("run", "whole")]
+    assert tokens[0] == tokens[1]
+
+
+class Crash:
+    """Ends the process as a bug would, after an update."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def after_step(self, loop):
+        if loop.step == self._step:
+            raise RuntimeError("a bug")
+
+    def at_end(self, loop):
+        pass
+
+
+def test_what_a_crash_has_cost_is_counted_as_lost(place, tmp_path):
+    run = {"checkpoints": CheckpointConfig(every=2)}
+    with pytest.raises(RuntimeError, match="a bug"):
+        place.run(tmp_path, **run, hooks=(Crash(4),))  # before 4 is saved: 3 is lost, and half of 4
+    thrown_away = sum(line["seconds"] for line in lines(tmp_path) if line["step"] > 2)
+    results = place.run(tmp_path, **run)
+    assert 0 < results["goodput"]["seconds"]["lost"] <= thrown_away + 0.001
+    assert sum(results["goodput"]["seconds"].values()) == pytest.approx(results["train_seconds"], abs=0.02)
+
+
+def test_a_reader_that_fails_ends_the_run_with_its_error_and_saves_what_was_learned(place, tmp_path, monkeypatch):
+    rows = PackedBatches.rows
+
+    def damaged(self, index, start, stop):
+        if index == 4:
+            raise OSError("shard 3 is damaged")
+        return rows(self, index, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedBatches, "rows", damaged)
+        with pytest.raises(OSError, match="shard 3 is damaged"):
+            place.run(tmp_path / "run")
+    with CheckpointStore(tmp_path / "run/checkpoints") as store:
+        assert store.steps() == [4]
+    place.run(tmp_path / "run")
+    place.run(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_there_is(place, tmp_path, monkeypatch):
+    save = CheckpointStore.save
+
+    def full(self, step, *arguments):
+        if step == 4:
+            raise SaveError("step 4 could not be saved: No space left on device")
+        save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            place.run(tmp_path, checkpoints=CheckpointConfig(every=2))
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        assert store.steps() == [2]
+    assert place.run(tmp_path, checkpoints=CheckpointConfig(every=2))["steps"] == 6
+
+
+def test_a_changed_environment_is_told_in_one_line(place, tmp_path, caplog):
+    place.run(tmp_path, steps=1)
+    path = tmp_path / "environment.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "packages": {**record["packages"], "jaxlib": "0.1.2"}, "cpu_threads": 1000}))
+    place.run(tmp_path, steps=2)
+    (message,) = [record.message for record in caplog.records if "equal to rounding" in record.message]
+    assert re.search(r"jaxlib \S+ \(was 0.1.2\); threads \d+ \(was 1000\)", message)
 
 
 def test_averaged_weights_are_what_is_evaluated_and_translated_with(finished, place, whole):

@@ -16,8 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from t5x_ext.checkpoints import CheckpointStore, Retention
 from t5x_ext.contracts import UserError
 from t5x_ext.train import hooks
-from t5x_ext.train.log import JsonLines, Log, cut_log
-from t5x_ext.train.preemption import Interrupted, StopOnSignal
+from t5x_ext.train.log import Log, cut_log
+from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.recovery import BadUpdates, Diverged
 
 

@@ -1,0 +1,137 @@
+"""Losses that are not finite, in whole runs: left out, gone back from, and at last an end that names the examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_ext.checkpoints import CheckpointStore
+from t5x_ext.contracts import UserError
+from t5x_ext.objectives import LabelSmoothedCrossEntropy
+from t5x_ext.train import CheckpointConfig
+from t5x_ext.train.recovery import skipped_after
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned:
+    """The usual objective, but infinite for batches whose sum of labels is among these."""
+
+    inner: LabelSmoothedCrossEntropy
+    sums: tuple[int, ...]
+
+    def logits(self, params, batch, context):
+        return self.inner.logits(params, batch, context)
+
+    def label_weights(self, batch):
+        return self.inner.label_weights(batch)
+
+    def __call__(self, params, batch, context):
+        loss = self.inner(params, batch, context)
+        bad = jnp.isin(jnp.sum(batch["target_labels"]), jnp.asarray(self.sums))
+        return loss._replace(sum=loss.sum + jnp.where(bad, jnp.inf, 0.0))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(run_dir):
+    with CheckpointStore(run_dir / "checkpoints") as store:
+        return store.restore_params("last"), store.steps()
+
+
+@pytest.fixture(scope="module")
+def batches(place, compile_once, tmp_path_factory):
+    """The batches of the tiny run."""
+    from t5x_ext.data import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    return prepare(place.data(), str(folder), str(place.path / "caches")).batches
+
+
+@pytest.fixture
+def poisoned(batches):
+    """The setting that makes losses infinite on these batches."""
+
+    def make(*numbers):
+        sums = tuple(int(batches[number]["target_labels"].sum()) for number in numbers)
+        return {"objective": lambda model: Poisoned(LabelSmoothedCrossEntropy(model), sums)}
+
+    return make
+
+
+SETTINGS = {
+    "checkpoints": CheckpointConfig(every=2, keep_last=9),
+    "max_skipped_updates": 2,
+    "max_rewinds": 2,
+    "steps": 10,
+}
+
+
+def test_a_single_bad_batch_is_left_out_and_named(place, poisoned, batches, tmp_path):
+    results = place.run(tmp_path / "run", **SETTINGS, **poisoned(4))
+    assert results["skipped_updates"] == 1
+    assert "rewinds" not in results
+    (record,) = lines(tmp_path / "run/skipped_examples.jsonl")
+    assert (record["step"], record["batch"]) == (5, 4)
+    assert record["examples"] == [list(example._replace(source=None, target=None)) for example in batches.examples(4)]
+
+
+def test_a_bad_stretch_takes_the_run_back_and_on_with_other_data(place, poisoned, batches, tmp_path, caplog):
+    """Batches 5 and 6 are bad: from step 4, without batches 4 to 6, the run is one that never had them."""
+    results = place.run(tmp_path / "run", **SETTINGS, **poisoned(5, 6))
+    assert (results["steps"], results["rewinds"], results["skipped_updates"]) == (10, 1, 2)
+    assert results["goodput"]["seconds"]["lost"] > 0
+    assert "updates 6 to 7 all had a loss or gradient that is not finite: going back to step 4" in caplog.text
+    assert [record["batch"] for record in lines(tmp_path / "run/skipped_examples.jsonl")] == [5, 6]
+
+    read = [line for line in lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in read] == list(range(1, 11))
+    expected = [0, 1, 2, 3, *range(7, 13)]
+    labels = [int((batches[number]["target_segment_ids"] > 0).sum()) for number in expected]
+    assert [line["target_tokens"] for line in read] == labels
+    assert weights(tmp_path / "run")[1] == [2, 4, 6, 8, 10]
+
+
+def test_a_restart_after_going_back_leaves_the_same_data_out(place, poisoned, tmp_path):
+    place.run(tmp_path / "whole", **SETTINGS, **poisoned(5, 6))
+    for steps in (4, 8, 10):
+        settings = {**SETTINGS, "steps": steps}
+        results = place.run(
+            tmp_path / "parts", config_text=f"t5x_ext.train.Run.steps = {steps}\n", **settings, **poisoned(5, 6)
+        )
+    assert results["rewinds"] == 1
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])
+
+
+def test_before_the_first_checkpoint_the_run_begins_again(place, poisoned, tmp_path):
+    results = place.run(tmp_path / "run", **SETTINGS, **poisoned(0, 1))
+    assert (results["rewinds"], results["steps"]) == (1, 10)
+    read = [line for line in lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in read] == list(range(1, 11))
+
+
+def test_a_run_that_keeps_diverging_ends_with_the_place_of_its_examples(place, poisoned, tmp_path):
+    bad = range(3, 40)
+    with pytest.raises(UserError, match=r"after going back 2 times; their examples are in .*skipped_examples.jsonl"):
+        place.run(tmp_path / "run", **SETTINGS, **poisoned(*bad))
+    assert [record["batch"] for record in lines(tmp_path / "run/skipped_examples.jsonl")] == list(range(3, 9))
+    state, steps = weights(tmp_path / "run")
+    assert steps == [2]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_ranges_add_up_in_the_numbers_of_the_whole_data(batches):
+    plan = batches.plan
+    first = skipped_after(plan, 4, 6)
+    assert first == [(4, 7)]
+    assert skipped_after(plan.skipping(first), 2, 3) == [(2, 7)]
+    assert skipped_after(plan.skipping(first), 3, 4) == [(3, 8)]
+    assert skipped_after(plan.skipping(first), 8, 9) == [(4, 7), (11, 13)]
