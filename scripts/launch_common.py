@@ -14,6 +14,7 @@ from t5x_ext.cli import train
 from t5x_ext.cli.flags import HELP, help_text, parse, require
 from t5x_ext.cli.gin_read import find_gin_file, gin_root
 from t5x_ext.cli.messages import UsageError, one_line
+from t5x_ext.cli.run_flags import run_from_flags
 from t5x_ext.contracts import UserError
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
@@ -42,16 +43,18 @@ def define_flags(values: flags.FlagValues, cache_dir: str | None) -> None:
     flags.DEFINE_boolean("dry_run", False, "print exactly what would be done, and do nothing", flag_values=values)
 
 
-def training(values: flags.FlagValues, own_folder: str | None) -> Training:
-    """The training that the flags describe, checked as far as this machine can.
+def training(values: flags.FlagValues, devices: int, slices: int = 1, own_folder: str | None = None) -> Training:
+    """The training that the flags describe, checked as far as this machine can: not where every minute is paid for.
 
     Args:
       values: parsed flags.
+      devices: how many there will be in total.
+      slices: TPU slices among which they are divided.
       own_folder: where machines find the gin files that are not packaged; None: where they are here.
 
     Raises:
-      UsageError: for a missing flag, or one that `t5x_ext train` would refuse.
-      UserError: for a gin file that does not exist.
+      UsageError: for a missing flag, one that `t5x_ext train` would refuse, or a mesh of another number of slices.
+      UserError: for a mistake in gin, or a mesh that does not fit the devices.
     """
     require(values, "name", "run_dir", "gin_file")
     if not _NAME.fullmatch(values.name):
@@ -67,15 +70,37 @@ def training(values: flags.FlagValues, own_folder: str | None) -> Training:
     if len({path.name for path in own_files}) < len(own_files):
         raise UsageError("--gin_file: two files of yours have one name; they would overwrite each other")
     arguments = [
-        *(f"--gin_file={name}" for name in names),
         f"--run_dir={values.run_dir}",
         *([f"--cache_dir={values.cache_dir}"] if values.cache_dir else []),
         *(f"--gin.{binding}" for binding in values.gin),
         *(f"--{flag.removeprefix('--')}" for flag in values.train_flag),
     ]
-    # A flag that train does not know is found here, not on machines that are paid for.
-    parse(train.define_flags, arguments)
-    return Training(["train", *arguments], own_files)
+    arguments += _check([*(f"--gin_file={name}" for name in values.gin_file), *arguments], devices, slices)
+    return Training(["train", *(f"--gin_file={name}" for name in names), *arguments], own_files)
+
+
+def _check(arguments: Sequence[str], devices: int, slices: int) -> list[str]:
+    """Builds the run as every process will.
+
+    Returns:
+      What is to be added to the arguments: as `t5x_ext check`, for a run that knows of one slice, how many there are.
+    """
+    mesh = run_from_flags(parse(train.define_flags, arguments))[0].mesh
+    added = []
+    if mesh.slices == 1 < slices:
+        added = [f"--gin.MeshConfig.slices={slices}"]
+        try:
+            mesh = run_from_flags(parse(train.define_flags, [*arguments, *added]))[0].mesh
+        except UserError:
+            raise UsageError(
+                f"--num_slices={slices}: the run configures no mesh; add --gin_file=parallel/multislice.gin"
+            ) from None
+    if slices > 1 and mesh.sizes(devices)[0] != slices:
+        raise UsageError(
+            f"--num_slices={slices}: the run has MeshConfig.slices={mesh.slices}; add --gin.MeshConfig.slices={slices}"
+        )
+    mesh.sizes(devices)
+    return added
 
 
 def require_bucket(run_dir: str, why: str) -> None:

@@ -65,7 +65,10 @@ def main(values: flags.FlagValues) -> int:
     if values.spot and values.reservation:
         raise UsageError("--spot and --reservation exclude each other")
     slice_ = tpu_slice(values.topology) if values.topology else None
-    run = training(values, own_folder=_GIN_FOLDER)
+    if slice_ is None:
+        run = training(values, values.num_nodes * values.gpus_per_node, own_folder=_GIN_FOLDER)
+    else:
+        run = training(values, slice_.chips * values.num_slices, values.num_slices, own_folder=_GIN_FOLDER)
     require_bucket(values.run_dir, "the disk of a pod goes with it, and the others cannot read it")
     manifest = yaml.safe_dump_all(documents(values, slice_, run), sort_keys=False, width=120)
     out = Path(values.out or f"{values.name}.yaml")

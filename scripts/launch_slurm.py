@@ -77,7 +77,7 @@ def main(values: flags.FlagValues) -> int:
     for option in values.sbatch_option:
         if not option.startswith("--") or not option.isprintable():
             raise UsageError(f"--sbatch_option={option}: give one option of sbatch, as --constraint=h100")
-    run = training(values, own_folder=None)
+    run = training(values, values.nodes * values.gpus_per_node)
     _check_run_dir(values)
     script = batch_script(values, run)
     out = Path(values.out or f"{values.name}.sbatch")

@@ -96,7 +96,7 @@ def main(values: flags.FlagValues) -> int:
     if values.wheel and not Path(values.wheel).is_file():
         raise UsageError(f"--wheel={values.wheel}: no such file")
     slice_ = tpu_slice(values.topology)
-    run = training(values, own_folder=".")
+    run = training(values, slice_.chips * values.num_slices, values.num_slices, own_folder=".")
     require_bucket(values.run_dir, "a disk of a TPU VM goes with it, and the others cannot read it")
     steps = plan(values, slice_, run)
     if values.dry_run:

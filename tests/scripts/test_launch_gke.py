@@ -14,7 +14,7 @@ from launching import Programs, launch
 from t5x_ext.cli import train
 from t5x_ext.cli.flags import parse
 
-RUN = ("--gin_file=runs/quickstart.gin", "--run_dir=gs://bucket/run", "--image=registry/t5x_ext:1")
+RUN = ("--gin_file=runs/vega_mt_4b7.gin", "--run_dir=gs://bucket/run", "--image=registry/t5x_ext:1")
 TPU = ("--topology=v5e:8x8", "--num_slices=2", *RUN)
 GPU = ("--gpu=nvidia-h100-80gb", "--num_nodes=3", "--gpus_per_node=8", *RUN)
 
@@ -201,13 +201,19 @@ def test_gpu_nodes_find_the_first_pod(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_pod_trains_as_told(capsys: pytest.CaptureFixture[str]) -> None:
-    (job_set,) = manifest(capsys, *TPU, "--gin.Run.name='a$(HOME)'", "--train_flag=seed=3")
+    (job_set,) = manifest(capsys, *TPU, "--gin.VocabularyConfig.path='a$(HOME)'", "--train_flag=seed=3")
     *_, container = parts(job_set)
     # Kubernetes turns $$( into $( and would replace $(HOME).
     command = [argument.replace("$$(", "$(") for argument in container["command"]]
     assert command == [
-        *("t5x_ext", "train", "--gin_file=runs/quickstart.gin", "--run_dir=gs://bucket/run"),
-        *("--cache_dir=/tmp/t5x_ext_cache", "--gin.Run.name='a$(HOME)'", "--seed=3", "--distributed=gke"),
+        *("t5x_ext", "train", "--gin_file=runs/vega_mt_4b7.gin", "--run_dir=gs://bucket/run"),
+        *(
+            "--cache_dir=/tmp/t5x_ext_cache",
+            "--gin.VocabularyConfig.path='a$(HOME)'",
+            "--seed=3",
+            "--gin.MeshConfig.slices=2",
+            "--distributed=gke",
+        ),
     ]
     assert "$$(HOME)" in container["command"][5]
     parse(train.define_flags, command[2:])
@@ -216,8 +222,9 @@ def test_a_pod_trains_as_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_gin_files_of_ones_own_travel_in_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine.gin"
-    mine.write_text('# Grüße: "x"\nRun.steps = 3\n', encoding="utf-8")
-    config_map, job_set = manifest(capsys, *TPU, f"--gin_file={mine}", "--namespace=team")
+    mine.write_text("# Grüße: \"x\"\ninclude 'runs/vega_mt_4b7.gin'\n", encoding="utf-8")
+    flags = ["--topology=v5e:8x8", *RUN[1:], f"--gin_file={mine}", "--namespace=team"]
+    config_map, job_set = manifest(capsys, *flags)
     assert config_map["data"] == {"mine.gin": mine.read_text(encoding="utf-8")}
     *_, pod, container = parts(job_set)
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]

@@ -53,13 +53,13 @@ def test_slurm_is_asked_for_a_task_a_gpu_and_a_signal_before_the_end(capsys: pyt
     ]
 
 
-@pytest.mark.parametrize("flags", [[], ["--setup=module load cuda", "--gin.Run.name='it''s'"]])
+@pytest.mark.parametrize("flags", [[], ["--setup=module load cuda", "--cache_dir=/shared/it's"]])
 def test_the_script_is_sound_shell(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_shell(script(capsys, *flags), tmp_path)
 
 
 def test_tasks_train_as_told(slurm: Programs, capsys: pytest.CaptureFixture[str]) -> None:
-    text = script(capsys, "--setup=echo ready > setup.txt", "--gin.Run.name='$HOME'")
+    text = script(capsys, "--setup=echo ready > setup.txt", "--cache_dir=/$HOME")
     slurm.answer(NODES)
     assert run(text) == 0
     assert Path("setup.txt").read_text() == "ready\n"
@@ -67,13 +67,8 @@ def test_tasks_train_as_told(slurm: Programs, capsys: pytest.CaptureFixture[str]
     assert hostnames == ["scontrol", "show", "hostnames", "gpu-a[1-2]"]
     assert srun == [
         *("srun", "--kill-on-bad-exit=0", "--wait=120", "t5x_ext", "train", "--gin_file=runs/quickstart.gin"),
-        *(
-            "--run_dir=/shared/a run",
-            "--gin.Run.steps=7",
-            "--gin.Run.name='$HOME'",
-            "--distributed=slurm",
-            "--coordinator_address=gpu-a1:61443",
-        ),
+        *("--run_dir=/shared/a run", "--cache_dir=/$HOME", "--gin.Run.steps=7"),
+        *("--distributed=slurm", "--coordinator_address=gpu-a1:61443"),
     ]
     parse(train.define_flags, srun[5:])
 
@@ -125,7 +120,7 @@ def test_what_is_written_and_submitted_is_what_was_printed(slurm: Programs, caps
 
 def test_gin_files_of_ones_own_are_named_by_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine.gin"
-    mine.write_text("")
+    mine.write_text("include 'runs/quickstart.gin'\n")
     assert f"--gin_file={mine}" in script(capsys, f"--gin_file={mine}")
 
 

@@ -17,8 +17,8 @@ from t5x_ext.cli import train
 from t5x_ext.cli.flags import parse
 
 FLAGS = (
-    *("--topology=v5e:8x8", "--zone=us-west4-a", "--gin_file=runs/quickstart.gin", "--run_dir=gs://bucket/run"),
-    *("--gin.Run.steps=7", "--gin.decode.DecodeConfig.beam_size=4", "--train_flag=seed=3", "--poll_seconds=0"),
+    *("--topology=v5e:8x8", "--zone=us-west4-a", "--gin_file=runs/vega_mt_4b7.gin", "--run_dir=gs://bucket/run"),
+    *("--gin.Run.steps=7", "--gin.Run.log_every=4", "--train_flag=seed=3", "--poll_seconds=0"),
 )
 NONE, ACTIVE, LOST = (1, ""), (0, "ACTIVE"), (0, "SUSPENDED")
 DONE, FAILED = (0, ""), (255, "")
@@ -106,7 +106,7 @@ def test_a_refused_request_ends_the_launch(gcloud: Programs, capsys: pytest.Capt
 
 
 def test_remote_commands_are_sound_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = printed(capsys, "--gin.Run.name='it''s'")
+    commands = printed(capsys, "--cache_dir=/tmp/it's")
     for verb in ("install", "train"):
         (text,) = (part.removeprefix("--command=") for part in commands[verb] if part.startswith("--command="))
         check_shell(text + "\n", tmp_path)
@@ -114,7 +114,7 @@ def test_remote_commands_are_sound_shell(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_gin_files_of_ones_own_travel_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "my run.gin"
-    mine.write_text("")
+    mine.write_text("# Empty: what the packaged file says is enough.\n")
     commands = printed(capsys, f"--gin_file={mine}")
     assert str(mine) in commands["scp"]
     assert "'--gin_file=./my run.gin'" in commands["train"][-1]
@@ -159,8 +159,8 @@ def test_a_machine_trains_as_told_and_ends_what_a_lost_connection_left(
     ]
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert arguments == [
-        *("train", "--gin_file=runs/quickstart.gin", "--run_dir=gs://bucket/run", "--cache_dir=/tmp/t5x_ext_cache"),
-        *("--gin.Run.steps=7", "--gin.decode.DecodeConfig.beam_size=4", "--seed=3", "--distributed=tpu"),
+        *("train", "--gin_file=runs/vega_mt_4b7.gin", "--run_dir=gs://bucket/run", "--cache_dir=/tmp/t5x_ext_cache"),
+        *("--gin.Run.steps=7", "--gin.Run.log_every=4", "--seed=3", "--distributed=tpu"),
     ]
     parse(train.define_flags, arguments[1:])
 
@@ -176,6 +176,16 @@ def test_a_machine_trains_as_told_and_ends_what_a_lost_connection_left(
         ([*FLAGS, "--gin_file=runs/quikstart.gin"], "did you mean runs/quickstart.gin"),
         ([*FLAGS, "--train_flag=stpes=3"], "--stpes; did you mean --steps"),
         ([*FLAGS, "--train_flag=steps=many"], "--steps=many"),
+        ([*FLAGS, "--gin.Run.stpes=3"], "did you mean steps"),
+        ([*FLAGS, "--gin.MeshConfig.fsdp=48"], "does not fit 64 devices"),
+        (
+            [*FLAGS, "--num_slices=4", "--gin.MeshConfig.slices=2"],
+            "the run has MeshConfig.slices=2; add --gin.MeshConfig.slices=4",
+        ),
+        (
+            [*FLAGS[:2], "--gin_file=runs/quickstart.gin", FLAGS[3], "--num_slices=2"],
+            "add --gin_file=parallel/multislice.gin",
+        ),
         ([*FLAGS, "--spot", "--reserved"], "exclude each other"),
         ([*FLAGS, "--num_slices=0"], "--num_slices=0"),
         ([*FLAGS, "--name=My_Run"], "lower-case"),
@@ -191,6 +201,18 @@ def test_a_mistake_is_one_line(
     assert line.startswith("launch_tpu_vm.py: ")
     assert what in line
     assert gcloud.called == []
+
+
+def test_a_run_is_spread_over_the_slices(capsys: pytest.CaptureFixture[str]) -> None:
+    def train_command(*flags: str) -> str:
+        return printed(capsys, *flags)["train"][-1]
+
+    assert "MeshConfig" not in train_command()
+    assert " --gin.MeshConfig.slices=2 " in train_command("--num_slices=2")
+    # What the user says is left alone.
+    for mesh in ("--gin.MeshConfig.slices=2", "--gin.parallel.MeshConfig.slices=2"):
+        assert train_command("--num_slices=2", mesh).count("MeshConfig.slices") == 1
+    assert "MeshConfig" not in train_command("--num_slices=2", "--gin_file=parallel/multislice.gin")
 
 
 @pytest.mark.parametrize("script", ["launch_tpu_vm.py", "launch_gke.py", "launch_slurm.py"])
