@@ -78,16 +78,16 @@ def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, A
       runner: where Beam runs.
 
     Raises:
-      UserError: where Beam is not installed or does not know an option, for what the corpus raises, an empty corpus,
-        and one of which nothing is left after cleaning. What else fails on a worker is Beam's error.
+      UserError: where Beam is not installed or the runner refuses its options, for what the corpus raises, an empty
+        corpus, and one of which nothing is left after cleaning. What else fails on a worker is Beam's error.
     """
     beam = _import_beam()
-    options = _pipeline_options(beam, runner)
+    pipeline = _make_pipeline(beam, runner)
     if is_remote(place):
-        _build(beam, options, corpus, encoder, epath.Path(place), identity)
+        _build(beam, pipeline, corpus, encoder, epath.Path(place), identity)
         return
     with whole_folder(Path(place), cache.MANIFEST_FILE) as temporary:
-        _build(beam, options, corpus, encoder, epath.Path(temporary), identity)
+        _build(beam, pipeline, corpus, encoder, epath.Path(temporary), identity)
 
 
 def _import_beam() -> ModuleType:
@@ -98,7 +98,8 @@ def _import_beam() -> ModuleType:
     return apache_beam
 
 
-def _pipeline_options(beam: ModuleType, runner: cache.BeamRunner) -> Any:
+def _make_pipeline(beam: ModuleType, runner: cache.BeamRunner) -> Any:
+    """An empty pipeline; a runner checks here whether it has all that it needs."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -107,21 +108,26 @@ def _pipeline_options(beam: ModuleType, runner: cache.BeamRunner) -> Any:
             unknown = options.get_all_options(retain_unknown_options=True).keys() - known.keys()
     except (SystemExit, argparse.ArgumentError, ValueError) as error:
         reason = (messages.getvalue().strip().splitlines() or [str(error)])[-1]
-        raise UserError(f"Beam refuses the options of its runner: {reason}") from None
+        raise UserError(f"{runner.name}: Beam refuses its options: {reason}") from None
     if unknown:
-        raise UserError(f"Beam has no pipeline option {', '.join(f'--{name}' for name in sorted(unknown))}")
-    return options
+        raise UserError(
+            f"{runner.name}: Beam has no pipeline option {', '.join(f'--{name}' for name in sorted(unknown))}"
+        )
+    try:
+        return beam.Pipeline(options=options)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{runner.name}: {' '.join(str(error).split())}") from None
 
 
 def _build(
-    beam: ModuleType, options: Any, corpus: Corpus, encoder: Encoder, folder: epath.Path, identity: Mapping[str, Any]
+    beam: ModuleType, pipeline: Any, corpus: Corpus, encoder: Encoder, folder: epath.Path, identity: Mapping[str, Any]
 ) -> None:
     scratch = folder / f"scratch-{uuid.uuid4().hex}"
     scratch.mkdir(parents=True)
     try:
         num_pairs = _write_tasks(corpus, scratch)
         (scratch / _ENCODER_FILE).write_bytes(pickle.dumps(encoder.arguments))
-        _run(beam, options, corpus, encoder, str(folder), str(scratch))
+        _run(beam, pipeline, corpus, encoder, str(folder), str(scratch))
         mistakes = json.loads((scratch / _MISTAKES_FILE).read_text())
         if mistakes:
             raise UserError(min(mistakes)[1])
@@ -152,10 +158,10 @@ def _write_tasks(corpus: Corpus, scratch: epath.Path) -> int:
     return num_pairs
 
 
-def _run(beam: ModuleType, options: Any, corpus: Corpus, encoder: Encoder, folder: str, scratch: str) -> None:
+def _run(beam: ModuleType, pipeline: Any, corpus: Corpus, encoder: Encoder, folder: str, scratch: str) -> None:
     # A corpus that is not read by workers need not be one that can be sent to them.
     sent = corpus if isinstance(corpus, ParallelText) else None
-    with beam.Pipeline(options=options) as pipeline:
+    with pipeline:
         tasks = pipeline | beam.Create([f"{scratch}/{_TASKS_FILE}"]) | "read tasks" >> beam.FlatMap(_read_tasks)
         encoded = (
             tasks

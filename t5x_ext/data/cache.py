@@ -261,7 +261,7 @@ def _build(corpus: Corpus, encoder: Encoder, folder: Path, identity: dict[str, A
     processes = _choose_processes(num_pairs, num_processes)
     with whole_folder(folder, MANIFEST_FILE) as temporary:
         progress = tqdm(total=num_pairs, desc=f"cache {corpus.name}", unit=" pairs", disable=None)
-        with progress, _Writer(temporary, encoder.dtype) as writer:
+        with progress, CacheWriter(temporary, encoder.dtype) as writer:
             for chunk in _encoded_chunks(corpus.pairs(), encoder, processes):
                 writer.add(chunk)
                 progress.update(len(chunk.lengths[0]) + sum(n for r, n in chunk.counts.items() if r != "changed_lines"))
@@ -380,7 +380,7 @@ def _encoded_chunks(pairs: Iterator[tuple[str, str]], encoder: Encoder, processe
         ) from None
 
 
-class _Writer(ExitStack):
+class CacheWriter(ExitStack):
     """Writes chunks into shards, the same number of records a shard whatever the chunks."""
 
     def __init__(self, folder: Path, dtype: np.dtype):

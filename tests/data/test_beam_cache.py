@@ -91,8 +91,9 @@ def test_refused_corpora_leave_nothing(list_corpus, vocabulary, tmp_path):
 @pytest.mark.parametrize(
     ("runner", "message"),
     [
-        (BeamRunner(options=("--no_such_option=3",)), "Beam has no pipeline option --no_such_option"),
-        (BeamRunner(options=("--direct_num_workers=many",)), "Beam refuses the options of its runner: .*many"),
+        (BeamRunner(options=("--no_such_option=3",)), "DirectRunner: Beam has no pipeline option --no_such_option"),
+        (BeamRunner(options=("--direct_num_workers=many",)), "DirectRunner: Beam refuses its options: .*many"),
+        (BeamRunner("DataflowRunner", ("--region=r",)), "DataflowRunner: .*project"),
     ],
 )
 def test_mistakes_in_options(make_corpus, vocabulary, tmp_path, runner, message):
