@@ -15,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
-from t5x_ext.checkpoints.store import SaveError
 from t5x_ext.contracts import Batch, UserError
 from t5x_ext.data import PackedBatches, VocabularyConfig, batch_iterator, prepare
 from t5x_ext.parallel import (
@@ -82,12 +81,12 @@ def execute(
         return done
     try:
         return _Execution(run, folder, config_text, cache_dir, init_from).result()
-    except SaveError as error:
-        raise UserError(f"{error}; earlier checkpoints are whole: the same command goes on from the newest") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{error.filename or run_dir}: {error.strerror}; the same command goes on") from error
+        raise UserError(
+            f"{error.filename or run_dir}: {error.strerror}; make room, the same command goes on"
+        ) from error
 
 
 class _Execution:
@@ -170,7 +169,7 @@ class _Execution:
                     loop = self._go_back(error, loop, store)
                     save.save(loop)
             if loop.interrupted and stop.received_at is not None and is_primary():
-                seconds = time.perf_counter() - stop.received_at
+                seconds = time.time() - stop.received_at
                 logger.info("%s; update %d is on disk %.1f s later", loop.stop, loop.step, seconds)
                 JsonLines(folder.metrics_jsonl).append({"step": loop.step, "preemption_seconds": round(seconds, 3)})
         if loop.stop is not None and not loop.interrupted:

@@ -7,10 +7,11 @@ SIGTERM is what Kubernetes, Slurm, a virtual machine that is taken away and the 
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,13 @@ _numbers = itertools.count()  # of the ballots of this process; processes train 
 
 class Interrupted(Exception):
     """An evaluation was given up because the run was told to stop; the message says by what."""
+
+
+class _Request(NamedTuple):
+    """A signal that came."""
+
+    at: float  # seconds since 1970
+    reason: str
 
 
 class _Ballot:
@@ -46,17 +54,18 @@ class _Ballot:
         self._folder = f"t5x_ext/stop/{next(_numbers)}"
         self._asked = False
 
-    def ask(self, step: int, reason: str) -> None:
+    def ask(self, step: int, request: _Request) -> None:
         """Asks all processes to stop; once."""
         if not self._asked:
             self._asked = True
-            self._client.key_value_set(f"{self._folder}/{jax.process_index()}", f"{step + self.LEAD} {reason}")
+            value = json.dumps([step + self.LEAD, *request])
+            self._client.key_value_set(f"{self._folder}/{jax.process_index()}", value)
 
-    def due(self, step: int) -> str | None:
-        """The reason for which all stop after this update, if any was given."""
-        requests = (value.split(" ", 1) for _, value in self._client.key_value_dir_get(self._folder))
-        earliest = min(((int(number), reason) for number, reason in requests), default=None)
-        return earliest[1] if earliest and earliest[0] <= step else None
+    def due(self, step: int) -> _Request | None:
+        """The request for which all stop after this update, if there is one."""
+        values = (json.loads(value) for _, value in self._client.key_value_dir_get(self._folder))
+        last_step, *request = min(values, default=(step + 1,))
+        return _Request(*request) if last_step <= step else None
 
 
 class StopOnSignal:
@@ -66,12 +75,12 @@ class StopOnSignal:
     It listens inside a `with` block only, and to the first signal only: a second one ends the process at once.
 
     Attributes:
-      received_at: `time.perf_counter()` of the signal, or of when another process's was heard of; None before.
+      received_at: when the signal came to whichever process got it, in seconds since 1970; None before.
     """
 
     def __init__(self) -> None:
         self.received_at: float | None = None
-        self._received: str | None = None
+        self._request: _Request | None = None
         self._ballot = _Ballot() if jax.process_count() > 1 else None
         self._stack = ExitStack()
 
@@ -83,19 +92,19 @@ class StopOnSignal:
         self._stack.close()
 
     def _handle(self, number: int, frame: object) -> None:
-        self._received, self.received_at = signal.Signals(number).name, time.perf_counter()
+        self._request = _Request(time.time(), f"{signal.Signals(number).name} received")
         self._give_back()
 
     def after_step(self, loop: Loop) -> None:
         """Asks the loop to stop once a signal has come."""
-        reason = self._received
+        request = self._request
         if self._ballot is not None:
-            if reason:
-                self._ballot.ask(loop.step, reason)
-            reason = self._ballot.due(loop.step)
-        if reason:
-            self.received_at = self.received_at or time.perf_counter()
-            loop.stop, loop.interrupted = f"{reason} received", True
+            if request:
+                self._ballot.ask(loop.step, request)
+            request = self._ballot.due(loop.step)
+        if request:
+            self.received_at, loop.stop = request
+            loop.interrupted = True
 
     def check(self) -> None:
         """Gives an evaluation up once a signal has come; all processes call it at the same places.
@@ -103,12 +112,16 @@ class StopOnSignal:
         Raises:
           Interrupted: on all processes, if any of them was told to stop.
         """
-        told = self._received is not None
+        request = self._request
         if self._ballot is not None:
-            told = bool(np.any(multihost_utils.process_allgather(np.asarray(told))))
-        if told:
-            self.received_at = self.received_at or time.perf_counter()
-            raise Interrupted(f"{self._received or 'a signal on another process'} received")
+            # Devices know no 64-bit numbers: seconds, and their thousandths.
+            at = divmod(round(1000 * request.at), 1000) if request else (np.iinfo(np.int32).max, 0)
+            second, thousandths = min(multihost_utils.process_allgather(np.asarray(at, np.int32)).tolist())
+            if second < np.iinfo(np.int32).max:
+                request = _Request(second + thousandths / 1000, "a signal received during an evaluation")
+        if request:
+            self.received_at = request.at
+            raise Interrupted(request.reason)
 
     def at_end(self, loop: Loop) -> None:
         """Nothing is left to do."""
