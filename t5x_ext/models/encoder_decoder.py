@@ -135,7 +135,9 @@ class EncoderDecoder(nn.Module):
         """
         config = self.config
         shape = (config.decoder_layers, rows, max_length, config.num_heads, config.head_dim)
-        return KeyValue(jnp.zeros(shape, compute_dtype(config)), jnp.zeros(shape, compute_dtype(config)))
+        axes = (None, "batch", None, "heads", None)
+        empty = self.placement.activation(jnp.zeros(shape, compute_dtype(config)), axes)
+        return KeyValue(empty, empty)
 
     def decode_step(
         self,
