@@ -117,8 +117,8 @@ def _make_cache(folder: Path, pairs: int) -> str:
             lengths = _draw_lengths(random, min(8192, pairs - start))
             ids = random.integers(0, _VOCABULARY_SIZE, lengths.sum(), dtype=encoder.dtype)
             writer.add(Chunk(Counter(), [ids.tobytes()], [lengths]))
+        tokens, shards = writer.save_lengths(), writer.shards_of[0]
     identity = {"format": 1, "corpus": "synthetic", "languages": ["en", "de"]}
-    tokens, shards = writer.save_lengths(), writer.shards_of[0]
     manifest = make_manifest(identity, "synthetic", pairs, encoder, writer.counts, tokens, shards)
     (folder / MANIFEST_FILE).write_text(manifest)
     return str(folder)

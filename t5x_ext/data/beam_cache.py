@@ -295,10 +295,6 @@ def _join_lengths(folder: epath.Path, scratch: epath.Path) -> tuple[list[dict[st
             joined.write(lengths.tobytes())
             tokens += lengths.sum(axis=0, dtype=np.int64)
             shards.append({"file": name.removesuffix(".npy"), "records": len(lengths)})
-        joined.seek(0)
-        header = {"descr": "<i4", "fortran_order": False, "shape": (sum(shard["records"] for shard in shards), 2)}
-        with (folder / cache.LENGTHS_FILE).open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            while block := joined.read(1 << 24):
-                file.write(block)
+        records = sum(shard["records"] for shard in shards)
+        cache.write_lengths(folder / cache.LENGTHS_FILE, [joined], records)
     return shards, tokens.tolist()

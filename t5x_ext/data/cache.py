@@ -15,15 +15,16 @@ import multiprocessing
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -48,6 +49,7 @@ RECORDS_PER_SHARD = 1 << 20
 _PAIRS_WORTH_PROCESSES = 200_000
 _MAX_PROCESSES = 16
 _ESTIMATE_PAIRS = 4096
+_COPY_BYTES = 1 << 24
 
 
 class Tokens(NamedTuple):
@@ -265,9 +267,9 @@ def _build(corpus: Corpus, encoder: Encoder, folder: Path, identity: dict[str, A
             for chunk in _encoded_chunks(corpus.pairs(), encoder, processes):
                 writer.add(chunk)
                 progress.update(len(chunk.lengths[0]) + sum(n for r, n in chunk.counts.items() if r != "changed_lines"))
-        check_kept(corpus.name, writer.num_pairs, writer.counts)
+            check_kept(corpus.name, writer.num_pairs, writer.counts)
+            tokens = writer.save_lengths()
         shards = [shard for shards in writer.shards_of for shard in shards]
-        tokens = writer.save_lengths()
         manifest = make_manifest(identity, corpus.name, num_pairs, encoder, writer.counts, tokens, shards)
         (temporary / MANIFEST_FILE).write_text(manifest)
 
@@ -390,7 +392,8 @@ class CacheWriter(ExitStack):
         self.shards_of: list[list[dict[str, Any]]] = []
         self._folder = folder
         self._itemsize = dtype.itemsize
-        self._lengths: list[list[np.ndarray]] = []
+        self._lengths: list[IO[bytes]] = []
+        self._tokens = np.zeros(2, dtype=np.int64)
         self._writers: list[Any] = []
 
     def add(self, chunk: Chunk) -> None:
@@ -398,10 +401,13 @@ class CacheWriter(ExitStack):
         self.counts.update(chunk.counts)
         if not self._writers:
             self.shards_of = [[] for _ in chunk.ids]
-            self._lengths = [[] for _ in chunk.ids]
+            # In files of their own until all are known: in memory they would grow with the corpus.
+            files = [tempfile.TemporaryFile(dir=self._folder) for _ in chunk.ids]  # noqa: SIM115, the stack closes them
+            self._lengths = [self.enter_context(file) for file in files]
             self._writers = [None for _ in chunk.ids]
         for variant, (ids, lengths) in enumerate(zip(chunk.ids, chunk.lengths)):
-            self._lengths[variant].append(lengths)
+            self._lengths[variant].write(lengths.tobytes())
+            self._tokens += lengths.sum(axis=0, dtype=np.int64)
             ends = (np.cumsum(lengths.sum(axis=1)) * self._itemsize).tolist()
             for start, end in zip([0, *ends], ends):
                 self._write(variant, ids[start:end])
@@ -424,10 +430,19 @@ class CacheWriter(ExitStack):
             writer.close()
 
     def save_lengths(self) -> list[int]:
-        """Writes the array of lengths; returns the tokens of both sides, all variants together."""
-        lengths = np.concatenate([part for parts in self._lengths for part in parts])
-        np.save(self._folder / LENGTHS_FILE, lengths)
-        return lengths.sum(axis=0, dtype=np.int64).tolist()
+        """Writes the array of lengths, when all chunks are added; returns the tokens of both sides, all variants."""
+        write_lengths(epath.Path(self._folder) / LENGTHS_FILE, self._lengths, self.num_pairs * len(self._lengths))
+        return self._tokens.tolist()
+
+
+def write_lengths(path: epath.Path, parts: Iterable[IO[bytes]], records: int) -> None:
+    """Writes int32 [records, 2] as numpy does, from files that hold the bytes of its parts."""
+    with path.open("wb") as file:
+        header = {"descr": "<i4", "fortran_order": False, "shape": (records, 2)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            part.seek(0)
+            shutil.copyfileobj(part, file, _COPY_BYTES)
 
 
 def _safe_name(name: str) -> str:

@@ -274,6 +274,13 @@ def test_damaged_caches_are_refused(make_corpus, vocabulary, tmp_path, small_pie
             TokenCache(damaged(change))
 
 
+def test_lengths_are_a_numpy_file(make_corpus, vocabulary, tmp_path, small_pieces):
+    cache = build_cache(make_corpus(100), vocabulary, tmp_path, subword=SubwordSampling(variants=2))
+    lengths = np.stack([list(map(len, side)) for side in cache.read(range(200))], axis=1).astype(np.int32)
+    np.save(tmp_path / "lengths.npy", lengths)
+    assert (Path(cache.path) / "lengths.npy").read_bytes() == (tmp_path / "lengths.npy").read_bytes()
+
+
 def test_large_vocabularies_use_wider_numbers(make_corpus, vocabulary, tmp_path, monkeypatch):
     monkeypatch.setattr(type(vocabulary), "size", property(lambda self: 70_000))
     cache = build_cache(make_corpus(5), vocabulary, tmp_path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -198,6 +199,19 @@ def test_knowledge_of_another_plan_is_refused(plan_of, make_stream, small_window
     fresh.remember([[known[0][0] + 1]])
     with pytest.raises(UserError, match="of other data: windows have other rows"):
         fresh.examples(0)
+
+
+def test_memory_does_not_grow_with_the_number_of_examples(plan_of, make_stream, monkeypatch):
+    monkeypatch.setattr(plan_module, "_WINDOW_EXAMPLES", 1 << 12)
+    lengths = np.random.default_rng(0).integers(2, 28, (200_000, 2)).astype(np.int32)
+    peaks = []
+    for count in (20_000, 200_000):
+        stream = make_stream(lengths[:count])
+        tracemalloc.start()
+        plan_of(stream, rows=64).batches_per_epoch(0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0], f"ten times the examples, {peaks} bytes: threads overlap by chance"
 
 
 def test_failure_while_planning_reaches_the_caller(plan_of, make_stream, monkeypatch):
