@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "BLEU, chrF and TER with signatures, paired tests, a score per domain",
     "average": "average several checkpoints of a run into a new run folder",
     "info": "describe a run folder, a model preset or a gin file: parameters, layers, FLOPs, sizes",
+    "check": "compile a run for a TPU topology that is not here: memory, collectives, least step time; search",
     "doctor": "check this machine: versions, devices, gin path, write access",
 }
 

@@ -1,0 +1,136 @@
+"""Compiles a run's update, or its decoding, for accelerators that are not here, and says whether it fits and how fast.
+
+Takes the flags of t5x_ext train; texts need not be there. TPUs (v4, v5e, v5p, v6e, any shape) are compiled for by their
+own compiler, from pip install 't5x_ext[tpu]'. For GPUs (h100:8) sharding, operations and collectives come from virtual
+CPU devices, and memory is an estimate by formula. Prints memory of one device by what it is for, operations, bytes of
+each kind of collective, and the least seconds of a step with communication overlapped and not. Ends with exit code 1
+where it does not fit, saying what is largest and what would make it fit.
+
+example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5e:8x8
+example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v6e:16x16 --num_slices=2 --json_out=plan.json
+example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5p:2x2x4 --search
+example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5e:4x4 --program=decode --decode_rows=256
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from t5x_ext.cli.files import check_writable, report
+from t5x_ext.cli.flags import require
+from t5x_ext.cli.messages import UsageError
+from t5x_ext.cli.run_flags import define_run_flags, run_from_flags
+
+if TYPE_CHECKING:
+    from t5x_ext.plan.topology import Target
+    from t5x_ext.train import Run
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares the flags of `t5x_ext check`."""
+    flags.DEFINE_string(
+        "topology", None, "devices, as v5e:8x8, v4:4x4x4, v5p:2x2x4, v6e:16x16 or h100:8; required", flag_values=values
+    )
+    flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("program", "train", ["train", "decode"], "what to compile", flag_values=values)
+    flags.DEFINE_integer(
+        "mean_length", 32, "target tokens of an example that model FLOPs are counted for", lower_bound=1,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "decode_rows", None, "sentences of a batch to decode; by default the source tokens that the run decodes at "
+        "once, in sentences of --decode_length", lower_bound=1, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("decode_length", 64, "source tokens of a sentence", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "beam_size", None, "hypotheses of a sentence; by default those of the run's final test", lower_bound=1,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_boolean(
+        "search", False, "try meshes, remat policies and numbers of microbatches, and rank those that fit",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "search_compiles", 12, "most programs that --search compiles", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_string("json_out", None, "file for the findings as JSON; - is standard output", flag_values=values)
+    define_run_flags(values)
+
+
+def main(values: flags.FlagValues) -> int:
+    """Runs `t5x_ext check`; 1 where the run does not fit."""
+    require(values, "topology")
+    check_writable(values.json_out, "--json_out")
+    if values.search and values.program != "train":
+        raise UsageError("--search goes with --program=train")
+    # Nothing is run, so that accelerators of this machine are left alone.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    vocab_size = values.vocab_size
+    # It says how many pieces there are here, not how many to train.
+    values["vocab_size"].value = None
+    run, _ = run_from_flags(values)
+
+    import jax
+
+    # A program from the cache has not been compiled: there would be nothing to read, and no time to report.
+    jax.config.update("jax_enable_compilation_cache", False)
+    from t5x_ext.plan.topology import find_target
+
+    target = find_target(values.topology, values.num_slices)
+    vocab_size = vocab_size or _vocab_size(run)
+    if values.search:
+        return _search(values, run, vocab_size, target)
+    found = _check(values, run, vocab_size, target)
+    report(str(found), found.to_json(), values.json_out)
+    return 0 if found.fits else 1
+
+
+def _check(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> Any:
+    import dataclasses
+
+    from t5x_ext.plan.check import check, check_decoding
+
+    if values.program == "train":
+        return check(run, vocab_size, target, values.mean_length)
+    decode = run.evaluation.test_decode
+    if values.beam_size:
+        decode = dataclasses.replace(decode, beam_size=values.beam_size)
+    devices = len(target.devices)
+    rows = values.decode_rows or -(-(decode.batch_tokens or 8192) // values.decode_length // devices) * devices
+    return check_decoding(run, vocab_size, target, decode, rows, values.decode_length)
+
+
+def _search(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> int:
+    from t5x_ext.plan.search import search
+
+    found = search(run, vocab_size, target, values.mean_length, values.search_compiles, progress=_progress)
+    report(str(found), found.to_json(), values.json_out)
+    return 0 if found.fitting else 1
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _vocab_size(run: Run) -> int:
+    """Pieces of the vocabulary: of the given one, where it is here, else as many as are to be trained."""
+    from t5x_ext.contracts import UserError
+    from t5x_ext.data import Vocabulary
+
+    config = run.data.vocabulary
+    if config.path is None:
+        return config.size
+    corpora = (*run.data.train, *run.data.valid, *run.data.test)
+    languages = list(dict.fromkeys(language for corpus in corpora for language in corpus.languages))
+    try:
+        folder = os.path.isdir(config.path)
+        saved = Vocabulary.load(config.path) if folder else Vocabulary(config.path, languages)
+    except UserError:
+        size = run.model.vocab_size
+        _progress(f"the vocabulary {config.path} is not here; taking the {size:,} pieces of the model, or --vocab_size")
+        return size
+    return Vocabulary.from_model(saved.model, [*saved.languages, *languages]).size if folder else saved.size

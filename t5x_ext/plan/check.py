@@ -1,0 +1,272 @@
+"""Compiles the program of a run for devices that are not here, and says what it needs and how fast it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5x_ext.contracts import UserError
+from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode.programs import decode_batch
+from t5x_ext.models import TransformerConfig
+from t5x_ext.parallel import make_mesh
+from t5x_ext.parallel.batches import batch_sharding
+from t5x_ext.parallel.mesh import batch_devices
+from t5x_ext.plan.advice import scaled, training_advice
+from t5x_ext.plan.compiling import Compiled, Refused, compile_for, partition
+from t5x_ext.plan.estimate import Stored, Temporaries, device_bytes, estimate_temporaries, stored_bytes
+from t5x_ext.plan.hlo_cost import Buffer
+from t5x_ext.plan.report import CheckReport, DeviceMemory
+from t5x_ext.plan.roofline import mfu_bound, roofline
+from t5x_ext.plan.topology import Target
+from t5x_ext.train.program import Program, make_program
+from t5x_ext.train.run import Run
+
+MEAN_LENGTH = 32
+"""Target tokens of an example that model FLOPs are counted for: about a sentence of WMT, tags and end included."""
+
+
+class _Work(NamedTuple):
+    """A program to examine, and what it is for."""
+
+    program: str
+    lowered: jax.stages.Lowered
+    stored: Stored
+    rows: int
+    source_tokens: int
+    target_tokens: int
+    assumption: str
+    model_flops: float
+    unknown_trips: int = 1
+
+
+def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LENGTH) -> CheckReport:
+    """Examines one update of a run: the very program that training compiles.
+
+    Model FLOPs are `3 * TransformerConfig.flops`, forward and backward pass, of rows that packing has filled with
+    examples of one length; without packing a row holds one such example and is padding after it. Short examples need
+    the least: attention grows with the square of their length.
+
+    Args:
+      run: its data is not read.
+      vocab_size: pieces of its vocabulary.
+      target: devices, from `find_target`. Where there are several slices and the run's mesh knows of one, its axis
+        `slices` becomes their number.
+      mean_length: target tokens of an example; source rows are taken to hold as many examples.
+
+    Raises:
+      UserError: where mesh, rows and microbatches do not fit the devices.
+    """
+    run = on_slices(run, target)
+    program = make_program(run, vocab_size, _mesh(run, target))
+    _check_rows(program)
+    work = _training_work(program, mean_length)
+    if target.is_compiled_for:
+        compiled = compile_for(work.lowered, dict(program.mesh.shape))
+        estimate = None if isinstance(compiled, Compiled) else estimate_temporaries(program)
+    else:
+        compiled = partition(work.lowered, dict(program.mesh.shape))
+        estimate = estimate_temporaries(program)
+    report = _report(work, target, program.mesh, compiled, estimate)
+    return report if report.fits else dataclasses.replace(report, advice=training_advice(program, report, estimate))
+
+
+def check_decoding(
+    run: Run, vocab_size: int, target: Target, decode: DecodeConfig, rows: int, source_length: int
+) -> CheckReport:
+    """Examines the decoding of one batch: weights cut as in training, rows and their caches cut over the devices.
+
+    Every sentence is taken to be as long as `source_length` and its search to go to the maximum length of `decode`, so
+    that times are those of the slowest batch of this shape.
+
+    Args:
+      run: gives model, mesh and axis rules.
+      vocab_size: as for `check`, like `target`.
+      target: see there.
+      decode: how to decode.
+      rows: sentences of a batch, over all devices.
+      source_length: tokens of a sentence, tag and end included.
+
+    Raises:
+      UserError: where the rows do not divide among the devices.
+    """
+    run = on_slices(run, target)
+    program = make_program(run, vocab_size, _mesh(run, target))
+    pieces = batch_devices(program.mesh)
+    if rows % pieces:
+        raise UserError(f"{rows} rows to decode do not divide among {pieces} devices; take a multiple of {pieces}")
+    if not target.is_compiled_for:
+        raise UserError(f"decoding is examined for TPUs only: there is no estimate of its memory on {target.name}")
+    work = _decoding_work(program, decode, rows, source_length)
+    report = _report(
+        work, target, program.mesh, compile_for(work.lowered, dict(program.mesh.shape), work.unknown_trips)
+    )
+    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, pieces)))
+
+
+def on_slices(run: Run, target: Target) -> Run:
+    """The run with its mesh spread over the slices of a target, unless it says itself how."""
+    if run.mesh.slices == 1 < target.num_slices:
+        return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, slices=target.num_slices))
+    return run
+
+
+def training_flops(config: TransformerConfig, run: Run, mean_length: int) -> tuple[float, int, int]:
+    """Model FLOPs of an update, and the real source and target tokens that they are for; see `check`."""
+    shape = run.data.batch
+    length = min(mean_length, shape.target_length)
+    examples = shape.target_length / length if shape.packing else 1.0
+    # Source rows are as full as target rows, so that their examples are longer or shorter in proportion.
+    source_length = length * shape.source_length / shape.target_length
+    flops = 3 * shape.rows * examples * config.flops(np.array([source_length]), np.array([length]))
+    return flops, round(shape.rows * examples * source_length), round(shape.rows * examples * length)
+
+
+def decoding_flops(config: TransformerConfig, rows: int, hypotheses: int, source_length: int, length: int) -> float:
+    """Model FLOPs of searching `rows` sentences: one encoder pass and one decoder pass for each hypothesis.
+
+    Keys and values of cross-attention are computed once a sentence.
+    """
+    once = config.flops([source_length], [0])
+    return rows * (once + hypotheses * (config.flops([source_length], [length]) - once))
+
+
+def _mesh(run: Run, target: Target) -> Mesh:
+    return make_mesh(run.mesh, target.devices)
+
+
+def _check_rows(program: Program) -> None:
+    run, pieces = program.run, batch_devices(program.mesh)
+    step = pieces * run.num_microbatches
+    if run.data.batch.rows % step:
+        raise UserError(
+            f"BatchConfig.rows is {run.data.batch.rows}; {pieces} devices (slices x data x fsdp) with "
+            f"{run.num_microbatches} microbatches need a multiple of {step}"
+        )
+
+
+def _training_work(program: Program, mean_length: int) -> _Work:
+    flops, source_tokens, target_tokens = training_flops(program.config, program.run, mean_length)
+    batch = program.run.data.batch
+    kind = "rows packed with" if batch.packing else "one a row:"
+    assumption = f"{kind} examples of {min(mean_length, batch.target_length)} target tokens"
+    stored = stored_bytes(program)
+    return _Work("train", program.lower(), stored, batch.rows, source_tokens, target_tokens, assumption, flops)
+
+
+def _decoding_work(program: Program, decode: DecodeConfig, rows: int, source_length: int) -> _Work:
+    # Room for one forced tag.
+    max_length = 1 + decode.max_target_length(source_length)
+    row_wise = NamedSharding(program.mesh, PartitionSpec(batch_sharding(program.mesh).spec[0]))
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32, sharding=row_wise)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    replicated = NamedSharding(program.mesh, PartitionSpec())
+    batch = (integers(rows, source_length), integers(rows), integers(rows, 1), integers(rows), integers(rows))
+    params = program.template.params
+    lowered = decode_batch.lower(
+        program.model,
+        params,
+        *batch,
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated),
+        eos_id=1,
+        max_length=max_length,
+        config=decode,
+    )
+    hypotheses = {"beam": decode.beam_size, "greedy": 1, "sample": decode.n_best}[decode.strategy]
+    flops = decoding_flops(program.config, rows, hypotheses, source_length, max_length)
+    stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
+    assumption = (
+        f"{decode.strategy}, {hypotheses} hypotheses of {max_length} tokens for each sentence of {source_length}"
+    )
+    return _Work(
+        "decode", lowered, stored, rows, rows * source_length, rows * max_length, assumption, flops, max_length
+    )
+
+
+def _report(
+    work: _Work, target: Target, mesh: Mesh, compiled: Compiled | Refused, estimate: Temporaries | None = None
+) -> CheckReport:
+    """Puts together what is stored, what the compiler said, and the bounds that follow."""
+    memory = _memory(work.stored, target, compiled, estimate)
+    hlo = compiled.hlo if isinstance(compiled, Compiled) else None
+    bounds = None
+    if hlo is not None and target.hardware is not None:
+        coordinates = [device.coords for device in mesh.devices.flat] if target.is_compiled_for else None
+        bounds = roofline(hlo, target.hardware, dict(mesh.shape), coordinates)
+    mfu = None
+    if bounds is not None and target.hardware is not None:
+        overlapped, serial = (
+            mfu_bound(work.model_flops, seconds, target.hardware, mesh.size)
+            for seconds in (bounds.overlapped, bounds.serial)
+        )
+        mfu = overlapped, serial
+    return CheckReport(
+        program=work.program,
+        topology=target.name,
+        num_slices=target.num_slices,
+        device_kind=target.device_kind,
+        mesh=dict(mesh.shape),
+        rows=work.rows,
+        source_tokens=work.source_tokens,
+        target_tokens=work.target_tokens,
+        assumption=work.assumption,
+        fits=isinstance(compiled, Compiled) and memory.total <= target.hbm_bytes,
+        hbm_bytes=target.hbm_bytes,
+        memory=memory,
+        is_estimate=not target.is_compiled_for,
+        largest=_largest(memory, compiled, estimate),
+        advice=(),
+        model_flops=work.model_flops,
+        hlo_flops=None if hlo is None else hlo.flops * mesh.size,
+        collectives=() if hlo is None else hlo.collectives,
+        roofline=bounds,
+        mfu_bound=mfu,
+        compile_seconds=round(compiled.seconds, 2),
+    )
+
+
+def _memory(stored: Stored, target: Target, compiled: Compiled | Refused, estimate: Temporaries | None) -> DeviceMemory:
+    if isinstance(compiled, Refused):
+        # A message without figures still says that it is more than there is.
+        needed = compiled.total or max(target.hbm_bytes + 1, stored.total + (estimate.total if estimate else 0))
+        temporaries = max(0, needed - stored.total)
+    elif target.is_compiled_for:
+        temporaries = compiled.arguments + compiled.others - stored.total
+    else:
+        temporaries = estimate.total if estimate else 0
+    return DeviceMemory(stored.params, stored.optimizer, stored.ema, temporaries, stored.batch)
+
+
+def _largest(
+    memory: DeviceMemory, compiled: Compiled | Refused, estimate: Temporaries | None
+) -> tuple[tuple[int, str], ...]:
+    """The compiler's own list where it gives one; else parts, temporaries split by formula."""
+    if isinstance(compiled, Refused) and compiled.largest:
+        return compiled.largest
+    if isinstance(compiled, Compiled) and compiled.hlo.buffers and estimate is None:
+        return tuple((buffer.padded_bytes, _named(buffer)) for buffer in compiled.hlo.buffers[:5])
+    parts = memory.parts()
+    if estimate is not None:
+        parts.pop("temporaries")
+        shares = scaled(estimate, memory.temporaries)._asdict()
+        parts |= {f"{name} (of the temporaries, by formula)": size for name, size in shares.items()}
+    return tuple(sorted(((size, name) for name, size in parts.items() if size), reverse=True)[:5])
+
+
+def _named(buffer: Buffer) -> str:
+    dims = ",".join(map(str, buffer.dims))
+    return f"{buffer.dtype}[{dims}] {buffer.op_name or buffer.name}"
+
+
+def _decoding_advice(rows: int, pieces: int) -> Iterator[str]:
+    if rows > pieces:
+        fewer = max(pieces, rows // 2 // pieces * pieces)
+        yield f"--decode_rows={fewer} (now {rows}): caches of fewer sentences"
+    yield "--beam_size: fewer hypotheses have fewer caches"
+    yield "--decode_length: shorter sentences have shorter caches"
+    yield "MeshConfig.tensor: weights that stay cut while they are used"

@@ -1,0 +1,281 @@
+"""What is known about a program before it runs: memory against what a device has, operations, network, least time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from t5x_ext.plan.hlo_cost import Collective
+from t5x_ext.plan.roofline import Roofline
+
+GIB = 2**30
+_BAR = 40
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device.
+
+    `params`, `optimizer`, `ema` and `batch` are exact sizes of the arrays. `temporaries` is everything else that the
+    program needs: activations, gradients, gathered weights, the program itself, and what its compiler adds to the
+    arrays to lay them out. `total` is the sum.
+    """
+
+    params: int
+    optimizer: int
+    ema: int
+    temporaries: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.params + self.optimizer + self.ema + self.temporaries + self.batch
+
+    def parts(self) -> dict[str, int]:
+        """By name, in the order in which they are shown."""
+        return {name: getattr(self, name) for name in ("params", "optimizer", "ema", "temporaries", "batch")}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found.
+
+    Attributes:
+      program: `train`, one update, or `decode`, one batch searched to its maximum length.
+      topology: as it was asked for.
+      num_slices: slices, or nodes.
+      device_kind: of every device.
+      mesh: axis -> size, outermost first.
+      rows: of the batch, over all devices.
+      source_tokens: real tokens of the batch on the encoder's side.
+      target_tokens: likewise on the decoder's side.
+      assumption: what the tokens and the model FLOPs take for granted.
+      fits: whether a device has enough memory.
+      hbm_bytes: memory of one device that a program may use.
+      memory: what it needs.
+      is_estimate: True where no compiler for these devices was asked: memory is then computed by formula, and memory
+        traffic is left out of the bounds.
+      largest: the largest arrays or parts, for people: (bytes on one device, what it is).
+      advice: what would make it fit, the most useful first; empty where it fits.
+      model_flops: operations that the model needs for the batch, nothing computed twice; all devices together.
+      hlo_flops: operations of the compiled program, loops counted as often as they run, all devices together; None
+        where the compiler refused.
+      collectives: what one device takes part in, the largest first.
+      roofline: least seconds; None where the compiler refused or the kind of device is not in the table.
+      mfu_bound: (overlapped, serial) model FLOPs utilisation at those; None likewise.
+      compile_seconds: seconds the compiler took.
+    """
+
+    program: str
+    topology: str
+    num_slices: int
+    device_kind: str
+    mesh: dict[str, int]
+    rows: int
+    source_tokens: int
+    target_tokens: int
+    assumption: str
+    fits: bool
+    hbm_bytes: int
+    memory: DeviceMemory
+    is_estimate: bool
+    largest: tuple[tuple[int, str], ...]
+    advice: tuple[str, ...]
+    model_flops: float
+    hlo_flops: float | None
+    collectives: tuple[Collective, ...]
+    roofline: Roofline | None
+    mfu_bound: tuple[float, float] | None
+    compile_seconds: float
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        count = 1
+        for size in self.mesh.values():
+            count *= size
+        return count
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON; sizes in bytes, times in seconds."""
+        times = {} if self.roofline is None else {time.collective: time for time in self.roofline.collectives}
+        bounds = self.mfu_bound or (None, None)
+        return {
+            "program": self.program,
+            "topology": self.topology,
+            "num_slices": self.num_slices,
+            "num_devices": self.num_devices,
+            "device_kind": self.device_kind,
+            "mesh": self.mesh,
+            "rows": self.rows,
+            "source_tokens": self.source_tokens,
+            "target_tokens": self.target_tokens,
+            "assumption": self.assumption,
+            "fits": self.fits,
+            "is_estimate": self.is_estimate,
+            "hbm_bytes": self.hbm_bytes,
+            "per_device_bytes": {**self.memory.parts(), "total": self.memory.total},
+            "largest": [{"bytes": size, "what": what} for size, what in self.largest],
+            "advice": list(self.advice),
+            "model_flops": self.model_flops,
+            "hlo_flops": self.hlo_flops,
+            "collectives": [
+                {
+                    "kind": collective.kind,
+                    "axes": list(collective.axes),
+                    "group_size": collective.group_size,
+                    "dtype": collective.dtype,
+                    "count": collective.count,
+                    "bytes": collective.bytes,
+                    "seconds": _seconds(times.get(collective)),
+                }
+                for collective in self.collectives
+            ],
+            "roofline_step_seconds": {
+                "overlapped": self.roofline and self.roofline.overlapped,
+                "serial": self.roofline and self.roofline.serial,
+                "compute": self.roofline and self.roofline.compute_seconds,
+                "hbm": None if self.roofline is None or self.is_estimate else self.roofline.hbm_seconds,
+                "network": self.roofline and self.roofline.network_seconds,
+                "slice_network": self.roofline and self.roofline.slice_network_seconds,
+            },
+            "mfu_bound": {"overlapped": bounds[0], "serial": bounds[1]},
+            "compile_seconds": self.compile_seconds,
+        }
+
+    def __str__(self) -> str:
+        """The report for people."""
+        return "\n".join([*self._head(), "", *self._memory(), "", *self._work(), "", *self._network(), *self._bounds()])
+
+    def _head(self) -> Iterator[str]:
+        slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
+        mesh = " ".join(f"{name} {size}" for name, size in self.mesh.items())
+        yield f"{self.program} on {self.topology}: {self.num_devices} x {self.device_kind}{slices}, mesh {mesh}"
+
+    def _memory(self) -> Iterator[str]:
+        label = "estimated by formula; no compiler for these devices was asked" if self.is_estimate else ""
+        yield _joined(f"memory of one device, {self.hbm_bytes / GIB:.2f} GiB", label)
+        for name, size in {**self.memory.parts(), "total": self.memory.total}.items():
+            if size or name != "ema":
+                yield f"  {name:<12}{amount(size):>11}  {bar(size, self.hbm_bytes)}"
+        yield f"  {'fits' if self.fits else 'does not fit'}: {self.memory.total / self.hbm_bytes:.0%} of it"
+        if not self.fits:
+            yield "  largest:"
+            yield from (f"  - {amount(size):>11}  {what}" for size, what in self.largest)
+            yield "  what would make it fit:"
+            yield from (f"  - {advice}" for advice in self.advice)
+
+    def _work(self) -> Iterator[str]:
+        tokens = f"{self.source_tokens:,} source and {self.target_tokens:,} target tokens"
+        unit = "update" if self.program == "train" else "batch"
+        yield f"one {unit}: {self.rows:,} rows, {tokens} ({self.assumption})"
+        yield f"  model FLOPs {self.model_flops:>11.4g}"
+        if self.hlo_flops is not None:
+            times = self.hlo_flops / self.model_flops
+            yield f"  HLO FLOPs   {self.hlo_flops:>11.4g}  {times:.2f} times those of the model"
+
+    def _network(self) -> Iterator[str]:
+        if not self.collectives:
+            return
+        rows = [("collectives of one device", "over", "devices", "times", "bytes", "time")]
+        times = {} if self.roofline is None else {time.collective: time for time in self.roofline.collectives}
+        shown = [collective for collective in self.collectives if collective.bytes >= 1e-3 * self.collectives[0].bytes]
+        for collective in shown:
+            seconds = _seconds(times.get(collective))
+            rows.append(
+                (
+                    f"  {collective.kind} {collective.dtype}",
+                    " ".join(collective.axes) or "?",
+                    str(collective.group_size),
+                    f"{collective.count:,.0f}",
+                    amount(collective.bytes),
+                    "" if seconds is None else duration(seconds),
+                )
+            )
+        yield from table(rows)
+        if len(shown) < len(self.collectives):
+            rest = self.collectives[len(shown) :]
+            yield f"  and {len(rest)} small ones, {amount(sum(collective.bytes for collective in rest))} together"
+        yield ""
+
+    def _bounds(self) -> Iterator[str]:
+        if self.roofline is None or self.mfu_bound is None:
+            if self.hlo_flops is not None:
+                yield f"no bound on time: the peak of {self.device_kind} is not in the table of hardware"
+            yield f"compiled for {self.compile_seconds:.1f} s"
+            return
+        roofline = self.roofline
+        parts = {
+            "compute": roofline.compute_seconds,
+            "HBM": roofline.hbm_seconds,
+            "network": roofline.network_seconds,
+            "between slices": roofline.slice_network_seconds,
+        }
+        if self.is_estimate:
+            parts.pop("HBM")
+        if not roofline.slice_network_seconds:
+            parts.pop("between slices")
+        yield "at least: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+        local = "compute" if self.is_estimate else "max(compute, HBM)"
+        serial = " + ".join([local, *(name for name in parts if name not in ("compute", "HBM"))])
+        formulas = {"overlapped": f"max({', '.join(parts)})", "serial": serial}
+        seconds = {"overlapped": roofline.overlapped, "serial": roofline.serial}
+        for (name, formula), mfu in zip(formulas.items(), self.mfu_bound):
+            yield f"  {name:<11}{duration(seconds[name]):>11}  MFU at most {mfu:6.1%}  = {formula}"
+        yield f"compiled in {self.compile_seconds:.1f} s"
+
+
+def amount(size: float) -> str:
+    """Bytes in the unit that fits them.
+
+    >>> amount(3 * 2**30), amount(300_000), amount(12)
+    ('3.00 GiB', '293 KiB', '12 B')
+    """
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}" if unit == GIB else f"{size / unit:.0f} {name}"
+    return f"{size:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits them.
+
+    >>> duration(2.86), duration(0.0123), duration(4e-6)
+    ('2.860 s', '12.300 ms', '4.000 us')
+    """
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.3f} {name}"
+    return f"{seconds * 1e6:.3f} us"
+
+
+def bar(size: float, whole: float, width: int = _BAR) -> str:
+    """A bar as long as the share of `size` in `whole`, with an arrow where it is longer than the whole.
+
+    >>> bar(1, 4, 8), bar(9, 4, 8)
+    ('##......', '########>')
+    """
+    filled = round(width * size / whole)
+    return "#" * width + ">" if filled > width else "#" * filled + "." * (width - filled)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns; the first is flushed left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _seconds(time: Any) -> float | None:
+    return None if time is None else time.seconds + time.slice_seconds
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
