@@ -21,8 +21,19 @@ OUTCOMES_FILE = "T5X_EXT_TEST_OUTCOMES"
 _outcomes: dict[str, tuple[str, str]] = {}
 
 
+_programs: list[tempfile.TemporaryDirectory[str]] = []
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Commands keep compiled programs: those of tests in a folder of their own, one a process.
+    _programs.append(tempfile.TemporaryDirectory(prefix="programs"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs[-1].name
     config.addinivalue_line("markers", "devices(count): runs in a process that sees `count` virtual CPU devices")
+
+
+def pytest_unconfigure() -> None:
+    while _programs:
+        _programs.pop().cleanup()
 
 
 @pytest.hookimpl(tryfirst=True)

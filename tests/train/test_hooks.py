@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import struct
 import threading
@@ -16,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from t5x_ext.checkpoints import CheckpointStore, Retention
 from t5x_ext.contracts import UserError
 from t5x_ext.train import hooks
-from t5x_ext.train.log import Log, cut_log
+from t5x_ext.train.log import JsonLines, Log, cut_log
 from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.recovery import BadUpdates, Diverged
 
@@ -32,6 +33,24 @@ def lines(path):
         raise ValueError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later_and_none_is_cut(tmp_path, caplog):
+    """A limit on the size of files writes a part of the second line and then fails, as a full disk does."""
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    records = [{"step": step, "text": "x" * 50} for step in (1, 2, 3, 4)]
+    file = JsonLines(path)
+    file.append(records[0])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        file.append(records[1])
+        file.append(records[2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert lines(path) == records[:1]
+    assert caplog.text.count("cannot be written") == 1
+    file.append(records[3])
+    assert lines(path) == records
 
 
 class Measure:
