@@ -99,7 +99,7 @@ def _file_names(folder: epath.Path) -> list[str]:
         for path in pending.pop().iterdir():
             if path.is_dir():
                 pending.append(path)
-            elif not path.name.startswith(DIGESTS):
+            elif DIGESTS not in path.name:  # nor the draft of another process's part
                 names.append(path.relative_to(folder).as_posix())
     return sorted(names)
 

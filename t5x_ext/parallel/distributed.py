@@ -32,6 +32,7 @@ _WHERE = {
     "slurm": "SLURM_PROCID and SLURM_NTASKS are not set: start it with srun",
     "tpu": "this machine is no Cloud TPU VM",
 }
+_LEAVING = 30  # seconds that a process which ends waits for the others; one that failed keeps them for no longer
 _LONG = 30 * 24 * 3600  # seconds: preparing data and decoding take what they take; a process that dies ends the wait
 
 _visits: collections.Counter[str] = collections.Counter()
@@ -92,6 +93,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
         local_device_ids=place.local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout_seconds,
+        shutdown_timeout_seconds=_LEAVING,
     )
     logger.info("process %d of %d, coordinator %s", place.process_id, place.num_processes, place.coordinator)
 

@@ -157,8 +157,12 @@ def test_shared_digests_are_those_of_one(tmp_path, count):
         (folder / f"file{index}").write_bytes(bytes([index]) * index)
     write_digests(folder)
     alone = (folder / DIGESTS).read_text()
+    # What another process is just writing is gone when it would be read.
+    draft = folder / f".{DIGESTS}.1.4711.tmp"
+    draft.write_text("{")
     for index in range(count):
         write_part_of_digests(folder, index, count)
+    draft.unlink()
     # A file that no process saw in its listing is recorded all the same.
     part = folder / f"{DIGESTS}.0"
     part.write_text(json.dumps(dict(list(json.loads(part.read_text()).items())[1:])))
