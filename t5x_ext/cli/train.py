@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -34,6 +33,7 @@ _SHAPE_FIELDS = (
     "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers", "encoder_sharing", "decoder_sharing",
     "norm", "use_bias", "final_norm", "tied_embeddings",
 )  # fmt: skip
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _INIT_FROM = re.compile(r"(?P<run_dir>.+?)(:(?P<checkpoint>best|last|\d+))?")
 
 
@@ -50,6 +50,11 @@ def define_flags(values: flags.FlagValues) -> None:
         "cache_dir", None, "folder of token caches that runs share; by default in --run_dir", flag_values=values
     )
     flags.DEFINE_string("json_out", None, "file for the results as JSON; - is standard output", flag_values=values)
+    flags.DEFINE_boolean(
+        "deterministic", False, "on GPUs, only kernels that always give the same bits, so that a run that was "
+        "interrupted equals one that was not bit by bit, not only to rounding; slower; CPUs and TPUs need it not",
+        flag_values=values,
+    )  # fmt: skip
     define_compile_cache_flag(values)
     define_distributed_flags(values)
 
@@ -64,17 +69,19 @@ def main(values: flags.FlagValues) -> int:
     if values.keep_optimizer and not values.init_from:
         raise UsageError("--keep_optimizer goes with --init_from")
     # Before anything touches a device: reading gin files may.
-    _restore_threads(values.run_dir)
+    _restore_environment(values)
     primary = _join(values)
     keep_compiled_programs(values)
     run, text = run_from_flags(values)
     init_from = _init_from(values, run)
 
-    from t5x_ext.parallel import primary_first
+    from etils import epath
+
+    from t5x_ext.parallel import barrier, primary_first
     from t5x_ext.train import execute
 
     with primary_first("texts"):
-        if primary and not (Path(values.run_dir) / "checkpoints").is_dir():
+        if primary and not (epath.Path(values.run_dir) / "checkpoints").is_dir():
             check_texts(run)
 
     results = execute(run, values.run_dir, config_text=text, cache_dir=values.cache_dir, init_from=init_from)
@@ -82,17 +89,26 @@ def main(values: flags.FlagValues) -> int:
         return 130
     if primary:
         report(_summary(values.run_dir, results), results, values.json_out)
+    barrier("end")  # the first to leave would wait for the last for seconds only
     return 0
 
 
-def _restore_threads(run_dir: str) -> None:
-    """Goes on with as many CPU threads as a run was started with: sums depend on how they are cut among threads.
+def _restore_environment(values: flags.FlagValues) -> None:
+    """Goes on with as many CPU threads as the run was started with, and with deterministic kernels if it was.
 
-    XLA reads NPROC when its CPU client is made, which is before anything is computed.
+    Sums depend on how they are cut among threads. XLA reads NPROC and XLA_FLAGS when its first client is made, which is
+    before anything is computed.
     """
-    path = Path(run_dir) / "environment.json"
-    if "NPROC" not in os.environ and path.exists():
-        os.environ["NPROC"] = str(json.loads(path.read_text())["cpu_threads"])
+    from etils import epath
+
+    path = epath.Path(values.run_dir) / "environment.json"
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    if "NPROC" not in os.environ and "cpu_threads" in recorded:
+        os.environ["NPROC"] = str(recorded["cpu_threads"])
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = values.deterministic or _DETERMINISTIC in recorded.get("xla_flags", "")
+    if wanted and _DETERMINISTIC not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_DETERMINISTIC}".strip()
 
 
 def _join(values: flags.FlagValues) -> bool:

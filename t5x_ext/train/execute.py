@@ -32,7 +32,7 @@ from t5x_ext.train.beginning import InitFrom, first_loop, placed_weights
 from t5x_ext.train.compilation import compiling
 from t5x_ext.train.evaluation import HeldOut, run_test
 from t5x_ext.train.goodput import Clock, describe_split
-from t5x_ext.train.log import JsonLines, Log, cut_log
+from t5x_ext.train.log import JsonLines, Log, cut_log, is_remote
 from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.profiling import Profile
@@ -185,7 +185,7 @@ class _Execution:
         hardware = hardware_of(jax.devices()[0].device_kind)
         log = Log(
             folder.metrics_jsonl if is_primary() else None,
-            folder.tensorboard if is_primary() and run.tensorboard else None,
+            folder.tensorboard if is_primary() and run.tensorboard and not is_remote(folder.path) else None,
             every=run.log_every,
             steps=run.steps,
             start=loop.step,
@@ -230,7 +230,10 @@ class _Execution:
                 f"{folder.skipped_examples_jsonl}; lower the learning rate, clip gradients, or clean the data"
             )
         del loop.state, loop.in_flight  # there need not be room for two
-        store.discard_after(error.first - 1)
+        store.wait()  # for the checkpoint that may be under way
+        # Left-out updates change no weights: where nothing older was kept, a checkpoint of the stretch will do.
+        good = [step for step in store.steps() if step < error.first]
+        store.discard_after(max(good, default=min(store.steps(), default=0)))
         again = first_loop(self.program, self.data, store, self.init_from, Clock(loop.clock.now))
         plan = self.data.batches.plan.skipping(loop.skipped)
         again.skipped = skipped_after(plan, again.batches_consumed, position_of(loop, error.last))

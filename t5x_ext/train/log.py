@@ -177,7 +177,8 @@ def _pauses(line: Mapping[str, float]) -> list[tuple[str, float]]:
 class JsonLines:
     """A file of JSON lines that never holds half a line, also where the disk is full.
 
-    What cannot be written is kept and written later, with one warning: a run does not end for its log.
+    What cannot be written is kept and written later, with one warning: a run does not end for its log. In a bucket,
+    where nothing can be appended, the file is written anew.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -187,29 +188,45 @@ class JsonLines:
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one record as a line."""
         self._unwritten.append(json.dumps(record, allow_nan=False) + "\n")
-        size = self._path.stat().length if self._path.exists() else 0
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._unwritten))
+            self._write("".join(self._unwritten))
         except OSError as error:
             if len(self._unwritten) == 1:
                 logger.warning("%s cannot be written (%s); its lines are kept until it can", self._path, error.strerror)
-            if self._path.exists() and self._path.stat().length > size:
-                os.truncate(self._path, size)
+        else:
+            self._unwritten = []
+
+    def _write(self, text: str) -> None:
+        exists = self._path.exists()
+        if is_remote(self._path):
+            self._path.write_text((self._path.read_text() if exists else "") + text)
             return
-        self._unwritten = []
+        size = self._path.stat().length if exists else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            if self._path.exists():
+                os.truncate(self._path, size)
+            raise
 
 
-def cut_log(path: epath.Path, step: int) -> float:
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return "://" in str(path)
+
+
+def cut_log(path: epath.PathLike, step: int) -> float:
     """Drops the lines of updates after `step`, and a line that a crash cut in half.
 
     Returns:
       The wall seconds that the dropped lines tell of.
     """
+    path = epath.Path(path)
     if not path.exists():
         return 0.0
     kept, lost = [], 0.0
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text()
     for line in text.splitlines():
         try:
             record = json.loads(line)
@@ -221,5 +238,7 @@ def cut_log(path: epath.Path, step: int) -> float:
         else:
             kept.append(f"{line}\n")
     if "".join(kept) != text:
-        path.write_text("".join(kept), encoding="utf-8")
+        draft = path.with_name(f"{path.name}.tmp")
+        draft.write_text("".join(kept))
+        draft.replace(path)
     return lost

@@ -22,8 +22,9 @@ from t5x_ext.train.run import Run
 _MAY_CHANGE = (
     *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
     *("Run.max_skipped_updates", "Run.max_rewinds", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
+    *("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules."),
 )
-"""Settings that a restart may change: they do not touch what has been learned so far."""
+"""Settings that a restart may change: they do not touch what has been learned so far. Devices may be others, too."""
 
 
 def write_records(folder: RunFolder, run: Run, data: PreparedData, config: TransformerConfig, config_text: str) -> None:
@@ -70,7 +71,7 @@ def _exactness(record: Mapping[str, Any]) -> dict[str, str]:
         "jaxlib": record["packages"]["jaxlib"],
         "devices": f"{len(devices)} x {devices[0]}",
         "processes": str(record["processes"]),
-        "XLA_FLAGS": repr(record["xla_flags"]),
+        "XLA_FLAGS": repr(" ".join(sorted(record["xla_flags"].split()))),
     }
     return parts | ({"threads": str(record["cpu_threads"])} if devices[0] == "cpu" else {"threads": ""})
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from pathlib import Path
+
+from etils import epath
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
+def read_metrics(path: epath.Path) -> list[dict[str, float | None]]:
     """The lines of a metrics file, None for what was not finite; an empty list where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def draw_learning_curve(metrics_path: Path, picture_path: Path, title: str) -> None:
+def draw_learning_curve(metrics_path: epath.Path, picture_path: epath.Path, title: str) -> None:
     """Draws training and held-out loss, and below them the held-out scores, over updates.
 
     Args:
@@ -59,4 +61,6 @@ def draw_learning_curve(metrics_path: Path, picture_path: Path, title: str) -> N
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture_path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    epath.Path(picture_path).write_bytes(picture.getvalue())

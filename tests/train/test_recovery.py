@@ -111,6 +111,24 @@ def test_a_restart_after_going_back_leaves_the_same_data_out(place, poisoned, tm
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])
 
 
+def test_where_only_a_checkpoint_of_the_stretch_was_kept_it_will_do(place, poisoned, tmp_path):
+    """A signal after the first bad update saves it, and `keep_last=1` deletes what was before."""
+    settings = {**SETTINGS, "checkpoints": CheckpointConfig(every=2, keep_last=1), **poisoned(5, 6)}
+
+    class Stop:
+        def after_step(self, loop):
+            if loop.step == 6:
+                loop.stop, loop.interrupted = "told to", True
+
+        def at_end(self, loop):
+            pass
+
+    place.run(tmp_path, **settings, hooks=(Stop(),))
+    assert weights(tmp_path)[1] == [6]
+    results = place.run(tmp_path, **settings)
+    assert (results["steps"], results["rewinds"], results["skipped_updates"]) == (10, 1, 2)
+
+
 def test_before_the_first_checkpoint_the_run_begins_again(place, poisoned, tmp_path):
     results = place.run(tmp_path / "run", **SETTINGS, **poisoned(0, 1))
     assert (results["rewinds"], results["steps"]) == (1, 10)

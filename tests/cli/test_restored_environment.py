@@ -1,0 +1,33 @@
+"""What a run that goes on takes over from the machine it was started on, before JAX looks at it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from t5x_ext.cli import train
+from t5x_ext.cli.flags import parse
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "flag", "expected"),
+    [
+        (None, {}, False, {}),
+        ({"cpu_threads": 3, "xla_flags": ""}, {}, False, {"NPROC": "3"}),
+        ({"cpu_threads": 3, "xla_flags": ""}, {"NPROC": "5"}, False, {"NPROC": "5"}),
+        (None, {"XLA_FLAGS": "--a=1"}, True, {"XLA_FLAGS": f"--a=1 {DETERMINISTIC}"}),
+        ({"cpu_threads": 3, "xla_flags": f"-b {DETERMINISTIC}"}, {}, False, {"NPROC": "3", "XLA_FLAGS": DETERMINISTIC}),
+        (None, {"XLA_FLAGS": DETERMINISTIC}, True, {"XLA_FLAGS": DETERMINISTIC}),
+    ],
+)  # fmt: skip
+def test_threads_and_deterministic_kernels(recorded, given, flag, expected, tmp_path, monkeypatch):
+    environment = dict(given)
+    monkeypatch.setattr(train.os, "environ", environment)
+    if recorded is not None:
+        (tmp_path / "environment.json").write_text(json.dumps(recorded))
+    values = parse(train.define_flags, [f"--run_dir={tmp_path}", *(["--deterministic"] if flag else [])])
+    train._restore_environment(values)
+    assert environment == expected
