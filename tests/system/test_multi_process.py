@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import numpy as np
@@ -90,3 +91,58 @@ def test_every_preset_trains_as_one_device_on_two_processes(train_on):
     for name, arrays in train_on(*presets, processes=2, devices=2).items():
         print(name)
         check_equal(arrays, expected)
+
+
+@pytest.fixture
+def train(place, write_tiny, together, new_address):
+    """Trains a tiny run to its test by `t5x_ext train`, on one process or two; what they printed."""
+    texts = write_tiny(place, train=60, valid=6, test=4)
+    command = ("-m", "t5x_ext", "train", "--gin_file=tiny.gin", *texts)
+
+    def run(run_dir, *flags, processes, steps=2):
+        once = (*command, f"--run_dir={run_dir}", f"--gin.Run.steps={steps}", *flags)
+        commands = [once]
+        if processes == 2:
+            joining = ("--distributed=explicit", f"--coordinator_address={new_address()}", "--num_processes=2")
+            commands = [(*once, *joining, f"--process_id={number}") for number in (0, 1)]
+        codes, outputs = together(*commands, devices=2 if processes == 2 else 1)
+        assert codes == [0] * processes, "\n".join(outputs)
+        return outputs
+
+    return run
+
+
+def read_losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_a_run_moves_between_one_process_and_two(place, train):
+    """2 updates on two processes, 2 more on one, 2 more on two: one run folder, as that of one process in one go."""
+    train("alone", processes=1, steps=6)
+    flags = ("--gin_file=parallel/multislice.gin", "--gin.EvaluationConfig.max_lines=4")
+    outputs = train("moved", *flags, processes=2, steps=2)
+    assert "exact %" in outputs[0]
+    assert "step 1" not in outputs[1]
+    train("moved", processes=1, steps=4)
+    train("moved", *flags, processes=2, steps=6)
+
+    losses, expected = read_losses(place / "moved"), read_losses(place / "alone")
+    assert [step for step, _ in losses] == [step for step, _ in expected] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(losses, expected, rtol=LOSS_TOLERANCE)
+    results = [json.loads((place / name / "results.json").read_text()) for name in ("moved", "alone")]
+    assert [result["steps"] for result in results] == [6, 6]
+    assert results[0]["directions"] == results[1]["directions"]
+    assert results[0]["samples"] == results[1]["samples"]
+
+
+def test_a_process_that_never_comes_is_named(place, write_tiny, together, new_address):
+    """Two of three processes wait a second, name the third and leave with the code of a user's mistake."""
+    address = new_address()
+    command = ("-m", "t5x_ext", "train", "--gin_file=tiny.gin", *write_tiny(place, train=4), "--run_dir=out")
+    joining = ("--distributed=explicit", f"--coordinator_address={address}", "--num_processes=3")
+    seconds = "--initialization_timeout=2"
+    codes, outputs = together(*((*command, *joining, seconds, f"--process_id={number}") for number in (0, 2)))
+    told = f"t5x_ext train: process 1 of 3 did not arrive within 2 s (coordinator {address}); arrived: 0, 2\n"
+    assert codes == [2, 2]
+    assert all(output.endswith(told) for output in outputs)
