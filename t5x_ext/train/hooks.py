@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
 from t5x_ext.checkpoints import CheckpointStore
 from t5x_ext.contracts import UserError
+from t5x_ext.train.log import say
 from t5x_ext.train.loop import Loop
 from t5x_ext.train.preemption import Interrupted
 from t5x_ext.train.state import TrainState
@@ -55,7 +53,7 @@ class Evaluate:
         loop.memory["evaluation_owed"] = loop.step if loop.interrupted else None
         if loop.evaluation and self._show:
             text = " · ".join(f"{k} {v:.4g}" for k, v in loop.evaluation.items() if k.count("/") == 1)
-            tqdm.write(f"evaluation at step {loop.step:,}: {text}", file=sys.stderr)
+            say(f"evaluation at step {loop.step:,}: {text}")
 
     def at_end(self, loop: Loop) -> None:
         """Nothing is left to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -11,13 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from t5x_ext.contracts import Loss
 from t5x_ext.train.goodput import SECTIONS
 from t5x_ext.train.loop import Loop
 from t5x_ext.train.step import StepMetrics
+from t5x_ext.train.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ class Log:
         """
         self._every, self._batch_flops, self._peak_flops = every, batch_flops, peak_flops
         self._lines = JsonLines(path) if path else None
-        # What TensorBoard knows of the updates after `start` is replaced, as in the file.
-        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=start + 1) if tensorboard_dir else None
+        self._tensorboard = TensorBoard(tensorboard_dir, start) if tensorboard_dir else None
         disable = None if path else True
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=disable, file=sys.stderr)
         self._steps = steps
@@ -96,7 +96,6 @@ class Log:
         self._bar.close()
         if self._tensorboard:
             self._tensorboard.close()
-            self._tensorboard = None
 
     def _write_training_line(self, loop: Loop, step: int) -> None:
         sums, now = _sums(loop), loop.clock.split()
@@ -133,7 +132,7 @@ class Log:
         self._bar.set_postfix_str(text, refresh=False)
         if self._lines and self._bar.disable:  # not a terminal: plain lines, with the time left that a bar would show
             left = (self._steps - step) * seconds_per_update
-            print(f"step {step:,} of {self._steps:,} · {text} · {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            say(f"step {step:,} of {self._steps:,} · {text} · {left / 60:.1f} min left")
 
     def _write(self, step: int, line: Mapping[str, float]) -> None:
         if self._lines is None:
@@ -142,9 +141,7 @@ class Log:
         values = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self._lines.append({"step": step, **values})
         if self._tensorboard:
-            for name, value in values.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, {name: value for name, value in values.items() if value is not None})
 
 
 def _sums(loop: Loop) -> dict[str, Any]:
@@ -172,6 +169,13 @@ def _pauses(line: Mapping[str, float]) -> list[tuple[str, float]]:
     verbs = {"data": "waiting for data", "save": "saving", "evaluate": "evaluating", "lost": "lost"}
     shares = [(verb, line.get(f"time/{name}", 0.0)) for name, verb in verbs.items()]
     return [(verb, share) for verb, share in shares if share >= 0.01]
+
+
+def say(line: str) -> None:
+    """Shows a line above the progress bar; where standard error goes to a full disk, nobody reads it."""
+    with contextlib.suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
 
 class JsonLines:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
 from t5x_ext.data import BatchPlan
-from t5x_ext.train.log import JsonLines
+from t5x_ext.train.log import JsonLines, cut_log
 from t5x_ext.train.loop import Loop
 from t5x_ext.train.step import StepMetrics
 
@@ -55,8 +56,10 @@ class BadUpdates:
     ):
         self._lines = JsonLines(path) if path else None
         self._batch_number, self._examples, self._limit = batch_number, examples, limit
-        known = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-        self._recorded = {json.loads(line)["batch"] for line in known}
+        self._recorded: set[int] = set()
+        if path is not None and path.exists():
+            cut_log(path, sys.maxsize)  # half a line, which a crash may have left
+            self._recorded = {json.loads(line)["batch"] for line in path.read_text().splitlines()}
 
     def observe(self, loop: Loop, step: int, metrics: StepMetrics) -> None:
         """Counts an update.

@@ -12,6 +12,7 @@ import struct
 import threading
 
 import pytest
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from t5x_ext.checkpoints import CheckpointStore, Retention
@@ -184,6 +185,8 @@ def test_too_many_updates_left_out_in_a_row_are_reported_with_their_examples(new
     ]
     assert loop.memory["skipped_updates"] == 4
     # A restart in the middle of the stretch goes on counting, and records no batch twice.
+    with path.open("a") as file:
+        file.write('{"step": 6, "ba')
     loop = new_loop(step=5, memory={"skipped_in_row": 2})
     with pytest.raises(Diverged, match="updates 4 to 6"):
         run_loop(loop, reports, bad_updates(path))
@@ -210,12 +213,10 @@ def tensorboard_points(folder):
     return points
 
 
-def test_tensorboard_shows_what_the_lines_say_also_after_a_restart(new_loop, run_loop, report, tmp_path, monkeypatch):
-    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+def test_tensorboard_shows_what_the_lines_say_also_after_a_restart(new_loop, run_loop, report, tmp_path):
+    path, folder = tmp_path / "metrics.jsonl", epath.Path(tmp_path / "tensorboard")
     measure = Measure({2: {"valid/loss": 7.0}, 3: {"valid/loss": math.nan}})
     run_loop(new_loop(), [report(loss=n) for n in (1, 2, 3, 4)], measure, log(path, tensorboard=folder))
-    # Files are named after second and host; the restart comes in the same second.
-    monkeypatch.setattr("tensorboardX.event_file_writer.socket.gethostname", lambda: "~")
     cut_log(path, 2)
     run_loop(new_loop(step=2), [report(loss=10 * n) for n in (1, 2, 3)], log(path, start=2, tensorboard=folder))
     expected = {(name, line["step"]): value for line in lines(path) for name, value in line.items() if name != "step"}
@@ -225,6 +226,18 @@ def test_tensorboard_shows_what_the_lines_say_also_after_a_restart(new_loop, run
         assert points[key] == pytest.approx(value)
     assert [points["loss", step] for step in (1, 2, 3)] == [1, 2, 30]
     assert points["valid/loss", 2] == 7
+
+
+def test_a_full_disk_ends_the_file_of_tensorboard_and_nothing_else(new_loop, run_loop, report, tmp_path, caplog):
+    """Many more lines than a queue would hold."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        written = log(tmp_path / "metrics.jsonl", tensorboard=epath.Path(tmp_path / "tensorboard"))
+        assert run_loop(new_loop(), [report()] * 40, written).step == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("TensorBoard's file ends here") == 1
 
 
 def test_early_stop_counts_over_restarts(new_loop, run_loop, report):
