@@ -72,7 +72,8 @@ class StopOnSignal:
     """Ends the loop on SIGTERM, SIGINT or SIGUSR1, so that the weights are saved.
 
     A single process stops after the running update, several of them after two more, whichever of them got the signal.
-    It listens inside a `with` block only, and to the first signal only: a second one ends the process at once.
+    It listens inside a `with` block only. While the run is being saved, Ctrl-C ends the process at once; the SIGTERM
+    that Slurm sends some time after SIGUSR1 does not.
 
     Attributes:
       received_at: when the signal came to whichever process got it, in seconds since 1970; None before.
@@ -85,15 +86,17 @@ class StopOnSignal:
         self._stack = ExitStack()
 
     def __enter__(self) -> StopOnSignal:
-        self._give_back = self._stack.enter_context(listening(SIGNALS, self._handle))
+        self._stack.enter_context(listening(SIGNALS, self._handle))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
     def _handle(self, number: int, frame: object) -> None:
-        self._request = _Request(time.time(), f"{signal.Signals(number).name} received")
-        self._give_back()
+        if self._request is None:
+            self._request = _Request(time.time(), f"{signal.Signals(number).name} received")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def after_step(self, loop: Loop) -> None:
         """Asks the loop to stop once a signal has come."""

@@ -6,27 +6,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 Handler = Callable[[int, object], None]
 
 
 @contextmanager
-def listening(numbers: Sequence[int], handler: Handler) -> Iterator[Callable[[], None]]:
-    """Gives these signals to a handler inside the block; yields a function that gives them back at once.
+def listening(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
+    """Gives these signals to a handler inside the block.
 
     Outside the main thread Python takes no signals, and nothing happens.
     """
-    before: dict[int, object] = {}
-
-    def give_back() -> None:
-        for number, old in before.items():
-            # None: installed by code that is not Python (JAX's coordination service), and not to be got back.
-            signal.signal(number, signal.SIG_DFL if old is None else old)  # type: ignore[arg-type]
-        before.clear()
-
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before.update({number: signal.signal(number, handler) for number in numbers})
+        before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield give_back
+        yield
     finally:
-        give_back()
+        for number, old in before.items():
+            # None: installed by code that is not Python, and not to be got back.
+            signal.signal(number, signal.SIG_DFL if old is None else old)
