@@ -21,7 +21,8 @@ def host_rows(mesh: Mesh, global_rows: int) -> tuple[int, int]:
     """The rows `start <= row < stop` of a global batch that this process must read: from its first to its last.
 
     Processes that share rows (cut along `tensor` only) get the same range. Where a host's devices are a block of a
-    torus, rows of other hosts lie between its own and are read along with them.
+    torus, rows of other hosts lie between its own and are read along with them: with `fsdp` alone at most 10 of 64
+    rows for 4 of its own on a v5e:8x8, and 21 on a v5p:4x4x4.
 
     Raises:
       UserError: if the rows do not divide among the devices.

@@ -51,14 +51,14 @@ def tiny_run(folder: Path, name: str) -> Run:
     mesh, rules = MESHES[name]
     model = TransformerConfig(
         embed_dim=16, mlp_dim=32, num_heads=4, encoder_layers=2, decoder_layers=1, scan_layers=True,
-        encoder_sharing=LayerSharing("universal"), dropout=0.1, attention_dropout=0.1,
+        encoder_sharing=LayerSharing("universal"), norm="rmsnorm", use_bias=False, dropout=0.1,
     )  # fmt: skip
     data = DataConfig(
         train=(ParallelText(str(folder / "train.en"), str(folder / "train.es"), "en", "es"),),
         vocabulary=VocabularyConfig(size=300),
         batch=BatchConfig(rows=16, source_length=32, target_length=32),
     )
-    # The key projections' biases have no gradient but rounding: Adam must not divide by so little.
+    # Where a gradient is nothing but rounding, Adam must not divide by so little.
     optimizer = adam(0.01, eps=1e-4)
     return Run(
         data=data, model=model, optimizer=optimizer, steps=STEPS, num_microbatches=2, ema_decay=0.9,
@@ -86,6 +86,19 @@ def train(run: Run, data: PreparedData, devices: list[jax.Device]) -> dict[str, 
     return {"losses": np.array(losses)} | {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
+def check_rows(data: PreparedData) -> None:
+    """Batches are those of one host where two processes see the same rows, and where each sees rows here and there."""
+    strewn = sorted(jax.devices(), key=lambda device: (device.id % 2, device.process_index))
+    for mesh, ranges in (
+        (make_mesh(MeshConfig(tensor=4)), ((0, 16), (0, 16))),
+        (make_mesh(MeshConfig(data=2, fsdp=2), strewn), ((0, 12), (4, 16))),
+    ):
+        rows = host_rows(mesh, 16)
+        assert rows == ranges[jax.process_index()]
+        batch = global_batch(mesh, data.batches.rows(0, *rows))
+        jax.tree.map(np.testing.assert_array_equal, whole(batch, mesh), dict(data.batches[0]))
+
+
 def whole(tree: PyTree, mesh: Mesh) -> PyTree:
     """All arrays on the host, from wherever their parts lie."""
     return jax.device_get(jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree))
@@ -102,6 +115,8 @@ def main(folder: str, result: str, names: str, *processes: str) -> None:
         with primary_first("data"):
             data = prepare(run.data, folder, str(Path(folder) / "cache"), run.seed)
         arrays = train(run, data, jax.devices()[:1] if name == "one_device" else jax.devices())
+        if processes:
+            check_rows(data)
         if is_primary():
             np.savez(Path(result) / f"{name}.npz", **arrays)
 
