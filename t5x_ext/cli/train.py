@@ -170,6 +170,7 @@ def _summary(run_dir: str, results: dict[str, Any]) -> str:
     lines = [
         f"{results['steps']:,} updates in {results['train_seconds'] / 60:.1f} min, "
         f"{results['target_tokens_per_second']:,.0f} target tokens/s, {results['parameters']:,} parameters",
+        *_efficiency(results),
         "",
     ]
     if "directions" in results:
@@ -188,6 +189,14 @@ def _summary(run_dir: str, results: dict[str, Any]) -> str:
         f"Translate:      t5x_ext translate --run_dir={run_dir} --input=-{_languages(folder)}",
     ]
     return "\n".join(lines)
+
+
+def _efficiency(results: dict[str, Any]) -> list[str]:
+    """Where the time went and how well the devices were used, as far as it is known."""
+    shares = results.get("goodput", {}).get("fractions", {})
+    parts = [f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005]
+    parts += [f"MFU {results['mfu']:.1%}"] if "mfu" in results else []
+    return [f"time: {', '.join(parts)}"] if parts else []
 
 
 def _languages(folder: RunFolder) -> str:

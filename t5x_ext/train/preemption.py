@@ -1,7 +1,8 @@
 """Stopping on a signal: on every process after the same update, with the weights on disk.
 
-SIGTERM is what Kubernetes, Slurm, a virtual machine that is taken away and the maintenance notice of Cloud TPU
-(autocheckpoint) send; SIGUSR1 is what `sbatch --signal=USR1@60` sends; SIGINT is Ctrl-C.
+SIGTERM is what Kubernetes and Slurm send, what a virtual machine sends that is taken away, and what the maintenance
+notice of Cloud TPU is (docs.cloud.google.com/tpu/docs/autocheckpoint; for machines made with --autocheckpoint-enabled,
+it comes five minutes ahead). SIGUSR1 is what `sbatch --signal=USR1@60` sends, SIGINT is Ctrl-C.
 """
 
 from __future__ import annotations
