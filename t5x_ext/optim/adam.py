@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from t5x_ext.contracts import Params, PyTree, UserError, path_predicate, select
@@ -18,7 +20,7 @@ def adam(
     no_decay: Sequence[str] = (),
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    r"""Adam (AdamW when `weight_decay` is set) as an Optax chain: clip, moments, decay, learning rate.
+    r"""Adam (AdamW when `weight_decay` is set) as an Optax chain: clip, moments (float32), decay, learning rate.
 
     .. math::
       m_t &= b_1 m_{t-1} + (1-b_1) g_t, \qquad v_t = b_2 v_{t-1} + (1-b_2) g_t^2 \\
@@ -60,16 +62,30 @@ def adam(
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm is not None else optax.identity(),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        _in_float32(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Optax keeps moments in the dtype of the parameters; in bfloat16 a decay of 0.98 would hardly move them."""
+    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: Params) -> PyTree:
+        return inner.init(wide(params))
+
+    def update(updates: PyTree, state: PyTree, params: Params | None = None) -> tuple[PyTree, PyTree]:
+        return inner.update(wide(updates), state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _check(
     learning_rate: float | optax.Schedule, b1: float, b2: float, eps: float, decay: float, clip_norm: float | None
 ) -> None:
-    if not callable(learning_rate) and learning_rate < 0:
+    # Under optax.inject_hyperparams it is an array, and traced.
+    if isinstance(learning_rate, int | float) and learning_rate < 0:
         raise UserError(f"adam: learning_rate = {learning_rate} must not be negative")
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:

@@ -1,0 +1,201 @@
+"""The optimizers that every check of `test_table.py` is run on, and the functions that they minimise there.
+
+A new optimizer is a new row in `ROWS`. All functions are half a sum of squares, so that gradients, gradients at other
+weights and curvature gradients have one definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from t5x_ext.optim import adam, mean_accumulator
+from t5x_ext.train.step import split_rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer; `make(learning_rate, axes)` gets the tree of axis names, None where parameters have none."""
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    learning_rate: float
+    needs: tuple[str, ...] = ()  # callables that `update` is given: "grad_fn", "curvature_grad_fn"
+    quadratic: tuple[float, int] = (0.1, 300)  # learning rate and steps that bring the loss to 1e-3 of the first one
+    rosenbrock: tuple[float, int] = (0.05, 1000)  # to 2e-3
+    tolerance: float = 2e-5  # of parameters after STEPS updates whose sums were taken in another order
+    accumulator: Callable[[], Any] = mean_accumulator
+    own: bool = True  # ours: state in float32 whatever the parameters are, and zero gradients harm nothing
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _optax_sam(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
+    away = optax.chain(optax.contrib.normalize(), optax.sgd(0.01))
+    return optax.contrib.sam(optax.sgd(learning_rate), away, sync_period=2, opaque_mode=True)
+
+
+ROWS = (
+    Row("adam", lambda rate, axes: adam(rate), learning_rate=0.01),
+    Row(
+        "adam_decay",
+        lambda rate, axes: adam(rate, weight_decay=1e-3, no_decay=["scale$"], clip_norm=1.0),
+        learning_rate=0.01,
+    ),
+    Row("optax.adam", lambda rate, axes: optax.adam(rate), learning_rate=0.01, own=False),
+    Row(
+        "optax.adafactor",
+        lambda rate, axes: optax.adafactor(rate, min_dim_size_to_factor=8, multiply_by_parameter_scale=False),
+        learning_rate=0.01,
+        quadratic=(0.01, 600),
+        rosenbrock=(0.003, 3000),
+        own=False,
+    ),
+    Row(
+        "optax.sgd",
+        lambda rate, axes: optax.sgd(rate, momentum=0.9),
+        learning_rate=0.01,
+        rosenbrock=(3e-4, 3000),
+        own=False,
+    ),
+    Row("optax.sam", _optax_sam, learning_rate=0.01, needs=("grad_fn",), rosenbrock=(1e-3, 5000), own=False),
+)
+
+
+# --- Two functions without data --------------------------------------------------------------------------------------
+
+MATRIX = {"kernel": jnp.linspace(-1.0, 1.5, 24).reshape(6, 4), "bias": jnp.array([0.5, -2.0, 0.0])}
+VALLEYS = {"kernel": jnp.array([[-1.2, 1.0], [0.0, 0.0], [0.5, -0.5]])}
+
+
+def quadratic(params: Any) -> jax.Array:
+    """Residuals of a quadratic with eigenvalues from 0.5 to 2, mixed, and its minimum away from 0."""
+    flat, _ = ravel_pytree(params)
+    orthogonal, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(flat.size, flat.size)))
+    return jnp.asarray(np.sqrt(np.linspace(0.5, 2.0, flat.size))[:, None] * orthogonal, jnp.float32) @ (flat - 0.3)
+
+
+def rosenbrock(params: Any) -> jax.Array:
+    """Residuals of Rosenbrock's valley, one a row (x, y): (1 - x)^2 + 100 (y - x^2)^2 = 2 * half the sum of squares."""
+    x, y = params["kernel"].T
+    return jnp.concatenate([1 - x, 10 * (y - x**2)])
+
+
+def minimize(row: Row, learning_rate: float, steps: int, residuals: Callable[[Any], jax.Array], params: Any) -> Any:
+    """Losses before every step and after the last."""
+    optimizer = row.make(learning_rate, None)
+    loss = lambda params: 0.5 * jnp.sum(residuals(params) ** 2)
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        signs = jax.random.rademacher(key, jax.eval_shape(residuals, params).shape, jnp.float32)
+        offered = {
+            "grad_fn": lambda params, index=0: jax.grad(loss)(params),
+            "curvature_grad_fn": jax.grad(lambda params: signs @ residuals(params)),
+        }
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, **{name: offered[name] for name in row.needs})
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(jax.random.key(0), steps)))
+    (params, _), losses = run((params, optimizer.init(params)))
+    return np.append(losses, loss(params))
+
+
+# --- A function with data: stacked layers with attention kernels, as the models have ---------------------------------
+
+STEPS = 4
+SIZES = {"vocab": 16, "embed": 8, "heads": 2, "head_dim": 4, "mlp": 16, "layers": 2}
+AXES = {
+    "embedding": ("vocab", "embed"),
+    "layers": {
+        "in": ("layers", "embed", "heads", "head_dim"),
+        "out": ("layers", "heads", "head_dim", "embed"),
+        "mlp": ("layers", "embed", "mlp"),
+        "scale": ("layers", "embed"),
+    },
+}
+
+
+class Rows(NamedTuple):
+    """Training data; curvature gradients take their residuals from `noise`, so they add up over rows exactly."""
+
+    tokens: Any
+    targets: Any
+    noise: Any
+
+
+def network_params(dtype: Any = jnp.float32) -> Any:
+    """Weights with AXES as axis names."""
+    is_axes = lambda node: isinstance(node, tuple)
+    leaves, structure = jax.tree.flatten(AXES, is_leaf=is_axes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draw = lambda key, axes: 0.4 * jax.random.normal(key, [SIZES[axis] for axis in axes], jnp.float32)
+    return structure.unflatten([draw(key, axes).astype(dtype) for key, axes in zip(keys, leaves, strict=True)])
+
+
+def rows_of_data(step: int, rows: int = 8) -> Rows:
+    """Fresh rows for every step."""
+    tokens, targets, noise = jax.random.split(jax.random.fold_in(jax.random.key(2), step), 3)
+    shape = (rows, SIZES["embed"])
+    tokens = jax.random.randint(tokens, (rows,), 0, SIZES["vocab"])
+    return Rows(tokens, jax.random.normal(targets, shape), jax.random.rademacher(noise, shape, jnp.float32))
+
+
+def network(params: Any, tokens: jax.Array) -> jax.Array:
+    """Outputs [rows, embed]."""
+
+    x = params["embedding"][tokens]
+    for index in range(SIZES["layers"]):
+        weights = jax.tree.map(lambda stacked, index=index: stacked[index], params["layers"])
+        heads = jnp.tanh(jnp.einsum("be,ehd->bhd", x * (1 + weights["scale"]), weights["in"]))
+        x = x + jnp.einsum("bhd,hde->be", heads, weights["out"])
+        x = x + jnp.tanh(x @ weights["mlp"]) @ weights["mlp"].T
+    return x.astype(jnp.float32)
+
+
+def make_step(row: Row, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Callable[..., Any]:
+    """`(params, state, data) -> (params, state)`, as the training step does it, for a row of the table."""
+    accumulator = row.accumulator()
+
+    def loss(params: Any, data: Rows) -> jax.Array:
+        return 0.5 * jnp.sum((network(params, data.tokens) - data.targets) ** 2)
+
+    def sampled(params: Any, data: Rows) -> jax.Array:
+        return jnp.sum(network(params, data.tokens) * data.noise)
+
+    def step(params: Any, state: Any, data: Rows) -> Any:
+        pieces = [jax.tree.map(lambda x, i=i: x[i], split_rows(data, microbatches)) for i in range(microbatches)]
+
+        def grad_fn(params: Any, index: int = 0) -> Any:
+            accumulated = accumulator.init(params, jnp.int32(0))
+            for piece in pieces:
+                weight = jnp.float32(piece.tokens.size)
+                accumulated = accumulator.add(accumulated, jax.grad(loss)(params, piece), weight)
+            return accumulator.finish(accumulated)
+
+        def curvature_grad_fn(params: Any) -> Any:
+            total = jax.tree.map(lambda *g: sum(g), *[jax.grad(sampled)(params, piece) for piece in pieces])
+            return jax.tree.map(lambda g: g / np.sqrt(data.tokens.size), total)
+
+        offered = {"grad_fn": grad_fn, "curvature_grad_fn": curvature_grad_fn}
+        extra = {name: offered[name] for name in row.needs}
+        updates, state = optimizer.update(grad_fn(params), state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(step: Callable[..., Any], params: Any, state: Any, start: int = 0, stop: int = STEPS) -> tuple[Any, Any]:
+    """The updates `start` to `stop`, each on rows of its own."""
+    for number in range(start, stop):
+        params, state = step(params, state, rows_of_data(number))
+    return params, state
