@@ -1,0 +1,40 @@
+"""Masks of parameters at one bit an entry, laid out so that they can be cut over devices as the parameters are."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt8
+
+BYTE = 8
+
+
+def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a packed mask: one axis of the parameter is an eighth as long, rounded up, the others stay.
+
+    The axis is the one along which rounding up wastes least, of equal ones the last. Where a mesh cuts that axis of
+    the parameter into pieces of whole bytes the mask is cut in the same way, and no bit leaves its device.
+
+    >>> packed_shape((6, 512, 2048)), packed_shape((64, 3)), packed_shape(())
+    ((6, 512, 256), (8, 3), (1,))
+    """
+    shape = shape or (1,)
+    axis = _packed_axis(shape)
+    return *shape[:axis], -(-shape[axis] // BYTE), *shape[axis + 1 :]
+
+
+def pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
+    """Eight neighbours along one axis in a byte, the first in its lowest bit; see `packed_shape`."""
+    mask = jnp.atleast_1d(mask)
+    return jnp.packbits(mask, axis=_packed_axis(mask.shape), bitorder="little")
+
+
+def unpack(words: UInt8[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """The mask of the given shape that `pack` made bytes of."""
+    axis = _packed_axis(shape or (1,))
+    count = (shape or (1,))[axis]
+    return jnp.unpackbits(words, axis=axis, count=count, bitorder="little").astype(bool).reshape(shape)
+
+
+def _packed_axis(shape: tuple[int, ...]) -> int:
+    waste = lambda axis: -shape[axis] % BYTE / max(shape[axis], 1)
+    return min(range(len(shape)), key=lambda axis: (waste(axis), -axis))

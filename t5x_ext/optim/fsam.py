@@ -1,0 +1,285 @@
+"""Sharpness-aware minimization (SAM), dense or on the entries with the largest Fisher information (FSAM)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from t5x_ext.contracts import Params, PyTree, UserError, path_name, path_predicate
+from t5x_ext.optim.bits import pack, packed_shape, unpack
+from t5x_ext.optim.checks import check_choice, check_given, check_integer, check_number, check_outermost
+from t5x_ext.optim.top_k import num_kept, top_k_mask
+
+GradFn = Callable[[Params, int], PyTree]
+FisherFn = Callable[[Params], PyTree]
+
+
+class FsamState(NamedTuple):
+    """State of `fsam`."""
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # int32: updates whose gradient was finite
+    mask: PyTree  # uint8, `bits.packed_shape` of each maskable parameter; () where all entries are kept, or none
+    opt_state: PyTree  # of the base optimizer
+
+
+class _Scope(NamedTuple):
+    """What the hyperparameters mean for given parameters; lists follow the leaves."""
+
+    maskable: list[bool]
+    kept: int  # entries of maskable parameters that are perturbed
+    total: int  # entries of maskable parameters
+    perturbs_unmaskable: bool
+
+    @property
+    def has_mask(self) -> bool:
+        return 0 < self.kept < self.total
+
+    @property
+    def moves(self) -> bool:
+        return self.kept > 0 or (self.perturbs_unmaskable and not all(self.maskable))
+
+
+def fsam(
+    optimizer: optax.GradientTransformation,
+    rho: float | optax.Schedule = 0.05,
+    *,
+    sparsity: float | Fraction = 0.9,
+    mask_update_interval: int = 100,
+    fisher: Literal["batch", "per_example"] = "batch",
+    maskable: Callable[[str], bool] | Sequence[str] | None = None,
+    unmaskable: Literal["perturb", "skip", "error"] = "perturb",
+    normalize: Literal["full", "masked"] = "full",
+    eps: float = 1e-12,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Fisher-masked SAM: the base optimizer gets the gradient at weights moved uphill along their important entries.
+
+    .. math::
+      m_t &= \text{1 at the } k = \lfloor (1 - \text{sparsity}) N \rfloor \text{ largest entries of } F
+             \text{ if } t \bmod T = 0, \text{ else } m_{t-1} \\
+      \epsilon_t &= \rho \, \frac{m_t \odot g_t}{\lVert g_t \rVert_2 + \text{eps}}, \qquad g_t = \nabla f(w_t) \\
+      w_{t+1} &= w_t + \text{optimizer}(\nabla f(w_t + \epsilon_t), w_t)
+
+    :math:`F` is the diagonal of the empirical Fisher information of the current batch, ranked over all maskable
+    parameters together; ties go to the first entry (`top_k_mask`). The mask is refreshed before it is used, at the
+    first update too. With sparsity 0 this is SAM; with sparsity 1 nothing is perturbed, no second gradient is taken and
+    the base optimizer remains, bit for bit.
+
+    A gradient that is not finite perturbs nothing and leaves mask and count as they are: the base optimizer gets the
+    gradient at the weights themselves, and does with it what it does without SAM. A second gradient that is not finite
+    goes to the base optimizer as well; `fsam(optax.apply_if_finite(optimizer, n))` leaves such updates out.
+
+    It must be outermost. What stands before it in a chain (clipping) sees the first gradient only and belongs into
+    `optimizer`. Weights move in their own dtype: in bfloat16 a step below half a unit in the last place is lost, so
+    keep float32 weights and cast where they are used.
+
+    Args:
+      optimizer: the base optimizer, with everything that is to happen to the second gradient: clipping, decay.
+      rho: length of the step uphill, in the norm of the weights; a number or a schedule of the count.
+      sparsity: part of the maskable entries that are not perturbed, from 0 to 1, taken as the decimal that is written.
+      mask_update_interval: updates between two refreshes of the mask, T above.
+      fisher: `"batch"` ranks by the squared gradient of the batch and costs nothing; `"per_example"` by what
+        `fisher_fn` gives, the mean over examples of squared gradients of log-likelihoods.
+      maskable: which parameters are masked: a predicate on paths such as `encoder/layers/mlp/kernel`, or regular
+        expressions that are searched in them; None for all.
+      unmaskable: what happens to the others: `"perturb"` perturbs all their entries, as the released code does with
+        biases and embeddings; `"skip"` none; `"error"` refuses parameters of which some are not maskable.
+      normalize: `"full"` divides by the norm of the whole gradient, so that the step is shorter than `rho`; `"masked"`
+        by that of its perturbed entries, so that it is `rho` long.
+      eps: added to the norm.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with `update(grads, state, params, *, grad_fn, fisher_fn=None)`.
+      `grad_fn(params, index)` gives the gradient of the same batch, with the same dropout and microbatches, at other
+      weights; it is called once, with index 0. `fisher_fn(params)` gives non-negative arrays shaped like the
+      parameters, on any scale; it is only computed when the mask is refreshed. Further keywords go to `optimizer`.
+      The state holds one bit a maskable entry beside that of `optimizer`. Under `optax.inject_hyperparams` name
+      `sparsity` in `static_args`: k must be known when compiling.
+
+    Raises:
+      UserError: if a hyperparameter is out of range; at `init`, if `maskable` selects nothing or a wrapper hides
+        parameters or microbatches (`optax.masked`, `partition`, `MultiSteps`); at `update`, if a callable is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> loss = lambda w: jnp.sum(w**2 * jnp.array([4.0, 1.0])) / 2
+      >>> grad_fn = lambda w, index=0: jax.grad(loss)(w)
+      >>> optimizer = fsam(optax.sgd(0.1), rho=0.5, sparsity=0.5)
+      >>> w = jnp.array([0.75, 4.0])  # gradient (3, 4), norm 5: only the second entry moves uphill, to 4.4
+      >>> updates, state = optimizer.update(grad_fn(w), optimizer.init(w), w, grad_fn=grad_fn)
+      >>> [round(float(update), 4) for update in updates]
+      [-0.3, -0.44]
+
+    References:
+      Zhong et al., Improving Sharpness-Aware Minimization with Fisher Mask for Better Generalization on Language Models
+      (arXiv 2210.05497); SAM: Foret et al. (arXiv 2010.01412). Parameters to leave out of the mask as the released code
+      does: `maskable=["^(?!.*(bias|embed))"]`. That code loses its gradient when it refreshes the mask and sums the
+      second loss; here both gradients are of the mean loss, and the step of a refresh perturbs too.
+    """
+    _check(rho, sparsity, mask_update_interval, fisher, unmaskable, normalize, eps)
+    base = optax.with_extra_args_support(optimizer)
+    patterns = (maskable,) if isinstance(maskable, str) else maskable
+    is_maskable = path_predicate(*patterns) if isinstance(patterns, Sequence) else patterns
+
+    def scope_of(params: Params) -> _Scope:
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        selected = [is_maskable is None or bool(is_maskable(name)) for name in names]
+        total = sum(leaf.size for leaf, chosen in zip(jax.tree.leaves(params), selected, strict=True) if chosen)
+        if names and not any(selected):
+            raise UserError(f"fsam: maskable selects no parameter; names look like {names[0]!r}")
+        if unmaskable == "error" and not all(selected):
+            raise UserError(f"fsam: {names[selected.index(False)]} is not maskable, and unmaskable = 'error'")
+        return _Scope(selected, num_kept(sparsity, total), total, unmaskable == "perturb")
+
+    def init(params: Params) -> FsamState:
+        check_outermost("fsam", params)
+        scope = scope_of(params)
+        leaves, structure = jax.tree.flatten(params)
+        words = [
+            jnp.zeros(packed_shape(leaf.shape), jnp.uint8) if chosen else None
+            for leaf, chosen in zip(leaves, scope.maskable, strict=True)
+        ]
+        mask = jax.tree.unflatten(structure, words) if scope.has_mask else ()
+        return FsamState(jnp.zeros((), jnp.int32), mask, base.init(params))
+
+    def update(
+        grads: PyTree,
+        state: FsamState,
+        params: Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        fisher_fn: FisherFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, FsamState]:
+        if params is None:
+            raise UserError("fsam needs params: update(grads, state, params, grad_fn=...)")
+        check_given(
+            "fsam", "grad_fn", grad_fn, "with grad_fn(params, index) the gradient of this batch at other weights"
+        )
+        assert grad_fn is not None
+        scope = scope_of(params)
+        norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))
+        finite = jnp.isfinite(norm)
+        mask = state.mask
+        if scope.has_mask:
+            due = finite & (state.count % mask_update_interval == 0)
+            scores = _fisher_scores(fisher, grads, params, fisher_fn)
+            mask = jax.lax.cond(due, lambda: _fresh_mask(scores(), scope), lambda: mask)
+        if scope.moves:
+            entries = _perturbed_entries(mask, params, scope)
+            if normalize == "masked":
+                norm = _norm_of_entries(grads, entries)
+            length = rho(state.count) if callable(rho) else rho
+            scale = jnp.where(finite & (norm > 0), length / (norm + eps), 0.0)
+            grads = grad_fn(_uphill(params, grads, entries, scale, finite), 0)
+        updates, opt_state = base.update(grads, state.opt_state, params, **extra_args)
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        return updates, FsamState(count, mask, opt_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def sam(
+    optimizer: optax.GradientTransformation, rho: float | optax.Schedule = 0.05, *, eps: float = 1e-12
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sharpness-aware minimization: the base optimizer gets the gradient at weights moved uphill by `rho`.
+
+    .. math::
+      w_{t+1} = w_t + \text{optimizer}(\nabla f(w_t + \epsilon_t), w_t), \qquad
+      \epsilon_t = \rho \, g_t / \lVert g_t \rVert_2
+
+    This is `fsam` with sparsity 0, and all said there holds. `optax.contrib.sam` in its opaque mode computes the same,
+    but for a zero gradient, where it divides by zero.
+
+    Args:
+      optimizer: the base optimizer.
+      rho: length of the step uphill, a number or a schedule.
+      eps: added to the norm.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with `update(grads, state, params, *, grad_fn)`.
+
+    Raises:
+      UserError: as `fsam`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> grad_fn = lambda w, index=0: jax.grad(lambda w: jnp.sum(w**2) / 2)(w)
+      >>> optimizer, w = sam(optax.sgd(0.1), rho=1.0), jnp.array([3.0, 4.0])
+      >>> updates, _ = optimizer.update(grad_fn(w), optimizer.init(w), w, grad_fn=grad_fn)
+      >>> [round(float(update), 4) for update in updates]
+      [-0.36, -0.48]
+
+    References:
+      Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization (arXiv 2010.01412).
+    """
+    return fsam(optimizer, rho, sparsity=0.0, eps=eps)
+
+
+def _check(
+    rho: Any, sparsity: Any, mask_update_interval: Any, fisher: Any, unmaskable: Any, normalize: Any, eps: Any
+) -> None:
+    if isinstance(sparsity, jax.Array) or callable(sparsity):
+        raise UserError("fsam: sparsity must be a number; under optax.inject_hyperparams name it in static_args")
+    check_number("fsam", "rho", rho, at_least=0)
+    check_number("fsam", "sparsity", sparsity, at_least=0, at_most=1)
+    check_number("fsam", "eps", eps, at_least=0)
+    check_integer("fsam", "mask_update_interval", mask_update_interval, at_least=1)
+    check_choice("fsam", "fisher", fisher, ("batch", "per_example"))
+    check_choice("fsam", "unmaskable", unmaskable, ("perturb", "skip", "error"))
+    check_choice("fsam", "normalize", normalize, ("full", "masked"))
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _fisher_scores(fisher: str, grads: PyTree, params: Params, fisher_fn: FisherFn | None) -> Callable[[], PyTree]:
+    """What entries are ranked by, to be called where the mask is refreshed."""
+    if fisher == "per_example":
+        check_given("fsam", "fisher_fn", fisher_fn, "with fisher_fn(params) the mean of squared gradients of examples")
+        assert fisher_fn is not None
+        return lambda: fisher_fn(params)
+    # Magnitudes rank as squares do, and neither underflow nor overflow.
+    return lambda: jax.tree.map(jnp.abs, grads)
+
+
+def _fresh_mask(scores: PyTree, scope: _Scope) -> PyTree:
+    leaves, structure = jax.tree.flatten(scores)
+    ranked = [leaf if chosen else None for leaf, chosen in zip(leaves, scope.maskable, strict=True)]
+    return jax.tree.unflatten(structure, jax.tree.map(pack, top_k_mask(ranked, scope.kept)))
+
+
+def _perturbed_entries(mask: PyTree, params: Params, scope: _Scope) -> list[Array | bool]:
+    """For each parameter which entries move uphill: booleans of its shape, or one for all of them."""
+    words = iter(jax.tree.leaves(mask))
+
+    def entries(leaf: Array, chosen: bool) -> Array | bool:
+        if not chosen:
+            return scope.perturbs_unmaskable
+        return unpack(next(words), leaf.shape) if scope.has_mask else scope.kept > 0
+
+    return [entries(leaf, chosen) for leaf, chosen in zip(jax.tree.leaves(params), scope.maskable, strict=True)]
+
+
+def _norm_of_entries(grads: PyTree, entries: list[Array | bool]) -> Float[Array, ""]:
+    chosen = zip(jax.tree.leaves(grads), entries, strict=True)
+    return optax.tree.norm([jnp.where(kept, _at_least_float32(grad), 0.0) for grad, kept in chosen])
+
+
+def _uphill(params: Params, grads: PyTree, entries: list[Array | bool], scale: Array, finite: Array) -> Params:
+    """Weights moved by scale * grads at the chosen entries; exactly as they are where nothing is chosen."""
+
+    def moved(leaf: Array, grad: Array, kept: Array | bool) -> Array:
+        if kept is False:
+            return leaf
+        step = jnp.where(finite & kept, scale * _at_least_float32(grad), 0.0)
+        return (_at_least_float32(leaf) + step).astype(leaf.dtype)
+
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, map(moved, leaves, jax.tree.leaves(grads), entries))

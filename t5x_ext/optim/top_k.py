@@ -1,0 +1,204 @@
+"""The k largest scores of a whole parameter tree, exactly, by counting: nothing is sorted, nothing is gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from numbers import Rational
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+from t5x_ext.contracts import PyTree, UserError
+
+WORD = 32
+"""Bits of the integers that devices count in; larger counts are pairs of words."""
+
+
+def num_kept(sparsity: float | Fraction, total: int) -> int:
+    """floor((1 - sparsity) * total), with `sparsity` taken as the decimal that was written.
+
+    In floating point (1 - 0.9) * 580 is 57.99999999999999, one entry short. A float stands for the decimal of up to 15
+    digits that prints as it, which every decimal of that length survives, and so does `1 - 0.7`.
+
+    Args:
+      sparsity: from 0 to 1; a `fractions.Fraction` where no decimal is exact.
+      total: number of entries.
+
+    >>> num_kept(0.9, 580), num_kept(Fraction(2, 3), 3)
+    (58, 1)
+    """
+    if not isinstance(sparsity, Rational):
+        sparsity = Fraction(format(float(str(sparsity)), ".15g"))
+    return math.floor((1 - sparsity) * total)
+
+
+def top_k_mask(scores: PyTree, k: int) -> PyTree:
+    """True at the k largest scores of all arrays of a tree together, and exactly k of them.
+
+    Equal scores are taken in order: of leaves, then row by row within an array, as a stable sort would. -0.0 equals
+    0.0, denormal numbers count, infinity is largest and NaN smaller than everything.
+
+    The k-th largest score is found by bisection over the 32 bits of a float, highest first, each bit by counting how
+    many scores lie above a threshold; where scores are tied there, the last one taken is found in the same way over
+    leaf numbers and indices. So arrays stay where they are, whatever their sharding, and devices exchange some tens of
+    integers. Compared with a sort that is 32 passes over the scores (and as many as the indices have bits when there
+    are ties), at the speed of memory.
+
+    Args:
+      scores: arrays of floats, any shapes; compared in float32. The whole may exceed 2^32 entries, one axis may not.
+      k: a Python integer from 0 to the number of entries.
+
+    Returns:
+      A tree of booleans shaped like `scores`.
+
+    Raises:
+      ValueError: if k is out of range.
+      UserError: if an axis has 2^32 entries or more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mask = top_k_mask({"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 3.0, 2.0])}, 3)
+      >>> mask["a"].tolist(), mask["b"].tolist()
+      ([True, False], [True, True, False])
+    """
+    leaves, structure = jax.tree.flatten(scores)
+    total = sum(leaf.size for leaf in leaves)
+    if not 0 <= k <= total:
+        raise ValueError(f"top_k_mask: k = {k} of {total} entries")
+    if any(size >= 2**WORD for leaf in leaves for size in leaf.shape):
+        raise UserError("top_k_mask: an axis has 2^32 entries or more; split it into two axes")
+    if k in (0, total):
+        return jax.tree.unflatten(structure, [jnp.full(leaf.shape, k > 0) for leaf in leaves])
+    last = _last_taken(leaves, k)
+    masks = [_not_after(_digits(leaves, number), last) for number in range(len(leaves))]
+    return jax.tree.unflatten(structure, masks)
+
+
+class Count(NamedTuple):
+    """An unsigned integer of 64 bits in two words; JAX has none of its own unless the whole process asks for it."""
+
+    high: UInt32[Array, ""]
+    low: UInt32[Array, ""]
+
+
+def as_count(value: int) -> Count:
+    """A count known beforehand."""
+    return Count(jnp.uint32(value >> WORD), jnp.uint32(value & (2**WORD - 1)))
+
+
+def add(a: Count, b: Count) -> Count:
+    """Sum of two counts below 2^64."""
+    low = a.low + b.low
+    return Count(a.high + b.high + (low < a.low), low)
+
+
+def subtract(a: Count, b: Count) -> Count:
+    """Difference, where a is not smaller than b."""
+    return Count(a.high - b.high - (a.low < b.low), a.low - b.low)
+
+
+def less(a: Count, b: Count) -> Bool[Array, ""]:
+    """Whether a is smaller than b."""
+    return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
+
+
+def sum_words(words: UInt32[Array, "..."]) -> Count:
+    """The sum of fewer than 2^31 words, added in pieces of so few bits that no sum of pieces overflows."""
+    bits = WORD - words.size.bit_length()
+    total = as_count(0)
+    for shift in range(0, WORD, bits):
+        piece = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
+        high = piece >> (WORD - shift) if shift else jnp.uint32(0)
+        total = add(total, Count(high, piece << shift))
+    return total
+
+
+def count_true(mask: Bool[Array, "..."]) -> Count:
+    """The number of True, above 2^32 too."""
+    inner = next(axis for axis in range(mask.ndim + 1) if math.prod(mask.shape[axis:]) < 2**WORD)
+    words = jnp.sum(mask, axis=tuple(range(inner, mask.ndim)), dtype=jnp.uint32)
+    return sum_words(words) if inner else Count(jnp.uint32(0), words)
+
+
+def _rank(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:
+    """Integers in falling order of the scores, equal for equal scores.
+
+    Only bits are compared: a CPU may take denormal numbers for zero when it compares floats.
+    """
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    negative = (bits != magnitude) & (magnitude != 0)
+    rank = jnp.where(negative, bits, 0x7FFFFFFF - magnitude)
+    return jnp.where(magnitude > 0x7F800000, jnp.uint32(0xFFFFFFFF), rank)
+
+
+def _digits(leaves: list[Array], number: int) -> list[Array]:
+    """What the entries of a leaf are ordered by, first digit first: rank, number of the leaf, index on each axis."""
+    leaf = leaves[number]
+    index = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
+    missing = [jnp.uint32(0)] * (max(leaf.ndim for leaf in leaves) - leaf.ndim)
+    return [_rank(leaf), jnp.uint32(number), *index, *missing]
+
+
+def _digit_bits(leaves: list[Array]) -> list[int]:
+    axes = max(leaf.ndim for leaf in leaves)
+    sizes = [max(leaf.shape[axis] for leaf in leaves if leaf.ndim > axis) for axis in range(axes)]
+    return [WORD, *((max(size, 1) - 1).bit_length() for size in (len(leaves), *sizes))]
+
+
+def _last_taken(leaves: list[Array], k: int) -> list[Array]:
+    """The digits of the entry that is k-th in the order of `_digits`."""
+    rank_bits, *other_bits = _digit_bits(leaves)
+    rank, missing = _next_digit(leaves, [], rank_bits, as_count(k))
+
+    def among_ties() -> list[Array]:
+        last, wanted = [rank], missing
+        for bits in other_bits:
+            digit, wanted = _next_digit(leaves, last, bits, wanted)
+            last.append(digit)
+        return last
+
+    def all_ties() -> list[Array]:
+        return [rank, *(jnp.uint32(2**bits - 1) for bits in other_bits)]
+
+    ties = _count(leaves, [rank], lambda digit: digit >= 0)
+    return jax.lax.cond(less(missing, ties), among_ties, all_ties)
+
+
+def _next_digit(leaves: list[Array], last: list[Array], bits: int, wanted: Count) -> tuple[Array, Count]:
+    """Of entries that begin with the digits `last`: the next digit of the wanted one, and its place among equal ones.
+
+    That is the smallest digit that so many entries do not exceed.
+    """
+
+    def halve(step: Array, digit: Array) -> Array:
+        half = jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32)
+        enough = ~less(_count(leaves, last, lambda other: other < digit + half), wanted)
+        return jnp.where(enough, digit, digit + half)
+
+    digit = jax.lax.fori_loop(0, bits, halve, jnp.uint32(0))
+    return digit, subtract(wanted, _count(leaves, last, lambda other: other < digit))
+
+
+def _count(leaves: list[Array], last: list[Array], condition: Callable[[Array], Array]) -> Count:
+    """How many entries begin with the digits `last` and have a next one for which the condition holds."""
+    total = as_count(0)
+    for number, leaf in enumerate(leaves):
+        digits = _digits(leaves, number)
+        chosen = jnp.broadcast_to(condition(digits[len(last)]), leaf.shape)
+        for digit, wanted in zip(digits, last, strict=False):
+            chosen &= digit == wanted
+        total = add(total, count_true(chosen))
+    return total
+
+
+def _not_after(digits: list[Array], last: list[Array]) -> Bool[Array, "..."]:
+    """Whether entries come no later than the last one in the order of their digits."""
+    result: Array = jnp.bool_(True)
+    for digit, bound in zip(reversed(digits), reversed(last), strict=True):
+        result = (digit < bound) | ((digit == bound) & result)
+    return result
