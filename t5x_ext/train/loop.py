@@ -49,7 +49,10 @@ class Hook(Protocol):
     """Something that happens between steps: logging, evaluating, saving. Any object with these methods will do."""
 
     def after_step(self, loop: Loop) -> None:
-        """Called after each update is dispatched; `loop.metrics` are those of the update before."""
+        """Called after each update is dispatched; `loop.metrics` are those of the update before.
+
+        A run that was stopped before an evaluation that was due calls it again for that update when it goes on.
+        """
         ...
 
     def at_end(self, loop: Loop) -> None:

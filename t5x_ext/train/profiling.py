@@ -9,12 +9,14 @@ from contextlib import ExitStack
 import jax
 from etils import epath
 
+from t5x_ext.train.log import is_remote
 from t5x_ext.train.loop import Loop
 from t5x_ext.train.signals import listening
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_REMOTE_LOOKS = 60.0  # asking a bucket takes a tenth of a second
 
 
 class Profile:
@@ -32,6 +34,7 @@ class Profile:
     def __init__(self, folder: epath.Path, *, updates: int = 5, looks: bool = True):
         self._request, self._profiles = folder / "profile", folder / "profiles"
         self._updates, self._looks = updates, looks
+        self._seconds_between_looks = _SECONDS_BETWEEN_REMOTE_LOOKS if is_remote(folder) else _SECONDS_BETWEEN_LOOKS
         self._asked = False
         self._last_update: int | None = None  # of the trace under way
         self._next_look = float("-inf")
@@ -66,9 +69,8 @@ class Profile:
         self._stop()
 
     def _is_asked(self, now: float) -> bool:
-        """Looks once a second: the folder may be in a bucket."""
         if self._looks and now >= self._next_look:
-            self._next_look = now + _SECONDS_BETWEEN_LOOKS
+            self._next_look = now + self._seconds_between_looks
             if self._request.exists():
                 self._request.unlink()
                 return True

@@ -26,26 +26,18 @@ def train(place, write_tiny, finish):
     return run
 
 
-def test_the_second_run_compiles_nothing_and_learns_the_same(train):
-    first, weights = train("first", "--compile_cache_dir=programs")
-    second, again = train("second", "--compile_cache_dir=programs")
+def test_programs_and_threads_are_those_of_the_first_start_and_give_the_same_bits(train):
+    """A run on three threads, gone on with by programs from the folder, against one that compiles all by itself."""
+    first, _ = train("parts", "--compile_cache_dir=programs", NPROC="3")
     assert re.search(r"training step compiled in \d+\.\d s \(cache: hits 0, misses 1\)", first)
+    second, weights = train("parts", "--compile_cache_dir=programs", "--steps=4")
+    assert "going on from step 2" in second
     assert re.search(r"training step compiled in \d+\.\d s \(cache: hits 1, misses 0\)", second)
-    jax.tree.map(np.testing.assert_array_equal, weights, again)
-    assert "warning" not in second.lower()
-    assert "error" not in second.lower()
-
-
-def test_a_run_goes_on_with_the_threads_of_its_start_and_with_programs_for_them(train):
-    train("run", "--compile_cache_dir=programs", NPROC="3")
-    said, _ = train("run", "--compile_cache_dir=programs", "--steps=4")
-    assert "going on from step 2" in said
-    assert json.loads(Path("run/environment.json").read_text())["cpu_threads"] == 3
-    assert "equal to rounding" not in said
-    assert "hits 1" in said
+    assert not re.search("warning|error|equal to rounding", second.lower())
+    assert json.loads(Path("parts/environment.json").read_text())["cpu_threads"] == 3
     (folder,) = Path("programs").iterdir()
     assert "-3-" in folder.name
 
-
-def test_an_empty_folder_keeps_nothing(train):
-    assert "(cache: off)" in train("run", "--compile_cache_dir=")[0]
+    said, expected = train("whole", "--compile_cache_dir=", "--steps=4", NPROC="3")
+    assert "(cache: off)" in said
+    jax.tree.map(np.testing.assert_array_equal, weights, expected)

@@ -56,7 +56,7 @@ def batches(place, compile_once, tmp_path_factory):
     return prepare(place.data(), str(folder), str(place.path / "caches")).batches
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def poisoned(batches):
     """The setting that makes losses infinite on these batches."""
 
@@ -75,40 +75,50 @@ SETTINGS = {
 }
 
 
-def test_a_single_bad_batch_is_left_out_and_named(place, poisoned, batches, tmp_path):
-    results = place.run(tmp_path / "run", **SETTINGS, **poisoned(4))
-    assert results["skipped_updates"] == 1
+@pytest.fixture(scope="module")
+def gone_back(place, poisoned, tmp_path_factory):
+    """The folder of a run whose batches 5 and 6 are bad, and its results."""
+    run_dir = tmp_path_factory.mktemp("runs") / "gone_back"
+    return run_dir, place.run(run_dir, **SETTINGS, **poisoned(5, 6))
+
+
+def test_a_few_bad_batches_are_left_out_and_named(place, poisoned, batches, tmp_path):
+    results = place.run(tmp_path, **{**SETTINGS, "max_skipped_updates": 3}, **poisoned(5, 6))
+    assert results["skipped_updates"] == 2
     assert "rewinds" not in results
-    (record,) = lines(tmp_path / "run/skipped_examples.jsonl")
-    assert (record["step"], record["batch"]) == (5, 4)
-    assert record["examples"] == [list(example._replace(source=None, target=None)) for example in batches.examples(4)]
+    records = lines(tmp_path / "skipped_examples.jsonl")
+    assert [(record["step"], record["batch"]) for record in records] == [(6, 5), (7, 6)]
+    assert records[0]["examples"] == [list(example) for example in batches.examples(5)]
 
 
-def test_a_bad_stretch_takes_the_run_back_and_on_with_other_data(place, poisoned, batches, tmp_path, caplog):
-    """Batches 5 and 6 are bad: from step 4, without batches 4 to 6, the run is one that never had them."""
-    results = place.run(tmp_path / "run", **SETTINGS, **poisoned(5, 6))
+def test_a_bad_stretch_takes_the_run_back_and_on_with_other_data(gone_back, batches):
+    """From step 4 on, without batches 4 to 6, the run is one that never had them."""
+    run_dir, results = gone_back
     assert (results["steps"], results["rewinds"], results["skipped_updates"]) == (10, 1, 2)
     assert results["goodput"]["seconds"]["lost"] > 0
-    assert "updates 6 to 7 all had a loss or gradient that is not finite: going back to step 4" in caplog.text
-    assert [record["batch"] for record in lines(tmp_path / "run/skipped_examples.jsonl")] == [5, 6]
+    assert [record["batch"] for record in lines(run_dir / "skipped_examples.jsonl")] == [5, 6]
 
-    read = [line for line in lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    read = [line for line in lines(run_dir / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in read] == list(range(1, 11))
     expected = [0, 1, 2, 3, *range(7, 13)]
     labels = [int((batches[number]["target_segment_ids"] > 0).sum()) for number in expected]
     assert [line["target_tokens"] for line in read] == labels
-    assert weights(tmp_path / "run")[1] == [2, 4, 6, 8, 10]
+    assert weights(run_dir)[1] == [2, 4, 6, 8, 10]
 
 
-def test_a_restart_after_going_back_leaves_the_same_data_out(place, poisoned, tmp_path):
-    place.run(tmp_path / "whole", **SETTINGS, **poisoned(5, 6))
-    for steps in (4, 8, 10):
-        settings = {**SETTINGS, "steps": steps}
-        results = place.run(
-            tmp_path / "parts", config_text=f"t5x_ext.train.Run.steps = {steps}\n", **settings, **poisoned(5, 6)
-        )
+def test_a_restart_after_going_back_leaves_the_same_data_out(place, poisoned, gone_back, tmp_path):
+    for steps in (8, 10):
+        results = place.run(tmp_path, **{**SETTINGS, "steps": steps}, **poisoned(5, 6))
     assert results["rewinds"] == 1
-    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "parts")[0], weights(tmp_path / "whole")[0])
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path)[0], weights(gone_back[0])[0])
+
+
+def test_before_the_first_checkpoint_the_run_begins_again(place, poisoned, tmp_path, caplog):
+    results = place.run(tmp_path, **{**SETTINGS, "checkpoints": CheckpointConfig(every=0)}, **poisoned(5, 6))
+    assert (results["rewinds"], results["steps"]) == (1, 10)
+    assert "updates 6 to 7 all had a loss or gradient that is not finite: going back to step 0" in caplog.text
+    read = [line for line in lines(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in read] == list(range(1, 11))
 
 
 def test_where_only_a_checkpoint_of_the_stretch_was_kept_it_will_do(place, poisoned, tmp_path):
@@ -127,13 +137,6 @@ def test_where_only_a_checkpoint_of_the_stretch_was_kept_it_will_do(place, poiso
     assert weights(tmp_path)[1] == [6]
     results = place.run(tmp_path, **settings)
     assert (results["steps"], results["rewinds"], results["skipped_updates"]) == (10, 1, 2)
-
-
-def test_before_the_first_checkpoint_the_run_begins_again(place, poisoned, tmp_path):
-    results = place.run(tmp_path / "run", **SETTINGS, **poisoned(0, 1))
-    assert (results["rewinds"], results["steps"]) == (1, 10)
-    read = [line for line in lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in read] == list(range(1, 11))
 
 
 def test_a_run_that_keeps_diverging_ends_with_the_place_of_its_examples(place, poisoned, tmp_path):
