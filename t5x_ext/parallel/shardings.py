@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import jax
@@ -45,9 +46,11 @@ def tree_shardings(mesh: Mesh, rules: AxisRules, logical_axes: PyTree, params: P
 def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: PyTree) -> PyTree:
     """A `NamedSharding` for every array of a training state or optimizer state.
 
-    A leaf whose path ends in the path of a parameter and has its shape is cut as that parameter: the parameters
-    themselves, averages of them, and moments, however chained, masked or partitioned the optimizer is. Everything else
-    (counts, keys, factored moments) is replicated.
+    A leaf whose path ends in the path of a parameter follows that parameter, however chained, masked or partitioned the
+    optimizer is: the parameters themselves, averages of them, and moments. Axes that have the parameter's sizes,
+    counted from the front and from the back, are cut as there. Between them, where a single axis stands in the place of
+    others (the rank of a compressed moment), it takes their cut if that divides it; axes that are merely added (the
+    rank of a basis) stay whole, and so does everything else, such as counts and keys.
 
     Args:
       mesh: the mesh of `param_shardings`.
@@ -57,15 +60,46 @@ def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: 
     """
     shapes = {_parts(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shardings = dict(zip(shapes, jax.tree.leaves(param_shardings), strict=True))
-    replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         parts = _parts(path)
         suffixes = (parts[start:] for start in range(len(parts) + 1))
         owner = next((suffix for suffix in suffixes if suffix in shapes), None)
-        return shardings[owner] if owner is not None and shapes[owner] == leaf.shape else replicated
+        if owner is None:
+            return NamedSharding(mesh, PartitionSpec())
+        if shapes[owner] == leaf.shape:
+            return shardings[owner]
+        return NamedSharding(mesh, _spec_like(mesh, leaf.shape, shapes[owner], shardings[owner].spec))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _spec_like(mesh: Mesh, shape: tuple[int, ...], like: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    """The spec of a leaf that belongs to a parameter of the shape `like` but has another shape.
+
+    >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+    >>> spec = PartitionSpec(None, "fsdp", "tensor", None)
+    >>> _spec_like(mesh, (24, 2048, 256), (24, 2048, 32, 64), spec)  # columns compressed to 256
+    P(None, 'fsdp', 'tensor')
+    >>> _spec_like(mesh, (24, 2048, 32, 64, 4), (24, 2048, 32, 64), spec)  # a basis of four
+    P(None, 'fsdp', 'tensor', None, None)
+    """
+    cuts = tuple(spec) + (None,) * (len(like) - len(spec))
+    shorter = min(len(shape), len(like))
+    front = _matching(shape, like, shorter)
+    back = _matching(shape[::-1], like[::-1], shorter - front)
+    between = [cut for cut in cuts[front : len(like) - back] if cut is not None]
+    added: list[Any] = [None] * (len(shape) - front - back)
+    if front + back and between and len(added) == 1:
+        names = between[0] if isinstance(between[0], tuple) else (between[0],)
+        added = [None if shape[front] % math.prod(mesh.shape[name] for name in names) else between[0]]
+    matched = PartitionSpec(*cuts[:front], *added, *cuts[len(like) - back :])
+    return matched if any(matched) else PartitionSpec()
+
+
+def _matching(a: tuple[int, ...], b: tuple[int, ...], limit: int) -> int:
+    """How many of the first sizes, `limit` at most, are the same."""
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
 def _parts(path: tuple) -> tuple[str, ...]:

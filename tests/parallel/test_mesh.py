@@ -143,14 +143,13 @@ OPTIMIZERS = {
     "partition": lambda: optax.partition(
         {"a": optax.adam(1e-3), "b": optax.sgd(1e-3, momentum=0.9)}, {"embedding": "a", "layers": "b", "odd": "a"}
     ),
-    "adafactor": lambda: optax.adafactor(1e-3, min_dim_size_to_factor=4),
 }
 
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_state_follows_the_parameters(name):
-    """Oracle: a moment has its parameter's spec wherever it sits; counts and factors are whole; jit keeps it so."""
+    """Oracle: a moment has its parameter's spec wherever it sits; counts are whole; jit keeps it so."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     optimizer = OPTIMIZERS[name]()
     param_shardings = tree_shardings(mesh, fsdp_tensor(), AXES, PARAMS)
@@ -169,6 +168,33 @@ def test_optimizer_state_follows_the_parameters(name):
         state = jax.jit(optimizer.init, out_shardings=shardings)(params)
         _, after = jax.jit(optimizer.update, out_shardings=(param_shardings, shardings))(params, state, params)
         assert jax.tree.map(lambda leaf: leaf.sharding.spec, after) == specs(shardings)
+
+
+FACTORS = {
+    "of rows": ((3, 16), P(None, "fsdp")),
+    "of columns": ((3, 4, 2), P(None, "tensor")),
+    "columns compressed": ((3, 16, 6), P(None, "fsdp", "tensor")),
+    "rows compressed": ((3, 6, 4, 2), P(None, "fsdp", "tensor")),
+    "rows compressed to a number that does not divide": ((3, 5, 4, 2), P(None, None, "tensor")),
+    "basis behind": ((3, 16, 4, 2, 7), P(None, "fsdp", "tensor")),
+    "basis before": ((7, 3, 16, 4, 2), P(None, None, "fsdp", "tensor")),
+    "placeholder": ((1,), P()),
+    "packed": ((12,), P()),
+    "count of a parameter": ((), P()),
+}
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("case", FACTORS)
+def test_a_leaf_of_another_shape_is_cut_where_it_has_the_axes_of_its_parameter(case):
+    shape, expected = FACTORS[case]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = {"query": jax.ShapeDtypeStruct((3, 16, 4, 2), jnp.float32)}
+    param_shardings = tree_shardings(mesh, fsdp_tensor(), {"query": ("layers", "embed", "heads", "head_dim")}, params)
+    state = {"mu": {"query": jax.ShapeDtypeStruct(shape, jnp.float32)}, "other": jax.ShapeDtypeStruct(shape, jnp.int32)}
+    shardings = state_shardings(mesh, state, params, param_shardings)
+    assert shardings["mu"]["query"].is_equivalent_to(NamedSharding(mesh, expected), len(shape))
+    assert shardings["other"].spec == P()
 
 
 @pytest.mark.devices(8)

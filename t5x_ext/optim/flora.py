@@ -1,0 +1,489 @@
+"""Flora: momentum and gradient accumulation kept as random projections that are drawn anew and never stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from t5x_ext.contracts import Accumulator, Params, PyTree, UserError, path_name, path_predicate, select
+from t5x_ext.optim.factored import clip_by_matrix_rms, scale_by_factored_rms, scale_by_param_rms
+from t5x_ext.optim.matrices import Axes, MatrixShape, matrix_shape, named_axes
+from t5x_ext.optim.projections import Projection, gaussian
+
+Output = Literal["mixed", "projected", "nesterov"]
+Transfer = Literal["project", "reset"]
+
+
+class FloraState(NamedTuple):
+    """Momentum; the projections follow from `key` and `count`."""
+
+    count: Int[Array, ""]  # type: ignore[assignment]  # updates done, int32
+    key: Array  # typed random key, never changed
+    mu: PyTree  # mu_dtype: batch + (rank,) + cols or batch + rows + (rank,); of other parameters their own shape
+
+
+def scale_by_flora(
+    rank: int,
+    b1: float = 0.9,
+    resample_every: int = 1000,
+    *,
+    output: Output = "mixed",
+    transfer: Transfer = "project",
+    mu_dtype: Any = None,
+    key: Array | int = 0,
+    min_dim_size_to_compress: int = 128,
+    axes: PyTree = None,
+    compressible: Callable[[str], bool] | None = None,
+    projection: Projection = gaussian,
+) -> optax.GradientTransformation:
+    r"""Momentum of what it receives, kept as a random projection of rank `rank`.
+
+    The shorter side of a matrix is compressed. With y the incoming update (rows the shorter side; columns likewise),
+    P the projection [rank, rows] in use and M [rank, cols] the state:
+
+    .. math::
+      M_t = b_1 M_{t-1} + (1 - b_1) P y_t, \qquad
+      u_t = \begin{cases}
+        b_1 P^T M_{t-1} + (1 - b_1) y_t & \text{mixed: the gradient of this step is exact} \\
+        P^T M_t & \text{projected: as the paper has it} \\
+        b_1 P^T M_t + (1 - b_1) y_t & \text{nesterov: as the authors' JAX code has it}
+      \end{cases}
+
+    Every `resample_every` updates a new projection is drawn, before the gradient of that update is added:
+    :math:`M \leftarrow P_\text{new} P_\text{old}^T M` (project), or :math:`M \leftarrow 0` (reset). There is no bias
+    correction. Parameters that are not compressed (vectors, matrices whose shorter side is below
+    `min_dim_size_to_compress` or not above `rank`, and those that `compressible` spares) have ordinary momentum.
+
+    A transfer grows the norm of M by about :math:`\sqrt{1 + (d + 1) / \text{rank}}`, d being the compressed side, and
+    momentum must forget that before the next one: :math:`b_1^\text{resample\_every}` times that factor must be below 1.
+
+    Args:
+      rank: rows of a projection.
+      b1: decay of the momentum.
+      resample_every: updates between new projections.
+      output: what is passed on, see above. For matrices that are not compressed `mixed` and `projected` are the same.
+      transfer: what becomes of the momentum when the projection changes.
+      mu_dtype: dtype of the state; None is float32. bfloat16 loses additions below 2^-8 of an entry: not for b1 of
+        0.99 or more.
+      key: random key or seed of the projections. That of a matrix is drawn with the key folded with the CRC-32 of its
+        path, with `count // resample_every` and, in a batch of matrices, with its number.
+      min_dim_size_to_compress: matrices with a shorter side are left as they are.
+      axes: tree of axis names, such as `models.logical_axes` gives: every layer of a stack has a projection of its
+        own and attention kernels are matrices embed x (heads * head_dim). None: the last two axes are the matrix.
+      compressible: whether the parameter of this path may be compressed; None: all.
+      projection: `(key, (rank, dim), dtype) -> [rank, dim]`; it is traced under `vmap` for batches of matrices.
+
+    Returns:
+      An `optax.GradientTransformation`. Under `optax.inject_hyperparams` all arguments but `b1` are static.
+
+    Raises:
+      UserError: for numbers out of range, and where momentum could not forget a transfer: at construction if no
+        matrix at all would be stable, at `init` if one of the parameters is not.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.ones(512)}
+      >>> state = scale_by_flora(rank=16).init(params)
+      >>> state.mu["kernel"].shape, state.mu["bias"].shape
+      ((16, 512), (512,))
+
+    References:
+      Hao, Cao and Mou, Flora: Low-Rank Adapters Are Secretly Gradient Compressors (arXiv 2402.03293). The released
+      JAX code decodes with another projection than it encoded with after a change; here both changes follow the paper.
+    """
+    name = "scale_by_flora"
+    compression = _Compression(name, rank, min_dim_size_to_compress, named_axes(axes), compressible, projection)
+    if output not in get_args(Output):
+        raise UserError(f"{name}: output = {output!r} must be one of {', '.join(get_args(Output))}")
+    if transfer not in get_args(Transfer):
+        raise UserError(f"{name}: transfer = {transfer!r} must be one of {', '.join(get_args(Transfer))}")
+    if isinstance(b1, float | int) and not 0 <= b1 < 1:
+        raise UserError(f"{name}: b1 = {b1} must be at least 0 and below 1")
+    if resample_every < 1:
+        raise UserError(f"{name}: resample_every = {resample_every} must be at least 1")
+    check_stable = _stability_check(name, rank, b1, resample_every, transfer)
+    check_stable("any matrix", max(rank + 1, min_dim_size_to_compress))
+
+    def init(params: Params) -> FloraState:
+        def zeros(path: tuple, leaf: Array) -> Array:
+            layout = compression.layout(path, leaf)
+            if layout is None:
+                return jnp.zeros(leaf.shape, mu_dtype or jnp.float32)
+            check_stable(layout.name, layout.dim)
+            return jnp.zeros(layout.shape, mu_dtype or jnp.float32)
+
+        mu = jax.tree_util.tree_map_with_path(zeros, params)
+        return FloraState(jnp.zeros((), jnp.int32), _as_key(key), mu)
+
+    def dense(y: Array, mu: Array) -> tuple[Array, Array]:
+        mu = b1 * mu + (1 - b1) * y
+        return b1 * mu + (1 - b1) * y if output == "nesterov" else mu, mu
+
+    def compressed(layout: _Layout, y: Array, mu: Array, state: FloraState) -> tuple[Array, Array]:
+        draw = lambda epoch: compression.draw(layout, state.key, epoch)
+        up, down = layout.expand, layout.compress
+        last = draw(state.count // resample_every)
+
+        def change() -> tuple[Array, Array]:
+            new = draw((state.count + 1) // resample_every)
+            moved = layout.each_matrix(lambda m, p, q: down(up(m, p), q), mu, last, new)
+            return (moved if transfer == "project" else jnp.zeros_like(mu)), new
+
+        encoded, current = _cond((state.count + 1) % resample_every == 0, change, lambda: (mu, last))
+
+        def matrix(y: Array, old_mu: Array, old: Array, mu: Array, p: Array) -> tuple[Array, Array]:
+            y = y.astype(jnp.float32)
+            mu = b1 * mu + (1 - b1) * down(y, p)
+            if output == "projected":
+                return up(mu, p), mu
+            return (b1 * up(old_mu, old) if output == "mixed" else b1 * up(mu, p)) + (1 - b1) * y, mu
+
+        return layout.each_matrix(matrix, y, mu, last, encoded, current)
+
+    def update(updates: PyTree, state: FloraState, params: Params | None = None) -> tuple[PyTree, FloraState]:
+        del params
+
+        def step(path: tuple, leaf: Array, moment: Array) -> _Stepped:
+            layout, mu = compression.layout(path, leaf), moment.astype(jnp.float32)
+            if layout is None:
+                out, mu = dense(leaf.astype(jnp.float32), mu)
+            else:
+                out, mu = compressed(layout, layout.matrices(leaf), layout.matrices(mu), state)
+            return _Stepped(out.reshape(leaf.shape).astype(leaf.dtype), mu.reshape(moment.shape).astype(moment.dtype))
+
+        results = jax.tree_util.tree_map_with_path(step, updates, state.mu)
+        is_result = lambda node: isinstance(node, _Stepped)
+        out, mu = (jax.tree.map(itemgetter(i), results, is_leaf=is_result) for i in range(2))
+        return out, FloraState(optax.safe_increment(state.count), state.key, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def flora(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    b1: float = 0.9,
+    resample_every: int = 1000,
+    *,
+    output: Output = "mixed",
+    transfer: Transfer = "project",
+    mu_dtype: Any = None,
+    key: Array | int = 0,
+    min_dim_size_to_compress: int = 128,
+    axes: PyTree = None,
+    compressible: Callable[[str], bool] | None = None,
+    projection: Projection = gaussian,
+    decay_rate: float = 0.8,
+    eps: float = 1e-30,
+    clipping_threshold: float | None = 1.0,
+    multiply_by_parameter_scale: bool = True,
+    weight_decay: float = 0.0,
+    no_decay: Sequence[str] = (),
+) -> optax.GradientTransformation:
+    r"""Adafactor with compressed momentum: second moments as row and column means, momentum as in `scale_by_flora`.
+
+    .. math::
+      y = g / \sqrt{\hat v}, \quad u = \text{scale\_by\_flora}(y), \quad
+      w \leftarrow w - \eta_t \max(\text{rms}(w), 10^{-3}) \,
+        \left(\frac{u}{\max(1, \text{rms}(u) / \text{clipping\_threshold})} + \text{weight\_decay} \cdot w\right)
+
+    Momentum comes before clipping and scaling, as in the authors' code; `optax.adafactor` has it last. Every layer of a
+    stack is clipped and scaled by itself. With b1 = 0 and matrices of two axes this is `optax.adafactor`.
+
+    Args:
+      learning_rate: a constant or an `optax.Schedule`, relative to the size of the weights. Adafactor's rates fit.
+      rank: as in `scale_by_flora`, with the arguments up to `projection`.
+      b1: decay of the momentum.
+      resample_every: updates between new projections.
+      output: what momentum passes on.
+      transfer: what becomes of the momentum when the projection changes.
+      mu_dtype: dtype of the momentum, None is float32; second moments are float32.
+      key: random key or seed of the projections.
+      min_dim_size_to_compress: matrices with a shorter side keep whole first and second moments.
+      axes: tree of axis names, such as `models.logical_axes` gives.
+      compressible: whether the momentum of the parameter of this path may be compressed; None: all.
+      projection: `(key, (rank, dim), dtype) -> [rank, dim]`.
+      decay_rate: of the second moment, see `factored.scale_by_factored_rms`.
+      eps: added to squared gradients.
+      clipping_threshold: largest root mean square of an update before scaling; None clips nothing.
+      multiply_by_parameter_scale: False makes learning rates absolute.
+      weight_decay: decoupled; multiplied by the learning rate and, as updates are, by the scale of the weights.
+      no_decay: regular expressions on parameter paths that are spared from decay.
+
+    Returns:
+      An `optax.GradientTransformation` whose `update` needs `params`. Under `optax.inject_hyperparams` all arguments
+      but `learning_rate` and `b1` are static.
+
+    Raises:
+      UserError: see `scale_by_flora`.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((256, 512))}
+      >>> optimizer = flora(learning_rate=1e-2, rank=16)
+      >>> gradients = {"kernel": jnp.full((256, 512), 3.0)}
+      >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+      >>> round(float(updates["kernel"][0, 0]), 6)
+      -0.001
+
+    References:
+      Flora (arXiv 2402.03293) over Adafactor (Shazeer and Stern, arXiv 1804.04235).
+    """
+    spared = path_predicate(*no_decay)
+    momentum = scale_by_flora(
+        rank,
+        b1,
+        resample_every,
+        output=output,
+        transfer=transfer,
+        mu_dtype=mu_dtype,
+        key=key,
+        min_dim_size_to_compress=min_dim_size_to_compress,
+        axes=axes,
+        compressible=compressible,
+        projection=projection,
+    )
+    decay_mask = lambda params: select(params, lambda name: not spared(name))
+    return optax.chain(
+        scale_by_factored_rms(decay_rate, eps, min_dim_size_to_compress, axes),
+        momentum,
+        clip_by_matrix_rms(clipping_threshold, axes) if clipping_threshold is not None else optax.identity(),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask) if weight_decay else optax.identity(),
+        scale_by_param_rms(axes=axes) if multiply_by_parameter_scale else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CompressedSum:
+    """A sum of gradients of one parameter, compressed; the shape of the parameter is not an array."""
+
+    sum: Float[Array, "..."]  # float32
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+class FloraAccumulatorState(NamedTuple):
+    """Running sums of one update."""
+
+    step: Int[Array, ""]  # updates done before, which choose the projections
+    sum: PyTree  # a CompressedSum a parameter
+    weight: Float[Array, ""]  # float32: labels counted so far
+
+
+def flora_accumulator(
+    rank: int,
+    *,
+    key: Array | int = 0,
+    min_dim_size_to_compress: int = 128,
+    axes: PyTree = None,
+    compressible: Callable[[str], bool] | None = None,
+    projection: Projection = gaussian,
+) -> Accumulator:
+    r"""Accumulates gradients of microbatches as random projections: full-size sums are never held.
+
+    .. math::
+      g = P^T \frac{\sum_i P \, \nabla S_i}{\sum_i n_i}
+
+    with :math:`S_i` the summed loss of microbatch i, :math:`n_i` its labels and P fixed within an update and drawn anew
+    for the next one. In the mean over P this is the exact gradient; of a single update the squared error is
+    (d + 1) / rank times the squared gradient, d being the compressed side. It follows a sum of compressed gradients
+    over devices exactly, which moves rank / d of the bytes.
+
+    Args:
+      rank: rows of a projection.
+      key: random key or seed of the projections; give another one than to `scale_by_flora`.
+      min_dim_size_to_compress: matrices with a shorter side, or one not above `rank`, are summed exactly.
+      axes: tree of axis names, see `scale_by_flora`.
+      compressible: whether the parameter of this path may be compressed; None: all.
+      projection: `(key, (rank, dim), dtype) -> [rank, dim]`.
+
+    Returns:
+      A `contracts.Accumulator`; `finish` gives float32 gradients, zero where there was no label.
+
+    Raises:
+      UserError: if a number is out of range.
+
+    Example:
+      >>> params = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}
+      >>> accumulator = flora_accumulator(rank=16)
+      >>> state = accumulator.init(params, jnp.int32(0))
+      >>> state.sum["kernel"].sum.shape
+      (16, 512)
+      >>> gradients = {"kernel": jnp.ones((256, 512)), "bias": jnp.ones(512)}
+      >>> accumulator.finish(accumulator.add(state, gradients, 2.0))["bias"][0].item()
+      0.5
+
+    References:
+      Flora (arXiv 2402.03293), gradient accumulation.
+    """
+    compression = _Compression(
+        "flora_accumulator", rank, min_dim_size_to_compress, named_axes(axes), compressible, projection
+    )
+    is_sum = lambda node: isinstance(node, CompressedSum)
+
+    def init(params: Params, step: Array) -> FloraAccumulatorState:
+        def zeros(path: tuple, leaf: Array) -> CompressedSum:
+            layout = compression.layout(path, leaf)
+            return CompressedSum(jnp.zeros(layout.shape if layout else leaf.shape, jnp.float32), leaf.shape)
+
+        total = jax.tree_util.tree_map_with_path(zeros, params)
+        return FloraAccumulatorState(jnp.asarray(step, jnp.int32), total, jnp.zeros((), jnp.float32))
+
+    def add(state: FloraAccumulatorState, grads: PyTree, weight: Array) -> FloraAccumulatorState:
+        def added(path: tuple, total: CompressedSum, grad: Array) -> CompressedSum:
+            layout = compression.layout(path, grad)
+            if layout is None:
+                return dataclasses.replace(total, sum=total.sum + grad.astype(jnp.float32))
+            p = compression.draw(layout, _as_key(key), state.step)
+            compress = lambda g, p: layout.compress(g.astype(jnp.float32), p)
+            new = layout.each_matrix(compress, layout.matrices(grad), p)
+            return dataclasses.replace(total, sum=total.sum + new.reshape(layout.shape))
+
+        total = jax.tree_util.tree_map_with_path(added, state.sum, grads, is_leaf=is_sum)
+        return FloraAccumulatorState(state.step, total, state.weight + weight)
+
+    def finish(state: FloraAccumulatorState) -> PyTree:
+        empty = state.weight == 0
+        divisor = jnp.where(empty, 1.0, state.weight)
+
+        def mean(path: tuple, total: CompressedSum) -> Array:
+            layout = compression.layout(path, total)
+            result = jnp.where(empty, 0.0, total.sum / divisor)
+            if layout is None:
+                return result
+            p = compression.draw(layout, _as_key(key), state.step)
+            return layout.each_matrix(layout.expand, layout.matrices(result), p).reshape(total.shape)
+
+        return jax.tree_util.tree_map_with_path(mean, state.sum, is_leaf=is_sum)
+
+    return Accumulator(init, add, finish)
+
+
+class _Stepped(NamedTuple):
+    """The update of one parameter and its momentum."""
+
+    update: Array
+    mu: Array
+
+
+class _Layout(NamedTuple):
+    """How one parameter is compressed."""
+
+    name: str
+    matrix: MatrixShape
+    rank: int
+
+    @property
+    def left(self) -> bool:
+        """Whether rows are compressed: the shorter side, columns when both are equal."""
+        _, rows, cols = self.matrix.sizes
+        return rows < cols
+
+    @property
+    def dim(self) -> int:
+        """Size of the compressed side."""
+        return min(self.matrix.sizes[1:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is stored: `rank` stands in the place of the compressed side, the other axes stay apart."""
+        batch, rows, cols = self.matrix
+        return batch + ((self.rank, *cols) if self.left else (*rows, self.rank))
+
+    def matrices(self, x: Array) -> Float[Array, "batch rows cols"]:
+        """A parameter, or what is stored of it, as matrices."""
+        batch, rows, cols = self.matrix.sizes
+        if x.size == batch * rows * cols:
+            return x.reshape(batch, rows, cols)
+        return x.reshape((batch, self.rank, cols) if self.left else (batch, rows, self.rank))
+
+    def compress(self, x: Float[Array, "rows cols"], p: Float[Array, "rank dim"]) -> Array:
+        return p @ x if self.left else x @ p.T
+
+    def expand(self, x: Array, p: Float[Array, "rank dim"]) -> Float[Array, "rows cols"]:
+        return p.T @ x if self.left else x @ p
+
+    def each_matrix(self, function: Callable[..., Any], *arrays: Array) -> Any:
+        """Applies a function of matrices to one after the other, so that temporaries are those of one layer."""
+        if arrays[0].shape[0] > 1:
+            return jax.lax.map(lambda matrices: function(*matrices), arrays)
+        return jax.tree.map(lambda x: x[None], function(*(x[0] for x in arrays)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compression:
+    """Which parameters are compressed, and with which projections."""
+
+    owner: str
+    rank: int
+    min_dim: int
+    find_axes: Callable[[str, Sequence[int]], Axes]
+    compressible: Callable[[str], bool] | None
+    projection: Projection
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("min_dim_size_to_compress", self.min_dim)):
+            if value < 1:
+                raise UserError(f"{self.owner}: {name} = {value} must be at least 1")
+
+    def layout(self, path: tuple, leaf: Any) -> _Layout | None:
+        """How the parameter of this path and shape is compressed; None if it is not."""
+        name = path_name(path)
+        matrix = matrix_shape(leaf.shape, self.find_axes(name, leaf.shape))
+        short = min(matrix.sizes[1:])
+        wanted = self.compressible is None or self.compressible(name)
+        return _Layout(name, matrix, self.rank) if wanted and short >= self.min_dim and short > self.rank else None
+
+    def draw(self, layout: _Layout, key: Array, epoch: Array) -> Float[Array, "batch rank dim"]:
+        """The projections of a parameter during an epoch."""
+        shape = (self.rank, layout.dim)
+        key = jax.random.fold_in(jax.random.fold_in(key, np.uint32(zlib.crc32(layout.name.encode()))), epoch)
+        if not layout.matrix.batch:
+            p = self.projection(key, shape, jnp.float32)[None]
+        else:
+            each = lambda i: self.projection(jax.random.fold_in(key, i), shape, jnp.float32)
+            p = jax.vmap(each)(jnp.arange(layout.matrix.sizes[0]))
+        if p.shape[1:] != shape:
+            raise UserError(f"{self.owner}: projection gave {p.shape[1:]} for {layout.name}: want {shape}")
+        return p
+
+
+def _stability_check(
+    owner: str, rank: int, b1: Any, resample_every: int, transfer: Transfer
+) -> Callable[[str, int], None]:
+    """A function of a matrix's name and compressed side; it knows nothing where `b1` is traced or scheduled."""
+
+    def check(name: str, dim: int) -> None:
+        if transfer == "reset" or not isinstance(b1, float | int) or b1 == 0:
+            return
+        growth = math.sqrt(1 + (dim + 1) / rank)
+        if b1**resample_every * growth >= 1:
+            enough = math.floor(-math.log(growth) / math.log(b1)) + 1
+            raise UserError(
+                f"{owner}: momentum of {name} would grow without bound: a new projection of {dim} to rank {rank} every "
+                f"{resample_every} updates with b1 = {b1}; use resample_every >= {enough}, or transfer='reset'"
+            )
+
+    return check
+
+
+def _as_key(key: Array | int) -> Array:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.key(key) if jnp.ndim(key) == 0 else jax.random.wrap_key_data(jnp.asarray(key))
+
+
+def _cond(predicate: Array, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
+    """`lax.cond`, but outside of compiled functions only the branch that is taken runs, on concrete arrays."""
+    if isinstance(predicate, jax.core.Tracer):
+        return jax.lax.cond(predicate, true, false)
+    return true() if predicate else false()
