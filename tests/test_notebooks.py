@@ -14,6 +14,11 @@ from nbformat.v4 import new_code_cell
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MUST_HOLD = {
     "01_translate_in_ten_minutes": "scores.bleu.value > 80 and scores.num_lines == 100",
+    "05_plan_a_tpu_run": (
+        "small.fits and large.fits and best.fits and best.roofline.serial <= large.roofline.serial"
+        " and min(memory, key=lambda name: sum(memory[name].values())) == f'fsdp {count}'"
+        " and 'kind: JobSet' in manifest"
+    ),
 }
 """What is true in a notebook's kernel after its last cell; a new notebook states its own."""
 
