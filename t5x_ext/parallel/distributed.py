@@ -86,6 +86,8 @@ def initialize_distributed(config: DistributedConfig) -> None:
         raise UserError(f"there is no process {place.process_id} of {place.num_processes}: ids count from 0")
     if place.num_processes > 1:
         meet(place.coordinator, place.num_processes, place.process_id, config.timeout_seconds)
+    # JAX's own service would swallow SIGTERM; the training loop listens itself, and its processes agree where to stop.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,
