@@ -1,20 +1,35 @@
-"""How weights move: schedules, Adam, SAM and FSAM, gradient accumulation and per-parameter rules, all plain Optax."""
+"""How weights move: Adam, SAM and FSAM, Flora, Ginger, schedules, accumulation and rules by path, all plain Optax."""
 
 from t5x_ext.optim.accumulation import mean_accumulator
 from t5x_ext.optim.adam import adam
+from t5x_ext.optim.flora import flora, flora_accumulator, scale_by_flora
 from t5x_ext.optim.fsam import fsam, sam
+from t5x_ext.optim.ginger import ginger, ginger_curvature_grads, ginger_reference, scale_by_ginger
+from t5x_ext.optim.matrices import as_matrices, from_matrices
+from t5x_ext.optim.projections import gaussian, orthogonal
 from t5x_ext.optim.rules import freeze, scale_by_path
 from t5x_ext.optim.schedules import inverse_sqrt, linear_decay
 from t5x_ext.optim.top_k import top_k_mask
 
 __all__ = [
     "adam",
+    "as_matrices",
+    "flora",
+    "flora_accumulator",
     "freeze",
+    "from_matrices",
     "fsam",
+    "gaussian",
+    "ginger",
+    "ginger_curvature_grads",
+    "ginger_reference",
     "inverse_sqrt",
     "linear_decay",
     "mean_accumulator",
+    "orthogonal",
     "sam",
+    "scale_by_flora",
+    "scale_by_ginger",
     "scale_by_path",
     "top_k_mask",
 ]
