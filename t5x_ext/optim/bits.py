@@ -11,8 +11,9 @@ BYTE = 8
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a packed mask: one axis of the parameter is an eighth as long, rounded up, the others stay.
 
-    The axis is the one along which rounding up wastes least, of equal ones the last. Where a mesh cuts that axis of
-    the parameter into pieces of whole bytes the mask is cut in the same way, and no bit leaves its device.
+    The axis is the one along which rounding up wastes least, of equal ones the longest: where a mesh cuts it into
+    pieces of whole bytes, as it does with all but tiny arrays, the mask is cut as the parameter, and no bit leaves its
+    device.
 
     >>> packed_shape((6, 512, 2048)), packed_shape((64, 3)), packed_shape(())
     ((6, 512, 256), (8, 3), (1,))
@@ -37,4 +38,4 @@ def unpack(words: UInt8[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, ".
 
 def _packed_axis(shape: tuple[int, ...]) -> int:
     waste = lambda axis: -shape[axis] % BYTE / max(shape[axis], 1)
-    return min(range(len(shape)), key=lambda axis: (waste(axis), -axis))
+    return min(range(len(shape)), key=lambda axis: (waste(axis), -shape[axis], -axis))

@@ -21,8 +21,8 @@ WORD = 32
 def num_kept(sparsity: float | Fraction, total: int) -> int:
     """floor((1 - sparsity) * total), with `sparsity` taken as the decimal that was written.
 
-    In floating point (1 - 0.9) * 580 is 57.99999999999999, one entry short. A float stands for the decimal of up to 15
-    digits that prints as it, which every decimal of that length survives, and so does `1 - 0.7`.
+    In floating point (1 - 0.9) * 580 is 57.99999999999999, one entry short. A float stands for the nearest decimal of
+    15 places, so that 0.9 is nine tenths, and `1 - 0.7` is three.
 
     Args:
       sparsity: from 0 to 1; a `fractions.Fraction` where no decimal is exact.
@@ -32,7 +32,7 @@ def num_kept(sparsity: float | Fraction, total: int) -> int:
     (58, 1)
     """
     if not isinstance(sparsity, Rational):
-        sparsity = Fraction(format(float(str(sparsity)), ".15g"))
+        sparsity = Fraction(format(float(str(sparsity)), ".15f"))
     return math.floor((1 - sparsity) * total)
 
 
@@ -44,9 +44,9 @@ def top_k_mask(scores: PyTree, k: int) -> PyTree:
 
     The k-th largest score is found by bisection over the 32 bits of a float, highest first, each bit by counting how
     many scores lie above a threshold; where scores are tied there, the last one taken is found in the same way over
-    leaf numbers and indices. So arrays stay where they are, whatever their sharding, and devices exchange some tens of
-    integers. Compared with a sort that is 32 passes over the scores (and as many as the indices have bits when there
-    are ties), at the speed of memory.
+    numbers of leaves and indices. So arrays stay where they are, whatever their sharding, and devices exchange some
+    tens of integers. In place of a sort that is 32 passes over the scores at the speed of memory, and with ties as many
+    more as the number of entries has bits.
 
     Args:
       scores: arrays of floats, any shapes; compared in float32. The whole may exceed 2^32 entries, one axis may not.
@@ -73,8 +73,9 @@ def top_k_mask(scores: PyTree, k: int) -> PyTree:
         raise UserError("top_k_mask: an axis has 2^32 entries or more; split it into two axes")
     if k in (0, total):
         return jax.tree.unflatten(structure, [jnp.full(leaf.shape, k > 0) for leaf in leaves])
-    last = _last_taken(leaves, k)
-    masks = [_not_after(_digits(leaves, number), last) for number in range(len(leaves))]
+    numbered = _numbered(leaves)
+    last = _last_taken(numbered, k)
+    masks = [_not_after(leaf, last) for leaf in numbered]
     return jax.tree.unflatten(structure, masks)
 
 
@@ -108,7 +109,7 @@ def less(a: Count, b: Count) -> Bool[Array, ""]:
 
 def sum_words(words: UInt32[Array, "..."]) -> Count:
     """The sum of fewer than 2^31 words, added in pieces of so few bits that no sum of pieces overflows."""
-    bits = WORD - words.size.bit_length()
+    bits = WORD - max(words.size, 1).bit_length()
     total = as_count(0)
     for shift in range(0, WORD, bits):
         piece = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
@@ -119,9 +120,14 @@ def sum_words(words: UInt32[Array, "..."]) -> Count:
 
 def count_true(mask: Bool[Array, "..."]) -> Count:
     """The number of True, above 2^32 too."""
-    inner = next(axis for axis in range(mask.ndim + 1) if math.prod(mask.shape[axis:]) < 2**WORD)
+    inner = _inner_axes(mask.shape)
     words = jnp.sum(mask, axis=tuple(range(inner, mask.ndim)), dtype=jnp.uint32)
     return sum_words(words) if inner else Count(jnp.uint32(0), words)
+
+
+def _inner_axes(shape: tuple[int, ...]) -> int:
+    """The first axis from which on an array has fewer than 2^32 entries: 0 for all but huge ones."""
+    return next(axis for axis in range(len(shape) + 1) if math.prod(shape[axis:]) < 2**WORD)
 
 
 def _rank(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:
@@ -136,69 +142,88 @@ def _rank(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:
     return jnp.where(magnitude > 0x7F800000, jnp.uint32(0xFFFFFFFF), rank)
 
 
-def _digits(leaves: list[Array], number: int) -> list[Array]:
-    """What the entries of a leaf are ordered by, first digit first: rank, number of the leaf, index on each axis."""
-    leaf = leaves[number]
-    index = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) for axis in range(leaf.ndim)]
-    missing = [jnp.uint32(0)] * (max(leaf.ndim for leaf in leaves) - leaf.ndim)
-    return [_rank(leaf), jnp.uint32(number), *index, *missing]
+class _Leaf(NamedTuple):
+    """An array and where it stands; it is seen as rows of fewer than 2^32 entries, numbered through the whole tree."""
+
+    scores: Array
+    first_row: int
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.scores.shape[: _inner_axes(self.scores.shape)])
+
+    def digits(self) -> tuple[Array, Array, Array]:
+        """What entries are ordered by, the first digit first: rank, row, column."""
+        inner = _inner_axes(self.scores.shape)
+        row = self._flat_index(range(inner)) + jnp.uint32(self.first_row)
+        return _rank(self.scores), row, self._flat_index(range(inner, self.scores.ndim))
+
+    def _flat_index(self, axes: range) -> Array:
+        index: Array = jnp.uint32(0)
+        for axis in axes:
+            along = jax.lax.broadcasted_iota(jnp.uint32, self.scores.shape, axis)
+            index = index * jnp.uint32(self.scores.shape[axis]) + along
+        return index
 
 
-def _digit_bits(leaves: list[Array]) -> list[int]:
-    axes = max(leaf.ndim for leaf in leaves)
-    sizes = [max(leaf.shape[axis] for leaf in leaves if leaf.ndim > axis) for axis in range(axes)]
-    return [WORD, *((max(size, 1) - 1).bit_length() for size in (len(leaves), *sizes))]
+def _numbered(leaves: list[Array]) -> list[_Leaf]:
+    numbered: list[_Leaf] = []
+    for leaf in leaves:
+        numbered.append(_Leaf(leaf, numbered[-1].first_row + numbered[-1].rows if numbered else 0))
+    return numbered
 
 
-def _last_taken(leaves: list[Array], k: int) -> list[Array]:
-    """The digits of the entry that is k-th in the order of `_digits`."""
-    rank_bits, *other_bits = _digit_bits(leaves)
-    rank, missing = _next_digit(leaves, [], rank_bits, as_count(k))
+def _last_taken(leaves: list[_Leaf], k: int) -> tuple[Array, ...]:
+    """The digits of the entry that is k-th in their order."""
+    rows = leaves[-1].first_row + leaves[-1].rows
+    columns = max(leaf.scores.size // max(leaf.rows, 1) for leaf in leaves)
+    rank, missing = _next_digit(leaves, (), WORD, as_count(k))
 
-    def among_ties() -> list[Array]:
-        last, wanted = [rank], missing
-        for bits in other_bits:
-            digit, wanted = _next_digit(leaves, last, bits, wanted)
-            last.append(digit)
-        return last
+    def among_ties() -> tuple[Array, ...]:
+        row, wanted = _next_digit(leaves, (rank,), (rows - 1).bit_length(), missing)
+        column, _ = _next_digit(leaves, (rank, row), (columns - 1).bit_length(), wanted)
+        return rank, row, column
 
-    def all_ties() -> list[Array]:
-        return [rank, *(jnp.uint32(2**bits - 1) for bits in other_bits)]
+    def all_ties() -> tuple[Array, ...]:
+        return rank, jnp.uint32(rows), jnp.uint32(0)
 
-    ties = _count(leaves, [rank], lambda digit: digit >= 0)
+    ties = _count(leaves, (rank,), lambda row: row < rows)
     return jax.lax.cond(less(missing, ties), among_ties, all_ties)
 
 
-def _next_digit(leaves: list[Array], last: list[Array], bits: int, wanted: Count) -> tuple[Array, Count]:
+def _next_digit(leaves: list[_Leaf], last: tuple[Array, ...], bits: int, wanted: Count) -> tuple[Array, Count]:
     """Of entries that begin with the digits `last`: the next digit of the wanted one, and its place among equal ones.
 
-    That is the smallest digit that so many entries do not exceed.
+    That is the smallest digit that at least `wanted` entries do not exceed, found from its highest bit on.
     """
 
-    def halve(step: Array, digit: Array) -> Array:
-        half = jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32)
-        enough = ~less(_count(leaves, last, lambda other: other < digit + half), wanted)
-        return jnp.where(enough, digit, digit + half)
+    def halve(step: Array, found: tuple[Array, Count]) -> tuple[Array, Count]:
+        middle = found[0] + (jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32))
+        # Tied to the step, or XLA takes the ranks out of the loop and keeps a copy of all scores.
+        scores, middle = jax.lax.optimization_barrier(([leaf.scores for leaf in leaves], middle))
+        at_hand = [leaf._replace(scores=array) for leaf, array in zip(leaves, scores, strict=True)]
+        count = _count(at_hand, last, lambda other: other < middle)
+        return jax.tree.map(lambda upper, lower: jnp.where(less(count, wanted), upper, lower), (middle, count), found)
 
-    digit = jax.lax.fori_loop(0, bits, halve, jnp.uint32(0))
-    return digit, subtract(wanted, _count(leaves, last, lambda other: other < digit))
+    digit, below = jax.lax.fori_loop(0, bits, halve, (jnp.uint32(0), as_count(0)))
+    return digit, subtract(wanted, below)
 
 
-def _count(leaves: list[Array], last: list[Array], condition: Callable[[Array], Array]) -> Count:
+def _count(leaves: list[_Leaf], last: tuple[Array, ...], condition: Callable[[Array], Array]) -> Count:
     """How many entries begin with the digits `last` and have a next one for which the condition holds."""
     total = as_count(0)
-    for number, leaf in enumerate(leaves):
-        digits = _digits(leaves, number)
-        chosen = jnp.broadcast_to(condition(digits[len(last)]), leaf.shape)
+    for leaf in leaves:
+        digits = leaf.digits()
+        chosen = jnp.broadcast_to(condition(digits[len(last)]), leaf.scores.shape)
         for digit, wanted in zip(digits, last, strict=False):
             chosen &= digit == wanted
         total = add(total, count_true(chosen))
     return total
 
 
-def _not_after(digits: list[Array], last: list[Array]) -> Bool[Array, "..."]:
+def _not_after(leaf: _Leaf, last: tuple[Array, ...]) -> Bool[Array, "..."]:
     """Whether entries come no later than the last one in the order of their digits."""
-    result: Array = jnp.bool_(True)
-    for digit, bound in zip(reversed(digits), reversed(last), strict=True):
-        result = (digit < bound) | ((digit == bound) & result)
-    return result
+    rank, row, column = leaf.digits()
+    last_rank, last_row, last_column = last
+    earlier_tie = (row < last_row) | ((row == last_row) & (column <= last_column))
+    return (rank < last_rank) | ((rank == last_rank) & earlier_tie)
