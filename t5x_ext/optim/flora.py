@@ -16,12 +16,16 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Accumulator, Params, PyTree, UserError, path_name, path_predicate, select
+from t5x_ext.optim.checks import check_choice, check_integer, check_number
 from t5x_ext.optim.factored import clip_by_matrix_rms, scale_by_factored_rms, scale_by_param_rms
 from t5x_ext.optim.matrices import Axes, MatrixShape, matrix_shape, named_axes
 from t5x_ext.optim.projections import Projection, gaussian
 
 Output = Literal["mixed", "projected", "nesterov"]
 Transfer = Literal["project", "reset"]
+
+_TOGETHER = 2**24
+"""Entries of the matrices that are worked on at the same time."""
 
 
 class FloraState(NamedTuple):
@@ -102,14 +106,10 @@ def scale_by_flora(
     """
     name = "scale_by_flora"
     compression = _Compression(name, rank, min_dim_size_to_compress, named_axes(axes), compressible, projection)
-    if output not in get_args(Output):
-        raise UserError(f"{name}: output = {output!r} must be one of {', '.join(get_args(Output))}")
-    if transfer not in get_args(Transfer):
-        raise UserError(f"{name}: transfer = {transfer!r} must be one of {', '.join(get_args(Transfer))}")
-    if isinstance(b1, float | int) and not 0 <= b1 < 1:
-        raise UserError(f"{name}: b1 = {b1} must be at least 0 and below 1")
-    if resample_every < 1:
-        raise UserError(f"{name}: resample_every = {resample_every} must be at least 1")
+    check_choice(name, "output", output, get_args(Output))
+    check_choice(name, "transfer", transfer, get_args(Transfer))
+    check_number(name, "b1", b1, at_least=0, below=1)
+    check_integer(name, "resample_every", resample_every, at_least=1)
     check_stable = _stability_check(name, rank, b1, resample_every, transfer)
     check_stable("any matrix", max(rank + 1, min_dim_size_to_compress))
 
@@ -237,6 +237,11 @@ def flora(
     References:
       Flora (arXiv 2402.03293) over Adafactor (Shazeer and Stern, arXiv 1804.04235).
     """
+    check_number("flora", "decay_rate", decay_rate, above=0)
+    check_number("flora", "eps", eps, above=0)
+    check_number("flora", "weight_decay", weight_decay, at_least=0)
+    if clipping_threshold is not None:
+        check_number("flora", "clipping_threshold", clipping_threshold, above=0)
     spared = path_predicate(*no_decay)
     momentum = scale_by_flora(
         rank,
@@ -413,10 +418,18 @@ class _Layout(NamedTuple):
         return p.T @ x if self.left else x @ p
 
     def each_matrix(self, function: Callable[..., Any], *arrays: Array) -> Any:
-        """Applies a function of matrices to one after the other, so that temporaries are those of one layer."""
-        if arrays[0].shape[0] > 1:
-            return jax.lax.map(lambda matrices: function(*matrices), arrays)
-        return jax.tree.map(lambda x: x[None], function(*(x[0] for x in arrays)))
+        """Applies a function of matrices to all: side by side where they are small, else one after the other.
+
+        Temporaries are then those of one large layer, and small layers do not wait for each other.
+        """
+        batch, rows, cols = self.matrix.sizes
+        together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * rows * cols <= _TOGETHER))
+        chunked = [x.reshape(batch // together, together, *x.shape[1:]) for x in arrays]
+        one_chunk = lambda xs: jax.vmap(function)(*xs)
+        if together == batch:
+            return one_chunk(arrays)
+        results = jax.lax.map(one_chunk, chunked)
+        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,9 +444,8 @@ class _Compression:
     projection: Projection
 
     def __post_init__(self) -> None:
-        for name, value in (("rank", self.rank), ("min_dim_size_to_compress", self.min_dim)):
-            if value < 1:
-                raise UserError(f"{self.owner}: {name} = {value} must be at least 1")
+        check_integer(self.owner, "rank", self.rank, at_least=1)
+        check_integer(self.owner, "min_dim_size_to_compress", self.min_dim, at_least=1)
 
     def layout(self, path: tuple, leaf: Any) -> _Layout | None:
         """How the parameter of this path and shape is compressed; None if it is not."""

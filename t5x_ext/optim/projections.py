@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -15,6 +16,7 @@ Projection: TypeAlias = Callable[[Array, tuple[int, int], Any], Array]
 """`(key, (rank, dim), dtype) -> P`, [rank, dim], with `E[P^T P]` the identity, for a key without batch axes."""
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def gaussian(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "rank dim"]:
     """Independent normal entries of variance 1 / rank: the projection of Flora.
 
@@ -28,6 +30,7 @@ def gaussian(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Fl
     return (jax.random.normal(key, shape, jnp.float32) / jnp.sqrt(float(shape[0]))).astype(dtype)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def orthogonal(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "rank dim"]:
     r"""Orthogonal rows of length sqrt(dim / rank): chosen rows of a cosine transform behind random signs.
 

@@ -167,4 +167,6 @@ def test_eight_devices_are_one_and_shardings_stay(row):
     close(result[0], trained(row)[0], row.tolerance)
     for leaf, expected in zip(jax.tree.leaves(result), jax.tree.leaves((shardings, of_state)), strict=True):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
-    assert step._cache_size() == 1  # what comes out goes in again as it is
+    # What comes out goes in again as it is; only a random key that is handed through has its layout written otherwise.
+    has_key = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
+    assert step._cache_size() == 1 + has_key
