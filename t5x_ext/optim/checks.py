@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
 
 from t5x_ext.contracts import PyTree, UserError
+
+Pulled = TypeVar("Pulled", bound=Callable[..., Any])
 
 
 def check_number(
@@ -72,8 +74,8 @@ def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> N
         raise UserError(f"{owner}: {name} = {value!r} is none of {', '.join(map(repr, choices))}")
 
 
-def check_given(owner: str, name: str, value: Callable[..., Any] | None, what: str) -> None:
-    """Checks that an optimizer was given a callable that it pulls.
+def check_given(owner: str, name: str, value: Pulled | None, what: str) -> Pulled:
+    """The callable that an optimizer pulls, which must have been given.
 
     Args:
       owner: the optimizer.
@@ -89,6 +91,7 @@ def check_given(owner: str, name: str, value: Callable[..., Any] | None, what: s
             f"{owner} needs {name}: give update(grads, state, params, {name}=...) {what}; "
             f"{owner} must be outermost, not inside optax.chain/partition/masked/MultiSteps"
         )
+    return value
 
 
 def check_outermost(owner: str, params: PyTree) -> None:

@@ -158,10 +158,7 @@ def fsam(
     ) -> tuple[PyTree, FsamState]:
         if params is None:
             raise UserError("fsam needs params: update(grads, state, params, grad_fn=...)")
-        check_given(
-            "fsam", "grad_fn", grad_fn, "with grad_fn(params, index) the gradient of this batch at other weights"
-        )
-        assert grad_fn is not None
+        pull = check_given("fsam", "grad_fn", grad_fn, "(params, index) -> the gradient of this batch at other weights")
         scope = scope_of(params)
         norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))
         finite = jnp.isfinite(norm)
@@ -176,7 +173,7 @@ def fsam(
                 norm = _norm_of_entries(grads, entries)
             length = rho(state.count) if callable(rho) else rho
             scale = jnp.where(finite & (norm > 0), length / (norm + eps), 0.0)
-            grads = grad_fn(_uphill(params, grads, entries, scale, finite), 0)
+            grads = pull(_uphill(params, grads, entries, scale, finite), 0)
         updates, opt_state = base.update(grads, state.opt_state, params, **extra_args)
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         return updates, FsamState(count, mask, opt_state)
@@ -242,9 +239,8 @@ def _at_least_float32(x: Array) -> Array:
 def _fisher_scores(fisher: str, grads: PyTree, params: Params, fisher_fn: FisherFn | None) -> Callable[[], PyTree]:
     """What entries are ranked by, to be called where the mask is refreshed."""
     if fisher == "per_example":
-        check_given("fsam", "fisher_fn", fisher_fn, "with fisher_fn(params) the mean of squared gradients of examples")
-        assert fisher_fn is not None
-        return lambda: fisher_fn(params)
+        pull = check_given("fsam", "fisher_fn", fisher_fn, "(params) -> the mean of squared gradients of examples")
+        return lambda: pull(params)
     # Magnitudes rank as squares do, and neither underflow nor overflow.
     return lambda: jax.tree.map(jnp.abs, grads)
 

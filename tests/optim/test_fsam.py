@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +170,7 @@ def test_sparsity_0_is_the_sam_of_optax(make):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), run(make(optax.adam(0.01))), run(theirs))
 
 
-@pytest.mark.parametrize("base", [optax.adam(0.01), optax.sgd(0.1, momentum=0.9), adam(0.01, clip_norm=0.1)])
+@pytest.mark.parametrize("base", [optax.adam(0.01), adam(0.01, clip_norm=0.1)])
 def test_sparsity_1_is_the_base_optimizer_bit_for_bit(base):
     without = optax.with_extra_args_support(base)
     assert_same(run(fsam(base, 0.3, sparsity=1)), run(without))
@@ -222,30 +222,38 @@ def gradients(seed, levels):
     return {name: jnp.float32(np.round(random.normal(size=shape) * levels)) for name, shape in SHAPES.items()}
 
 
-def uphill_of(optimizer, grads, params, state, **extra):
-    """Where the second gradient is asked for, and the state after the update."""
-    asked = []
-    grad_fn = lambda params, index: asked.append((params, index)) or grads
-    _, state = optimizer.update(grads, state, params, grad_fn=grad_fn, **extra)
-    ((moved, index),) = asked
-    assert index == 0
-    return moved, state
+@cache
+def asking(optimizer):
+    """`(grads, state, params) -> (where the second gradient is asked for, state after the update)`, compiled."""
+
+    def update(grads, state, params):
+        asked = []
+        grad_fn = lambda params, index: asked.append((params, index)) or grads
+        _, state = optimizer.update(grads, state, params, grad_fn=grad_fn)
+        ((moved, index),) = asked
+        assert index == 0
+        return moved, state
+
+    return jax.jit(update)
+
+
+def uphill_of(optimizer, grads, params, state):
+    return asking(optimizer)(grads, state, params)
 
 
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.999, 0), (0.99, 5), (0.9, 58), (0.5, 290), (0.1, 522), (0, 580)])
-@pytest.mark.parametrize("levels", [0.3, 1e6])
-def test_exactly_so_many_entries_are_perturbed(sparsity, kept, levels):
-    grads = jax.tree.map(lambda g: jnp.where(g == 0, 1e-3, g), gradients(0, levels))
-    params = jax.tree.map(jnp.zeros_like, grads)
+def test_exactly_so_many_entries_are_perturbed(sparsity, kept):
     optimizer = fsam(optax.sgd(0.1), sparsity=sparsity)
-    if kept == 0:
-        updates, _ = optimizer.update(grads, optimizer.init(params), params, grad_fn=lambda params, index: 1 / 0)
-        assert_same(updates, jax.tree.map(lambda g: -0.1 * g, grads))
-        return
-    moved, state = uphill_of(optimizer, grads, params, optimizer.init(params))
-    assert sum(int(np.sum(leaf != 0)) for leaf in jax.tree.leaves(moved)) == kept
-    if kept < 580:
-        assert sum(int(mask.sum()) for mask in masks_of(state, params)) == kept
+    for levels in (0.3, 1e6):
+        grads = jax.tree.map(lambda g: jnp.where(g == 0, 1e-3, g), gradients(0, levels))
+        params = jax.tree.map(jnp.zeros_like, grads)
+        if kept == 0:
+            updates, _ = optimizer.update(grads, optimizer.init(params), params, grad_fn=lambda params, index: 1 / 0)
+            assert_same(updates, jax.tree.map(lambda g: -0.1 * g, grads))
+            continue
+        moved, state = uphill_of(optimizer, grads, params, optimizer.init(params))
+        assert sum(int(np.sum(leaf != 0)) for leaf in jax.tree.leaves(moved)) == kept
+        assert kept == 580 or sum(int(mask.sum()) for mask in masks_of(state, params)) == kept
 
 
 def test_the_mask_stays_between_refreshes_and_a_refresh_uses_its_own_batch():
@@ -265,14 +273,14 @@ def test_the_mask_stays_between_refreshes_and_a_refresh_uses_its_own_batch():
         assert int(state.count) == step + 1
 
 
-@pytest.mark.parametrize("magnitude", [1e-25, 1e-19, 1.0])
-def test_the_mask_does_not_need_squares(magnitude):
+def test_the_mask_does_not_need_squares():
     """Squares of 1e-25 are zero in float32; magnitudes rank all the same."""
-    grads = {"a": jnp.float32(np.random.default_rng(0).permutation(np.arange(1.0, 41.0)) * magnitude)}
-    params = jax.tree.map(jnp.zeros_like, grads)
     optimizer = fsam(optax.sgd(0.1), sparsity=0.75)
-    _, state = uphill_of(optimizer, grads, params, optimizer.init(params))
-    np.testing.assert_array_equal(masks_of(state, params)[0], grads["a"] > 30.5 * magnitude)
+    for magnitude in (1e-25, 1e-19, 1.0):
+        grads = jnp.float32(np.random.default_rng(0).permutation(np.arange(1.0, 41.0)) * magnitude)
+        params = jnp.zeros_like(grads)
+        _, state = uphill_of(optimizer, grads, params, optimizer.init(params))
+        np.testing.assert_array_equal(masks_of(state, params)[0], grads > 30.5 * magnitude)
 
 
 @pytest.mark.parametrize("normalize", ["full", "masked"])
@@ -341,20 +349,20 @@ def test_a_zero_gradient_moves_nothing(options):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("sparsity", [0, 0.5])
-def test_a_gradient_that_is_not_finite_perturbs_nothing_and_waits(bad, sparsity):
+def test_a_gradient_that_is_not_finite_perturbs_nothing_and_waits(sparsity):
     """3e38 is finite and its square is not: the norm decides, as in the training step."""
     params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(3)}
     good = jax.tree.map(lambda leaf: jnp.arange(1.0, leaf.size + 1).reshape(leaf.shape), params)
-    spoilt = good | {"bias": jnp.array([1.0, bad, 1.0])}
     optimizer = fsam(optax.sgd(0.1), sparsity=sparsity, mask_update_interval=1)
     moved, begin = uphill_of(optimizer, good, params, optimizer.init(params))
-    asked, after = uphill_of(optimizer, spoilt, params, begin)
-    assert_same(asked, params)
-    assert_same((after.count, after.mask), (begin.count, begin.mask))
-    again, _ = uphill_of(optimizer, good, params, after)
-    assert_same(again, moved)
+    for bad in (np.nan, np.inf, -np.inf, 3e38):
+        spoilt = good | {"bias": jnp.array([1.0, bad, 1.0])}
+        asked, after = uphill_of(optimizer, spoilt, params, begin)
+        assert_same(asked, params)
+        assert_same((after.count, after.mask), (begin.count, begin.mask))
+        again, _ = uphill_of(optimizer, good, params, after)
+        assert_same(again, moved)
 
 
 def test_a_second_gradient_that_is_not_finite_can_be_left_to_the_base_optimizer():
@@ -461,8 +469,7 @@ SPECS = {
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("options", [{}, {"sparsity": 0.5, "normalize": "masked", "maskable": ["kernel|emb|odd"]}])
-def test_eight_devices_choose_the_mask_of_one(options):
+def test_eight_devices_choose_the_mask_of_one():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, (_, spec) in SPECS.items()}
     random = np.random.default_rng(1)
@@ -470,6 +477,7 @@ def test_eight_devices_choose_the_mask_of_one(options):
         name: np.round(random.normal(size=shape) * 8).astype(np.float32) for name, (shape, _) in SPECS.items()
     }
     params, grads = draw(), draw()  # small integers: sums of squares are exact in any order
+    options = {"normalize": "masked", "maskable": ["kernel|embedding|odd"]}
     optimizer = fsam(optax.sgd(0.125, momentum=0.5), 0.25, mask_update_interval=2, **options)
 
     def step(params, state, grads):

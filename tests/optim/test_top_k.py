@@ -75,7 +75,7 @@ def compiled():
     return jax.jit(top_k_mask, static_argnums=1)
 
 
-@pytest.mark.parametrize("k", [1, 58, 290, 579])
+@pytest.mark.parametrize("k", [1, 290, 579])
 @pytest.mark.parametrize("name", SCORES)
 def test_it_is_the_stable_sort(compiled, name, k):
     scores = tree_of(SCORES[name])
@@ -157,10 +157,10 @@ def small_words(monkeypatch):
     monkeypatch.setattr(top_k, "_inner_axes", lambda shape: max(len(shape) - 1, 0))
 
 
-@pytest.mark.parametrize("name", ["all_different", "massive_ties", "mostly_zero", "infinite"])
-def test_an_array_of_many_rows_is_ranked_as_one(small_words, name):
-    scores = tree_of(SCORES[name])
-    np.testing.assert_array_equal(flat(top_k_mask(scores, 291)), by_sorting(scores, 291))
+def test_an_array_of_many_rows_is_ranked_as_one(small_words):
+    choose = jax.jit(lambda scores: top_k_mask(scores, 291))
+    for scores in map(tree_of, SCORES.values()):
+        np.testing.assert_array_equal(flat(choose(scores)), by_sorting(scores, 291))
 
 
 def test_counting_by_rows(small_words):
@@ -240,12 +240,11 @@ SHARDED = {
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("levels", [1.0, 1e6])
-def test_eight_devices_choose_the_same_and_gather_nothing(levels):
+def test_eight_devices_choose_the_same_and_gather_nothing():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     shardings = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, (_, spec) in SHARDED.items()}
     random = np.random.default_rng(1)
-    scores = {name: np.round(random.normal(size=shape) * levels) for name, (shape, _) in SHARDED.items()}
+    scores = {name: np.round(random.normal(size=shape)) for name, (shape, _) in SHARDED.items()}  # thousands of ties
     scores = {name: leaf.astype(np.float32) for name, leaf in scores.items()}
     placed = jax.device_put(scores, shardings)
     choose = jax.jit(lambda scores: jax.tree.map(pack, top_k_mask(scores, 3000)))
