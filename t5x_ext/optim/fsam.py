@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,6 +19,9 @@ from t5x_ext.optim.top_k import num_kept, top_k_mask
 
 GradFn = Callable[[Params, int], PyTree]
 FisherFn = Callable[[Params], PyTree]
+
+_GRAD_FN = "(params, index) -> the gradient of this batch at other weights"
+_FISHER_FN = "(params) -> the mean of squared gradients of examples"
 
 
 class FsamState(NamedTuple):
@@ -158,15 +162,17 @@ def fsam(
     ) -> tuple[PyTree, FsamState]:
         if params is None:
             raise UserError("fsam needs params: update(grads, state, params, grad_fn=...)")
-        pull = check_given("fsam", "grad_fn", grad_fn, "(params, index) -> the gradient of this batch at other weights")
+        pull = check_given("fsam", "grad_fn", grad_fn, _GRAD_FN)
         scope = scope_of(params)
         norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))
         finite = jnp.isfinite(norm)
         mask = state.mask
         if scope.has_mask:
             due = finite & (state.count % mask_update_interval == 0)
-            scores = _fisher_scores(fisher, grads, params, fisher_fn)
-            mask = jax.lax.cond(due, lambda: _fresh_mask(scores(), scope), lambda: mask)
+            scores = lambda: grads
+            if fisher == "per_example":
+                scores = partial(check_given("fsam", "fisher_fn", fisher_fn, _FISHER_FN), params)
+            mask = jax.lax.cond(due, lambda: _fresh_mask(scores(), scope), lambda: state.mask)
         if scope.moves:
             entries = _perturbed_entries(mask, params, scope)
             if normalize == "masked":
@@ -236,19 +242,12 @@ def _at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _fisher_scores(fisher: str, grads: PyTree, params: Params, fisher_fn: FisherFn | None) -> Callable[[], PyTree]:
-    """What entries are ranked by, to be called where the mask is refreshed."""
-    if fisher == "per_example":
-        pull = check_given("fsam", "fisher_fn", fisher_fn, "(params) -> the mean of squared gradients of examples")
-        return lambda: pull(params)
-    # Magnitudes rank as squares do, and neither underflow nor overflow.
-    return lambda: jax.tree.map(jnp.abs, grads)
-
-
 def _fresh_mask(scores: PyTree, scope: _Scope) -> PyTree:
+    """Words of the mask; magnitudes rank as squares do, and neither underflow nor overflow."""
     leaves, structure = jax.tree.flatten(scores)
     ranked = [leaf if chosen else None for leaf, chosen in zip(leaves, scope.maskable, strict=True)]
-    return jax.tree.unflatten(structure, jax.tree.map(pack, top_k_mask(ranked, scope.kept)))
+    chosen = top_k_mask(ranked, scope.kept, magnitude=True)
+    return jax.tree.unflatten(structure, jax.tree.map(pack, chosen))
 
 
 def _perturbed_entries(mask: PyTree, params: Params, scope: _Scope) -> list[Array | bool]:

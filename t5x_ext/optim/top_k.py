@@ -36,7 +36,7 @@ def num_kept(sparsity: float | Fraction, total: int) -> int:
     return math.floor((1 - sparsity) * total)
 
 
-def top_k_mask(scores: PyTree, k: int) -> PyTree:
+def top_k_mask(scores: PyTree, k: int, *, magnitude: bool = False) -> PyTree:
     """True at the k largest scores of all arrays of a tree together, and exactly k of them.
 
     Equal scores are taken in order: of leaves, then row by row within an array, as a stable sort would. -0.0 equals
@@ -51,6 +51,7 @@ def top_k_mask(scores: PyTree, k: int) -> PyTree:
     Args:
       scores: arrays of floats, any shapes; compared in float32. The whole may exceed 2^32 entries, one axis may not.
       k: a Python integer from 0 to the number of entries.
+      magnitude: compare absolute values, without an array to hold them.
 
     Returns:
       A tree of booleans shaped like `scores`.
@@ -73,7 +74,7 @@ def top_k_mask(scores: PyTree, k: int) -> PyTree:
         raise UserError("top_k_mask: an axis has 2^32 entries or more; split it into two axes")
     if k in (0, total):
         return jax.tree.unflatten(structure, [jnp.full(leaf.shape, k > 0) for leaf in leaves])
-    numbered = _numbered(leaves)
+    numbered = _numbered(leaves, magnitude)
     last = _last_taken(numbered, k)
     masks = [_not_after(leaf, last) for leaf in numbered]
     return jax.tree.unflatten(structure, masks)
@@ -130,16 +131,17 @@ def _inner_axes(shape: tuple[int, ...]) -> int:
     return next(axis for axis in range(len(shape) + 1) if math.prod(shape[axis:]) < 2**WORD)
 
 
-def _rank(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Integers in falling order of the scores, equal for equal scores.
+def _rank(scores: Float[Array, "..."], magnitude: bool = False) -> UInt32[Array, "..."]:
+    """Integers in falling order of the scores or their magnitudes, equal for equal ones.
 
     Only bits are compared: a CPU may take denormal numbers for zero when it compares floats.
     """
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
-    magnitude = bits & 0x7FFFFFFF
-    negative = (bits != magnitude) & (magnitude != 0)
-    rank = jnp.where(negative, bits, 0x7FFFFFFF - magnitude)
-    return jnp.where(magnitude > 0x7F800000, jnp.uint32(0xFFFFFFFF), rank)
+    unsigned = bits & 0x7FFFFFFF
+    rank = 0x7FFFFFFF - unsigned
+    if not magnitude:
+        rank = jnp.where((bits != unsigned) & (unsigned != 0), bits, rank)
+    return jnp.where(unsigned > 0x7F800000, jnp.uint32(0xFFFFFFFF), rank)
 
 
 class _Leaf(NamedTuple):
@@ -147,6 +149,7 @@ class _Leaf(NamedTuple):
 
     scores: Array
     first_row: int
+    magnitude: bool
 
     @property
     def rows(self) -> int:
@@ -156,7 +159,7 @@ class _Leaf(NamedTuple):
         """What entries are ordered by, the first digit first: rank, row, column."""
         inner = _inner_axes(self.scores.shape)
         row = self._flat_index(range(inner)) + jnp.uint32(self.first_row)
-        return _rank(self.scores), row, self._flat_index(range(inner, self.scores.ndim))
+        return _rank(self.scores, self.magnitude), row, self._flat_index(range(inner, self.scores.ndim))
 
     def _flat_index(self, axes: range) -> Array:
         index: Array = jnp.uint32(0)
@@ -166,10 +169,11 @@ class _Leaf(NamedTuple):
         return index
 
 
-def _numbered(leaves: list[Array]) -> list[_Leaf]:
+def _numbered(leaves: list[Array], magnitude: bool) -> list[_Leaf]:
     numbered: list[_Leaf] = []
     for leaf in leaves:
-        numbered.append(_Leaf(leaf, numbered[-1].first_row + numbered[-1].rows if numbered else 0))
+        first_row = numbered[-1].first_row + numbered[-1].rows if numbered else 0
+        numbered.append(_Leaf(leaf, first_row, magnitude))
     return numbered
 
 
