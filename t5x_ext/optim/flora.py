@@ -135,8 +135,7 @@ def scale_by_flora(
 
         def change() -> tuple[Array, Array]:
             new = draw((state.count + 1) // resample_every)
-            moved = layout.each_matrix(lambda m, p, q: down(up(m, p), q), mu, last, new)
-            return (moved if transfer == "project" else jnp.zeros_like(mu)), new
+            return (layout.each_matrix(layout.transfer, mu, last, new) if transfer == "project" else 0.0 * mu), new
 
         encoded, current = _cond((state.count + 1) % resample_every == 0, change, lambda: (mu, last))
 
@@ -416,6 +415,11 @@ class _Layout(NamedTuple):
 
     def expand(self, x: Array, p: Float[Array, "rank dim"]) -> Float[Array, "rows cols"]:
         return p.T @ x if self.left else x @ p
+
+    def transfer(self, x: Array, old: Float[Array, "rank dim"], new: Float[Array, "rank dim"]) -> Array:
+        """What is expanded with `old`, compressed with `new`, without ever being as large as the parameter."""
+        between = new @ old.T
+        return between @ x if self.left else x @ between.T
 
     def each_matrix(self, function: Callable[..., Any], *arrays: Array) -> Any:
         """Applies a function of matrices to all: side by side where they are small, else one after the other.

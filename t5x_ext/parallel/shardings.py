@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ext.contracts import Params, PyTree, UserError, path_name
@@ -48,9 +49,11 @@ def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: 
 
     A leaf whose path ends in the path of a parameter follows that parameter, however chained, masked or partitioned the
     optimizer is: the parameters themselves, averages of them, and moments. Axes that have the parameter's sizes,
-    counted from the front and from the back, are cut as there. Between them, where a single axis stands in the place of
-    others (the rank of a compressed moment), it takes their cut if that divides it; axes that are merely added (the
-    rank of a basis) stay whole, and so does everything else, such as counts and keys.
+    counted from the front and from the back, are cut as there. Between them an axis of integers (packed bits) takes the
+    cut of the axis in whose place it stands. A floating axis there is the rank of a compressed moment: it stays whole,
+    since every update sums over it, and the largest axis that was not compressed takes the cut beside its own. Cuts go
+    only where they divide. Axes that are merely added (the rank of a basis) stay whole, and so does everything else,
+    such as counts and keys.
 
     Args:
       mesh: the mesh of `param_shardings`.
@@ -69,32 +72,44 @@ def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: 
             return NamedSharding(mesh, PartitionSpec())
         if shapes[owner] == leaf.shape:
             return shardings[owner]
-        return NamedSharding(mesh, _spec_like(mesh, leaf.shape, shapes[owner], shardings[owner].spec))
+        return NamedSharding(mesh, _spec_like(mesh, leaf, shapes[owner], shardings[owner].spec))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _spec_like(mesh: Mesh, shape: tuple[int, ...], like: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+def _spec_like(mesh: Mesh, leaf: Any, like: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
     """The spec of a leaf that belongs to a parameter of the shape `like` but has another shape.
 
+    >>> import jax.numpy as jnp
     >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
-    >>> spec = PartitionSpec(None, "fsdp", "tensor", None)
-    >>> _spec_like(mesh, (24, 2048, 256), (24, 2048, 32, 64), spec)  # columns compressed to 256
-    P(None, 'fsdp', 'tensor')
-    >>> _spec_like(mesh, (24, 2048, 32, 64, 4), (24, 2048, 32, 64), spec)  # a basis of four
-    P(None, 'fsdp', 'tensor', None, None)
+    >>> of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
+    >>> _spec_like(mesh, of((24, 256, 16384), jnp.float32), (24, 2048, 16384), PartitionSpec(None, "fsdp", None))
+    P(None, None, 'fsdp')
+    >>> _spec_like(mesh, of((24, 256, 16384), jnp.uint8), (24, 2048, 16384), PartitionSpec(None, "fsdp", None))
+    P(None, 'fsdp', None)
+    >>> _spec_like(mesh, of((24, 2048, 16384, 4), jnp.float32), (24, 2048, 16384), PartitionSpec(None, "fsdp", None))
+    P(None, 'fsdp', None, None)
     """
-    cuts = tuple(spec) + (None,) * (len(like) - len(spec))
+    shape: tuple[int, ...] = leaf.shape
+    cuts = [_names(cut) for cut in spec] + [()] * (len(like) - len(spec))
     shorter = min(len(shape), len(like))
     front = _matching(shape, like, shorter)
     back = _matching(shape[::-1], like[::-1], shorter - front)
-    between = [cut for cut in cuts[front : len(like) - back] if cut is not None]
-    added: list[Any] = [None] * (len(shape) - front - back)
-    if front + back and between and len(added) == 1:
-        names = between[0] if isinstance(between[0], tuple) else (between[0],)
-        added = [None if shape[front] % math.prod(mesh.shape[name] for name in names) else between[0]]
-    matched = PartitionSpec(*cuts[:front], *added, *cuts[len(like) - back :])
-    return matched if any(matched) else PartitionSpec()
+    added = len(shape) - front - back
+    found = cuts[:front] + [()] * added + cuts[len(like) - back :]
+    lost = tuple(name for cut in cuts[front : len(like) - back] for name in cut)
+    if lost and added == 1 and front + back:
+        others = [axis for axis in range(len(shape)) if axis != front]
+        taker = max(others, key=lambda axis: shape[axis]) if jnp.issubdtype(leaf.dtype, jnp.floating) else front
+        names = found[taker] + lost
+        if shape[taker] % math.prod(mesh.shape[name] for name in names) == 0:
+            found[taker] = names
+    return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in found))
+
+
+def _names(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one axis is cut over."""
+    return cut if isinstance(cut, tuple) else () if cut is None else (cut,)
 
 
 def _matching(a: tuple[int, ...], b: tuple[int, ...], limit: int) -> int:

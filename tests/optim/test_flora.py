@@ -458,26 +458,26 @@ def test_state_of_the_4b7_model_is_a_twentieth_of_adams(options):
         (
             fsdp(),
             {
-                "embedding": P(None, "fsdp"),
+                "embedding": P(),  # nine pieces cannot be cut in two
                 "in": P(None, "fsdp"),
-                "out": P(None, None, None, "fsdp"),
-                "up": P("fsdp", None),
+                "out": P(None, None, None, None),
+                "up": P(None, "fsdp"),
             },
         ),
         (
             fsdp_tensor(),
             {
-                "embedding": P(None, "fsdp"),  # nine pieces cannot be cut in two
-                "in": P(None, "fsdp", "tensor"),
-                "out": P(None, "tensor", None, "fsdp"),
-                "up": P("fsdp", "tensor"),
+                "embedding": P(),
+                "in": P(None, "fsdp"),  # six cannot be cut in four
+                "out": P(None, "tensor"),
+                "up": P(None, "tensor"),
             },
         ),
     ],
     ids=["fsdp", "fsdp_tensor"],
 )
 def test_compressed_moments_are_cut_as_their_parameters(rules, expected):
-    """The axis that was not compressed keeps its cut, the rank takes that of the axis in whose place it stands."""
+    """The axis that was not compressed keeps its cut and takes the other one where it divides; the rank is whole."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     optimizer = flora(0.1, RANK, 0.5, 2, axes=AXES, min_dim_size_to_compress=2)
     params = tree(0)

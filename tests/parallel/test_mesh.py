@@ -171,27 +171,28 @@ def test_optimizer_state_follows_the_parameters(name):
 
 
 FACTORS = {
-    "of rows": ((3, 16), P(None, "fsdp")),
-    "of columns": ((3, 4, 2), P(None, "tensor")),
-    "columns compressed": ((3, 16, 6), P(None, "fsdp", "tensor")),
-    "rows compressed": ((3, 6, 4, 2), P(None, "fsdp", "tensor")),
-    "rows compressed to a number that does not divide": ((3, 5, 4, 2), P(None, None, "tensor")),
-    "basis behind": ((3, 16, 4, 2, 7), P(None, "fsdp", "tensor")),
-    "basis before": ((7, 3, 16, 4, 2), P(None, None, "fsdp", "tensor")),
-    "placeholder": ((1,), P()),
-    "packed": ((12,), P()),
-    "count of a parameter": ((), P()),
+    "mean over columns": ((3, 16), jnp.float32, P(None, "fsdp")),
+    "mean over rows": ((3, 4, 2), jnp.float32, P(None, "tensor")),
+    "columns compressed": ((3, 16, 6), jnp.float32, P(None, ("fsdp", "tensor"))),
+    "rows compressed": ((3, 6, 4, 2), jnp.bfloat16, P(None, None, ("tensor", "fsdp"))),
+    "a basis behind": ((3, 16, 4, 2, 7), jnp.float32, P(None, "fsdp", "tensor")),
+    "a basis before": ((7, 3, 16, 4, 2), jnp.float32, P(None, None, "fsdp", "tensor")),
+    "packed": ((3, 2, 4, 2), jnp.uint8, P(None, "fsdp", "tensor")),
+    "packed to a size that does not divide": ((3, 1, 4, 2), jnp.uint8, P(None, None, "tensor")),
+    "packed flat": ((48,), jnp.uint8, P()),
+    "a placeholder": ((1,), jnp.float32, P()),
+    "a count": ((), jnp.int32, P()),
 }
 
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("case", FACTORS)
 def test_a_leaf_of_another_shape_is_cut_where_it_has_the_axes_of_its_parameter(case):
-    shape, expected = FACTORS[case]
+    shape, dtype, expected = FACTORS[case]
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = {"query": jax.ShapeDtypeStruct((3, 16, 4, 2), jnp.float32)}
     param_shardings = tree_shardings(mesh, fsdp_tensor(), {"query": ("layers", "embed", "heads", "head_dim")}, params)
-    state = {"mu": {"query": jax.ShapeDtypeStruct(shape, jnp.float32)}, "other": jax.ShapeDtypeStruct(shape, jnp.int32)}
+    state = {"mu": {"query": jax.ShapeDtypeStruct(shape, dtype)}, "other": jax.ShapeDtypeStruct(shape, dtype)}
     shardings = state_shardings(mesh, state, params, param_shardings)
     assert shardings["mu"]["query"].is_equivalent_to(NamedSharding(mesh, expected), len(shape))
     assert shardings["other"].spec == P()
