@@ -22,6 +22,10 @@ _SHORT = {
     "runs/multi30k_en_de.gin": "--steps=2 --gin.EvaluationConfig.max_lines=4 --gin.DATA_DIR=.",
     "runs/quickstart.gin": "--steps=2 --gin.english_corpora.num_tuples=1500 --gin.english_corpora.valid_per_family=1 "
     "--gin.english_corpora.test_per_family=1",
+    # Two small layers on four chips; the 4.7B model itself is compiled in tests/plan/test_vega_4b7.py.
+    "t5x_ext check": "--topology=v5e:2x2 --gin.Vega4B7.embed_dim=256 --gin.Vega4B7.mlp_dim=512 "
+    "--gin.Vega4B7.num_heads=4 --gin.Vega4B7.encoder_layers=2 --gin.Vega4B7.decoder_layers=2 --gin.BatchConfig.rows=16 "
+    "--gin.VocabularyConfig.size=2000",
 }
 
 
@@ -89,6 +93,18 @@ def test_commands_for_two_files_and_those_after_them_run(folder):
 @pytest.mark.parametrize("command", commands("t5x_ext train --gin_file"))
 def test_commands_with_gin_files_run(command, folder):
     assert "results" in shell(short(command), folder).stdout
+
+
+def test_the_check_of_the_readme_says_whether_it_fits(folder):
+    (command,) = commands("t5x_ext check")
+    assert "fits: " in shell(short(command), folder).stdout
+
+
+@pytest.mark.parametrize("script", ["launch_tpu_vm", "launch_gke", "launch_slurm"])
+def test_launchers_of_the_readme_print_what_they_would_do(script, folder):
+    (command,) = re.findall(rf"^(scripts/{script}\.py(?:.*\\\n)*.*)$", "".join(blocks("bash")), flags=re.MULTILINE)
+    assert "--dry_run" in command
+    assert "t5x_ext" in shell(f"{REPOSITORY}/{command}", folder).stdout
 
 
 def test_python_of_the_readme_runs(folder, monkeypatch):
