@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from t5x_ext.optim import adam, mean_accumulator
+from t5x_ext.optim import adam, flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
 from t5x_ext.train.step import split_rows
 
 
@@ -36,6 +36,22 @@ class Row:
 
     def __str__(self) -> str:
         return self.name
+
+
+_FLORA: dict[str, Any] = {
+    "rank": 3,
+    "min_dim_size_to_compress": 4,
+    "compressible": lambda name: name in ("kernel", "embedding", "layers/in"),
+}
+
+
+def _flora(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
+    return flora(learning_rate, b1=0.7, resample_every=2, axes=axes, multiply_by_parameter_scale=False, **_FLORA)
+
+
+def _ginger(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
+    # Rosenbrock's valley has a curvature of 1000: the first steps, of learning rate over damping, must stand it.
+    return ginger(learning_rate, rank=3, damping=1.0, curvature_every=2, axes=axes)
 
 
 def _optax_sam(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
@@ -67,6 +83,27 @@ ROWS = (
         own=False,
     ),
     Row("optax.sam", _optax_sam, learning_rate=0.01, needs=("grad_fn",), rosenbrock=(1e-3, 5000), own=False),
+    Row(
+        "sam",
+        lambda rate, axes: sam(optax.sgd(rate), rho=0.01),
+        learning_rate=0.01,
+        needs=("grad_fn",),
+        rosenbrock=(1e-3, 5000),
+    ),
+    Row(
+        "fsam",
+        lambda rate, axes: fsam(adam(rate), 0.01, sparsity=0.5, mask_update_interval=2, maskable=["^(?!.*(bias|emb))"]),
+        learning_rate=0.01,
+        needs=("grad_fn",),
+    ),
+    Row("flora", _flora, learning_rate=0.01, quadratic=(0.01, 600), rosenbrock=(0.003, 3000)),
+    Row(
+        "adam under flora_accumulator",
+        lambda rate, axes: adam(rate),
+        learning_rate=0.01,
+        accumulator=lambda: flora_accumulator(axes=AXES, **_FLORA),
+    ),
+    Row("ginger", _ginger, learning_rate=0.01, needs=("curvature_grad_fn",), rosenbrock=(0.01, 3000)),
 )
 
 
