@@ -14,8 +14,11 @@ example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5e:4x
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -74,16 +77,27 @@ def main(values: flags.FlagValues) -> int:
     values["vocab_size"].value = None
     run, _ = run_from_flags(values)
 
-    import jax
-
-    # A program from the cache has not been compiled: there would be nothing to read, and no time to report.
-    jax.config.update("jax_enable_compilation_cache", False)
     from t5x_ext.plan.topology import find_target
 
     target = find_target(values.topology, values.num_slices)
-    vocab_size = vocab_size or _vocab_size(run)
-    if values.search:
-        return _search(values, run, vocab_size, target)
+    with _compiling_anew():
+        return (_search if values.search else _examine)(values, run, vocab_size or _vocab_size(run), target)
+
+
+@contextlib.contextmanager
+def _compiling_anew() -> Iterator[None]:
+    """No program comes from JAX's cache: it would not have been compiled, and there would be no time to report."""
+    import jax
+
+    used = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", used)
+
+
+def _examine(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> int:
     found = _check(values, run, vocab_size, target)
     report(str(found), found.to_json(), values.json_out)
     return 0 if found.fits else 1
@@ -107,7 +121,12 @@ def _check(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) 
 def _search(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> int:
     from t5x_ext.plan.search import search
 
+    # What a layout does not cut would be logged once for each layout.
+    logger = logging.getLogger("t5x_ext.parallel")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     found = search(run, vocab_size, target, values.mean_length, values.search_compiles, progress=_progress)
+    logger.setLevel(level)
     report(str(found), found.to_json(), values.json_out)
     return 0 if found.fitting else 1
 

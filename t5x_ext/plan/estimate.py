@@ -11,7 +11,8 @@ Parameters, optimizer state, moving average and batch follow from shapes and sha
   table with its gradient in float32;
 - scores: those of one chunk of the loss and their gradient, float32.
 
-Compilers fuse, reuse and pad, so this is an estimate; tests hold it against what the TPU compiler allocates.
+Compilers fuse, reuse and pad, so this is an estimate: for seven layouts of the 4.7B model (remat none, dots_saveable,
+dots_with_no_batch_dims_saveable and full, tensor 1 and 4) it was 0.76 to 1.6 times what the TPU compiler allocated.
 """
 
 from __future__ import annotations

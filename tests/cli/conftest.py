@@ -160,6 +160,13 @@ def corpus_flags(*roles: str) -> list[str]:
     return [*files, "--source_language=en", "--target_language=de"]
 
 
+@pytest.fixture
+def bare_folder(folder: Path) -> Path:
+    """A current folder with the gin file and none of its texts."""
+    (folder / "tiny.gin").write_text(TINY)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text files, a gin file, and `out`: a run of a few updates; tests only read it."""
