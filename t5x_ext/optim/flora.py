@@ -299,8 +299,8 @@ def flora_accumulator(
 
     with :math:`S_i` the summed loss of microbatch i, :math:`n_i` its labels and P fixed within an update and drawn anew
     for the next one. In the mean over P this is the exact gradient; of a single update the squared error is
-    (d + 1) / rank times the squared gradient, d being the compressed side. It follows a sum of compressed gradients
-    over devices exactly, which moves rank / d of the bytes.
+    (d + 1) / rank times the squared gradient, d being the compressed side: with a single microbatch that is noise for
+    nothing. Sums over devices may be taken of compressed gradients too, at rank / d of the bytes.
 
     Args:
       rank: rows of a projection.
