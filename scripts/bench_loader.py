@@ -51,7 +51,7 @@ from t5x_ext.data import (
     batch_iterator,
     train_vocabulary,
 )
-from t5x_ext.data.cache import MANIFEST_FILE, CacheWriter, make_manifest
+from t5x_ext.data.cache_files import MANIFEST_FILE, CacheWriter, make_manifest
 from t5x_ext.data.encoding import Chunk, Encoder
 
 _CACHE = flags.DEFINE_string("cache", None, "folder of one token cache; by default one is made, and removed")

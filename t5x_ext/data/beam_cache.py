@@ -26,6 +26,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -35,8 +36,16 @@ import numpy as np
 from etils import epath
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data import cache
-from t5x_ext.data.encoding import Chunk, Encoder
+from t5x_ext.data.cache_files import (
+    LENGTHS_FILE,
+    MANIFEST_FILE,
+    RECORDS_PER_SHARD,
+    check_kept,
+    make_manifest,
+    shard_file,
+    write_lengths,
+)
+from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder
 from t5x_ext.data.folders import is_remote, whole_folder
 from t5x_ext.data.parallel_text import LineSpan, ParallelText
 from t5x_ext.data.shards import open_writer
@@ -47,6 +56,20 @@ _TASKS_FILE, _ENCODER_FILE, _COUNTS_FILE, _MISTAKES_FILE = (
     "counts.json",
     "errors.json",
 )
+
+
+@dataclass(frozen=True)
+class BeamRunner:
+    """Where Apache Beam runs.
+
+    Attributes:
+      name: `DirectRunner` (this machine), `FlinkRunner`, `SparkRunner` or `DataflowRunner`.
+      options: Beam's pipeline options as on its command line, as in `--direct_num_workers=4`. Workers need this
+        package: name a container image that has it (`--sdk_container_image=...`), or install it (`--setup_file=...`).
+    """
+
+    name: str = "DirectRunner"
+    options: tuple[str, ...] = ()
 
 
 class _Task(NamedTuple):
@@ -64,7 +87,7 @@ class _Part(NamedTuple):
     lengths: np.ndarray  # int32 [records, 2]
 
 
-def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, Any], runner: cache.BeamRunner) -> None:
+def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, Any], runner: BeamRunner) -> None:
     """Builds a cache in the folder `place`, local or remote.
 
     A local folder appears whole or not at all; a remote one is whole once it has its manifest, which comes last, and is
@@ -86,7 +109,7 @@ def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, A
     if is_remote(place):
         _build(beam, pipeline, corpus, encoder, epath.Path(place), identity)
         return
-    with whole_folder(Path(place), cache.MANIFEST_FILE) as temporary:
+    with whole_folder(Path(place), MANIFEST_FILE) as temporary:
         _build(beam, pipeline, corpus, encoder, epath.Path(temporary), identity)
 
 
@@ -98,7 +121,7 @@ def _import_beam() -> ModuleType:
     return apache_beam
 
 
-def _make_pipeline(beam: ModuleType, runner: cache.BeamRunner) -> Any:
+def _make_pipeline(beam: ModuleType, runner: BeamRunner) -> Any:
     """An empty pipeline; a runner checks here whether it has all that it needs."""
     messages = io.StringIO()
     try:
@@ -133,21 +156,21 @@ def _build(
             raise UserError(min(mistakes)[1])
         counts = Counter(json.loads((scratch / _COUNTS_FILE).read_text()))
         shards, tokens = _join_lengths(folder, scratch)
-        cache.check_kept(corpus.name, len(shards), counts)
-        manifest = cache.make_manifest(dict(identity), corpus.name, num_pairs, encoder, counts, tokens, shards)
+        check_kept(corpus.name, len(shards), counts)
+        manifest = make_manifest(dict(identity), corpus.name, num_pairs, encoder, counts, tokens, shards)
     finally:
         scratch.rmtree()
-    (folder / cache.MANIFEST_FILE).write_text(manifest)
+    (folder / MANIFEST_FILE).write_text(manifest)
 
 
 def _write_tasks(corpus: Corpus, scratch: epath.Path) -> int:
     """Cuts a corpus into chunks; returns its number of pairs."""
-    spans = corpus.spans(cache.CHUNK_PAIRS) if isinstance(corpus, ParallelText) else None
+    spans = corpus.spans(CHUNK_PAIRS) if isinstance(corpus, ParallelText) else None
     if spans is not None:
         tasks, num_pairs = [_Task(*task) for task in enumerate(spans)], sum(span.pairs for span in spans)
     else:
         tasks, num_pairs, pairs = [], 0, corpus.pairs()
-        for number, chunk in enumerate(iter(lambda: list(islice(pairs, cache.CHUNK_PAIRS)), [])):
+        for number, chunk in enumerate(iter(lambda: list(islice(pairs, CHUNK_PAIRS)), [])):
             name = f"pairs-{number:07d}.json"
             (scratch / name).write_text(json.dumps(chunk))
             tasks.append(_Task(number, name))
@@ -176,7 +199,7 @@ def _run(beam: ModuleType, pipeline: Any, corpus: Corpus, encoder: Encoder, fold
         )
         (
             encoded.chunks
-            | "cut" >> beam.FlatMap(_cut, beam.pvalue.AsSingleton(first_records), cache.RECORDS_PER_SHARD)
+            | "cut" >> beam.FlatMap(_cut, beam.pvalue.AsSingleton(first_records), RECORDS_PER_SHARD)
             | "group by shard" >> beam.GroupByKey()
             | "write shard" >> beam.Map(_write_shard, folder, scratch, encoder.dtype.itemsize)
         )
@@ -252,7 +275,7 @@ def _write_shard(group: tuple[tuple[int, int], Iterable[_Part]], folder: str, sc
     (variant, shard), parts = group
     ordered = sorted((_Part(*part) for part in parts), key=lambda part: part.chunk)
     lengths = np.concatenate([part.lengths for part in ordered])
-    name = cache.shard_file(variant, shard)
+    name = shard_file(variant, shard)
     with tempfile.TemporaryDirectory() as local:
         # array_record writes local files only.
         writer = open_writer(Path(local) / name)
@@ -296,5 +319,5 @@ def _join_lengths(folder: epath.Path, scratch: epath.Path) -> tuple[list[dict[st
             tokens += lengths.sum(axis=0, dtype=np.int64)
             shards.append({"file": name.removesuffix(".npy"), "records": len(lengths)})
         records = sum(shard["records"] for shard in shards)
-        cache.write_lengths(folder / cache.LENGTHS_FILE, [joined], records)
+        write_lengths(folder / LENGTHS_FILE, [joined], records)
     return shards, tokens.tolist()

@@ -15,16 +15,14 @@ import multiprocessing
 import os
 import re
 import shutil
-import tempfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -32,24 +30,30 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data.beam_cache import BeamRunner
+from t5x_ext.data.beam_cache import build as build_on_beam
+from t5x_ext.data.cache_files import (
+    LENGTHS_FILE,
+    MANIFEST_FILE,
+    RECORDS_PER_SHARD,
+    CacheWriter,
+    check_kept,
+    make_manifest,
+)
 from t5x_ext.data.cleaning import CleaningConfig
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder, SubwordSampling
 from t5x_ext.data.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
-from t5x_ext.data.shards import Shard, open_writer
+from t5x_ext.data.shards import Shard
 from t5x_ext.data.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
-LENGTHS_FILE = "lengths.npy"
 _FORMAT = 1
 
 _RECORD_OVERHEAD_BYTES = 8
-RECORDS_PER_SHARD = 1 << 20
 _PAIRS_WORTH_PROCESSES = 200_000
 _MAX_PROCESSES = 16
 _ESTIMATE_PAIRS = 4096
-_COPY_BYTES = 1 << 24
 
 
 class Tokens(NamedTuple):
@@ -153,20 +157,6 @@ class TokenCache:
         return sides[0::2], sides[1::2]
 
 
-@dataclass(frozen=True)
-class BeamRunner:
-    """Where Apache Beam runs.
-
-    Attributes:
-      name: `DirectRunner` (this machine), `FlinkRunner`, `SparkRunner` or `DataflowRunner`.
-      options: Beam's pipeline options as on its command line, as in `--direct_num_workers=4`. Workers need this
-        package: name a container image that has it (`--sdk_container_image=...`), or install it (`--setup_file=...`).
-    """
-
-    name: str = "DirectRunner"
-    options: tuple[str, ...] = ()
-
-
 def build_cache(
     corpus: Corpus,
     vocabulary: Vocabulary,
@@ -211,8 +201,6 @@ def build_cache(
         if beam is None:
             _build(corpus, encoder, Path(place), identity, num_processes)
         else:
-            from t5x_ext.data.beam_cache import build as build_on_beam
-
             build_on_beam(corpus, encoder, place, identity, beam)
 
     if not (local / MANIFEST_FILE).exists():
@@ -274,59 +262,6 @@ def _build(corpus: Corpus, encoder: Encoder, folder: Path, identity: dict[str, A
         (temporary / MANIFEST_FILE).write_text(manifest)
 
 
-def check_kept(name: str, kept: int, counts: Counter[str]) -> None:
-    """Refuses a corpus of which no pair is kept.
-
-    Raises:
-      UserError: saying why they were dropped.
-    """
-    if not kept:
-        raise UserError(f"{name}: no pair is left after cleaning ({dict(sorted(counts.items()))})")
-
-
-def make_manifest(
-    identity: dict[str, Any],
-    name: str,
-    pairs_read: int,
-    encoder: Encoder,
-    counts: Counter[str],
-    tokens: Sequence[int],
-    shards: Sequence[dict[str, Any]],
-) -> str:
-    """The text of `manifest.json`, and a log line of what was kept.
-
-    Args:
-      identity: what decides the content.
-      name: the corpus' name.
-      pairs_read: pairs before cleaning.
-      encoder: what tokenised them.
-      counts: pairs dropped by each rule, and changed lines.
-      tokens: tokens of both sides, all variants together.
-      shards: `file` and number of `records` of every shard, variant by variant.
-    """
-    pairs = sum(shard["records"] for shard in shards) // encoder.variants
-    dropped = {rule: count for rule, count in sorted(counts.items()) if rule != "changed_lines"}
-    logger.info("cache %s: %d of %d pairs kept, dropped %s", name, pairs, pairs_read, dropped or 0)
-    manifest = {
-        **identity,
-        "name": name,
-        "pairs_read": pairs_read,
-        "pairs": pairs,
-        "variants": encoder.variants,
-        "dropped": dropped,
-        "changed_lines": counts["changed_lines"],
-        "tokens": list(tokens),
-        "dtype": encoder.dtype.str,
-        "shards": list(shards),
-    }
-    return json.dumps(manifest, indent=2) + "\n"
-
-
-def shard_file(variant: int, number: int) -> str:
-    """The name of the file with records `number * RECORDS_PER_SHARD` and following of a variant."""
-    return f"tokens-{variant:02d}-{number:05d}.array_record"
-
-
 def _count(corpus: Corpus) -> tuple[int, list[tuple[str, str]]]:
     """Number of pairs, and a few spread evenly over the corpus. Also finds every unreadable line before any writing."""
     sample: list[tuple[str, str]] = []
@@ -380,69 +315,6 @@ def _encoded_chunks(pairs: Iterator[tuple[str, str]], encoder: Encoder, processe
             "a tokenising process died: out of memory, or the calling script lacks `if __name__ == '__main__':`"
             " (num_processes=1 needs neither)"
         ) from None
-
-
-class CacheWriter(ExitStack):
-    """Writes chunks into shards, the same number of records a shard whatever the chunks."""
-
-    def __init__(self, folder: Path, dtype: np.dtype):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.num_pairs = 0
-        self.shards_of: list[list[dict[str, Any]]] = []
-        self._folder = folder
-        self._itemsize = dtype.itemsize
-        self._lengths: list[IO[bytes]] = []
-        self._tokens = np.zeros(2, dtype=np.int64)
-        self._writers: list[Any] = []
-
-    def add(self, chunk: Chunk) -> None:
-        """Appends a chunk's records."""
-        self.counts.update(chunk.counts)
-        if not self._writers:
-            self.shards_of = [[] for _ in chunk.ids]
-            # In files of their own until all are known: in memory they would grow with the corpus.
-            files = [tempfile.TemporaryFile(dir=self._folder) for _ in chunk.ids]  # noqa: SIM115, the stack closes them
-            self._lengths = [self.enter_context(file) for file in files]
-            self._writers = [None for _ in chunk.ids]
-        for variant, (ids, lengths) in enumerate(zip(chunk.ids, chunk.lengths)):
-            self._lengths[variant].write(lengths.tobytes())
-            self._tokens += lengths.sum(axis=0, dtype=np.int64)
-            ends = (np.cumsum(lengths.sum(axis=1)) * self._itemsize).tolist()
-            for start, end in zip([0, *ends], ends):
-                self._write(variant, ids[start:end])
-        self.num_pairs += len(chunk.lengths[0])
-
-    def _write(self, variant: int, record: bytes) -> None:
-        shards = self.shards_of[variant]
-        if not shards or shards[-1]["records"] == RECORDS_PER_SHARD:
-            self._close_shard(variant)
-            name = shard_file(variant, len(shards))
-            self._writers[variant] = open_writer(self._folder / name)
-            self.callback(self._close_shard, variant)
-            shards.append({"file": name, "records": 0})
-        self._writers[variant].write(record)
-        shards[-1]["records"] += 1
-
-    def _close_shard(self, variant: int) -> None:
-        writer, self._writers[variant] = self._writers[variant], None
-        if writer is not None:
-            writer.close()
-
-    def save_lengths(self) -> list[int]:
-        """Writes the array of lengths, when all chunks are added; returns the tokens of both sides, all variants."""
-        write_lengths(epath.Path(self._folder) / LENGTHS_FILE, self._lengths, self.num_pairs * len(self._lengths))
-        return self._tokens.tolist()
-
-
-def write_lengths(path: epath.Path, parts: Iterable[IO[bytes]], records: int) -> None:
-    """Writes int32 [records, 2] as numpy does, from files that hold the bytes of its parts."""
-    with path.open("wb") as file:
-        header = {"descr": "<i4", "fortran_order": False, "shape": (records, 2)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            part.seek(0)
-            shutil.copyfileobj(part, file, _COPY_BYTES)
 
 
 def _safe_name(name: str) -> str:

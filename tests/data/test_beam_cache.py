@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import BeamRunner, CleaningConfig, ParallelText, SubwordSampling, beam_cache, build_cache
+from t5x_ext.data import BeamRunner, CleaningConfig, ParallelText, SubwordSampling, beam_cache, build_cache, cache_files
 from t5x_ext.data import cache as cache_module
 
 pytest.importorskip("apache_beam")
@@ -20,8 +20,10 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Chunks and shards of a few records, so that small corpora have several."""
-    monkeypatch.setattr(cache_module, "CHUNK_PAIRS", 16)
-    monkeypatch.setattr(cache_module, "RECORDS_PER_SHARD", 30)
+    for module in (cache_module, beam_cache):
+        monkeypatch.setattr(module, "CHUNK_PAIRS", 16)
+    for module in (cache_files, beam_cache):
+        monkeypatch.setattr(module, "RECORDS_PER_SHARD", 30)
 
 
 @pytest.fixture

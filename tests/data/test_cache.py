@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import CleaningConfig, SubwordSampling, TokenCache, build_cache, train_vocabulary
+from t5x_ext.data import CleaningConfig, SubwordSampling, TokenCache, build_cache, cache_files, train_vocabulary
 from t5x_ext.data import cache as cache_module
 from t5x_ext.data.folders import local_copies
 
@@ -28,7 +28,7 @@ def folders(root: Path) -> list[str]:
 def small_pieces(monkeypatch):
     """Chunks and shards of a few records, so that small corpora have several."""
     monkeypatch.setattr(cache_module, "CHUNK_PAIRS", 16)
-    monkeypatch.setattr(cache_module, "RECORDS_PER_SHARD", 30)
+    monkeypatch.setattr(cache_files, "RECORDS_PER_SHARD", 30)
 
 
 def test_records_hold_both_sides_in_order(make_corpus, vocabulary, tmp_path, small_pieces):
