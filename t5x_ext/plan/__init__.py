@@ -7,7 +7,8 @@
 - `parse_module(text) -> Module`: the text as instructions, for questions nobody asked yet.
 
 In modules of their own, because they know of runs: `topology.find_target`, devices that are not here; `check.check` and
-`check.check_decoding`, a run's programs compiled for them; `search.search`, layouts ranked; `estimate`, memory by formula.
+`check.check_decoding`, a run's programs compiled for them; `search.search`, layouts ranked; `estimate`, memory by
+formula.
 """
 
 from t5x_ext.plan.hlo import Module, parse_module

@@ -202,9 +202,11 @@ class CheckReport:
 
     def _bounds(self) -> Iterator[str]:
         if self.roofline is None or self.mfu_bound is None:
-            if self.hlo_flops is not None:
+            if self.hlo_flops is None:
+                yield f"refused by the compiler after {self.compile_seconds:.1f} s"
+            else:
                 yield f"no bound on time: the peak of {self.device_kind} is not in the table of hardware"
-            yield f"compiled for {self.compile_seconds:.1f} s"
+                yield f"compiled in {self.compile_seconds:.1f} s"
             return
         roofline = self.roofline
         parts = {
