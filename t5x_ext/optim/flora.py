@@ -128,7 +128,7 @@ def scale_by_flora(
         mu = b1 * mu + (1 - b1) * y
         return b1 * mu + (1 - b1) * y if output == "nesterov" else mu, mu
 
-    def compressed(layout: _Layout, y: Array, mu: Array, state: FloraState) -> tuple[Array, Array]:
+    def compressed(layout: _Layout, y: Array, mu: Array, state: FloraState) -> tuple[Array, ...]:
         draw = lambda epoch: compression.draw(layout, state.key, epoch)
         up, down = layout.expand, layout.compress
         last = draw(state.count // resample_every)
@@ -139,14 +139,19 @@ def scale_by_flora(
 
         encoded, current = _cond((state.count + 1) % resample_every == 0, change, lambda: (mu, last))
 
-        def matrix(y: Array, old_mu: Array, old: Array, mu: Array, p: Array) -> tuple[Array, Array]:
-            y = y.astype(jnp.float32)
-            mu = b1 * mu + (1 - b1) * down(y, p)
-            if output == "projected":
-                return up(mu, p), mu
-            return (b1 * up(old_mu, old) if output == "mixed" else b1 * up(mu, p)) + (1 - b1) * y, mu
+        def matrix(update: Array, moved: Array, p: Array, mu: Array, old: Array) -> tuple[Array, Array]:
+            y = update.astype(jnp.float32)
+            new = b1 * moved + (1 - b1) * down(y, p)
+            match output:
+                case "mixed":
+                    out = b1 * up(mu, old) + (1 - b1) * y
+                case "projected":
+                    out = up(new, p)
+                case "nesterov":
+                    out = b1 * up(new, p) + (1 - b1) * y
+            return out.astype(update.dtype), new
 
-        return layout.each_matrix(matrix, y, mu, last, encoded, current)
+        return layout.replace_matrices(matrix, (y, encoded), current, mu, last)
 
     def update(updates: PyTree, state: FloraState, params: Params | None = None) -> tuple[PyTree, FloraState]:
         del params
@@ -348,9 +353,9 @@ def flora_accumulator(
             if layout is None:
                 return dataclasses.replace(total, sum=total.sum + grad.astype(jnp.float32))
             p = compression.draw(layout, _as_key(key), state.step)
-            compress = lambda g, p: layout.compress(g.astype(jnp.float32), p)
-            new = layout.each_matrix(compress, layout.matrices(grad), p)
-            return dataclasses.replace(total, sum=total.sum + new.reshape(layout.shape))
+            plus = lambda total, g, p: (total + layout.compress(g.astype(jnp.float32), p),)
+            (new,) = layout.replace_matrices(plus, (layout.matrices(total.sum),), layout.matrices(grad), p)
+            return dataclasses.replace(total, sum=new.reshape(layout.shape))
 
         total = jax.tree_util.tree_map_with_path(added, state.sum, grads, is_leaf=is_sum)
         return FloraAccumulatorState(state.step, total, state.weight + weight)
@@ -421,19 +426,39 @@ class _Layout(NamedTuple):
         between = new @ old.T
         return between @ x if self.left else x @ between.T
 
-    def each_matrix(self, function: Callable[..., Any], *arrays: Array) -> Any:
-        """Applies a function of matrices to all: side by side where they are small, else one after the other.
+    def each_matrix(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        """Applies a function of matrices to all: side by side where they are small, else one after the other."""
+        chunks = self._chunks(arrays)
+        if chunks[0].shape[0] == 1:
+            return jax.vmap(function)(*arrays)
+        results = jax.lax.map(lambda chunk: jax.vmap(function)(*chunk), chunks)
+        return results.reshape(-1, *results.shape[2:])
 
-        Temporaries are then those of one large layer, and small layers do not wait for each other.
+    def replace_matrices(
+        self, function: Callable[..., tuple[Array, ...]], replaced: tuple[Array, ...], *arrays: Array
+    ) -> tuple[Array, ...]:
+        """The same for functions whose results take the place of their first arguments, in shape, dtype and memory.
+
+        Temporaries are then those of one large layer: of a stack of them nothing is held twice.
         """
+        chunks, given = self._chunks(replaced), self._chunks(arrays)
+        if chunks[0].shape[0] == 1:
+            return jax.vmap(function)(*replaced, *arrays)
+
+        def replace(i: Array, chunks: tuple[Array, ...]) -> tuple[Array, ...]:
+            take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+            results = jax.vmap(function)(*map(take, chunks), *map(take, given))
+            put = jax.lax.dynamic_update_index_in_dim
+            return tuple(put(x, result, i, 0) for x, result in zip(chunks, results, strict=True))
+
+        chunks = jax.lax.fori_loop(0, chunks[0].shape[0], replace, chunks)
+        return tuple(chunk.reshape(x.shape) for chunk, x in zip(chunks, replaced, strict=True))
+
+    def _chunks(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """[matrices, ...] as [chunks, matrices of a chunk, ...]."""
         batch, rows, cols = self.matrix.sizes
         together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * rows * cols <= _TOGETHER))
-        chunked = [x.reshape(batch // together, together, *x.shape[1:]) for x in arrays]
-        one_chunk = lambda xs: jax.vmap(function)(*xs)
-        if together == batch:
-            return one_chunk(arrays)
-        results = jax.lax.map(one_chunk, chunked)
-        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
+        return tuple(x.reshape(batch // together, together, *x.shape[1:]) for x in arrays)
 
 
 @dataclasses.dataclass(frozen=True)
