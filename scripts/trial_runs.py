@@ -96,22 +96,28 @@ class Trial:
         )
         (folder / "trial.gin").write_text(text + extra_gin, encoding="utf-8")
 
-    def start(self, run_dir: str, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Starts training; what it says is added to `RUN_DIR.log`."""
-        command = [
+    def command(self, run_dir: str, *flags: str) -> list[str]:
+        """The command that trains; to be run in the folder."""
+        return [
             *(sys.executable, "-m", "t5x_ext", "train", "--gin_file=trial.gin"),
-            *(f"--run_dir={run_dir}", "--cache_dir=caches", *flags),
+            *(f"--run_dir={run_dir}", "--cache_dir=caches", "--compile_cache_dir=programs", *flags),
         ]
-        fixed = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs")}
+
+    def environment(self) -> dict[str, str]:
+        """The environment in which it is run."""
+        return {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start(self, run_dir: str, *flags: str) -> subprocess.Popen[bytes]:
+        """Starts training; what it says is added to `RUN_DIR.log`."""
         with (self.folder / f"{run_dir}.log").open("ab") as log:
             return subprocess.Popen(
-                command, cwd=self.folder, env={**os.environ, **fixed, **environment},
+                self.command(run_dir, *flags), cwd=self.folder, env=self.environment(),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
-    def train(self, run_dir: str, *flags: str, **environment: str) -> int:
+    def train(self, run_dir: str, *flags: str) -> int:
         """Trains to the end; the exit code."""
-        return self.start(run_dir, *flags, **environment).wait(TIMEOUT_SECONDS)
+        return self.start(run_dir, *flags).wait(TIMEOUT_SECONDS)
 
     def said(self, run_dir: str) -> str:
         """Everything that the processes of a run have printed."""

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -319,9 +320,8 @@ class CheckpointStore:
 
     def _cleared(self, folder: epath.Path, reason: object, num_bytes: int) -> SaveError:
         """Why a save failed, after deleting what there is of it: it is of no use, and a full disk needs the room."""
-        self._delete_temporary()
         if jax.process_index() == 0:
-            _delete(folder)
+            self._delete_for_good(folder)
         text = str(reason) or repr(reason)
         named = _SYSTEM_ERROR.search(text)
         text = named[1].strip() if named else text.splitlines()[0]
@@ -352,6 +352,19 @@ class CheckpointStore:
             for folder in self.directory.iterdir():
                 if _TEMPORARY in folder.name:
                     _delete(folder)
+
+    def _delete_for_good(self, folder: epath.Path) -> None:
+        """Deletes what a failed save has left, and what its other writers add: Orbax reports the first that failed."""
+        looks_clean = 0
+        for _ in range(100):
+            self._delete_temporary()
+            if folder.exists():
+                _delete(folder)
+            time.sleep(0.1)
+            left = folder.exists() or any(_TEMPORARY in other.name for other in self.directory.iterdir())
+            looks_clean = 0 if left else looks_clean + 1
+            if looks_clean == 5:
+                return
 
     def _delete_others(self, just_saved: epath.Path) -> None:
         folders = {saved.step: saved.folder for saved in self._finished()}

@@ -131,7 +131,8 @@ def _log_to_stderr() -> Iterator[None]:
 
 def _is_not_a_failed_save(record: logging.LogRecord) -> bool:
     """Keeps back what Orbax prints in its threads when a save fails: the error comes to us, to be said in one line."""
-    return "orbax" not in record.pathname or record.exc_info is None
+    traceback = record.exc_info[2] if record.exc_info else None
+    return traceback is None or "orbax" not in traceback.tb_frame.f_code.co_filename
 
 
 def _is_mistake(error: Exception) -> bool:

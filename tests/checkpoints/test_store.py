@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -438,3 +439,23 @@ def test_restored_on_other_shardings(tmp_path):
             assert jnp.array_equal(jax.random.key_data(restored["key"]), jax.random.key_data(jax.random.key(5)))
         alone = jax.eval_shape(lambda: {"params": kernel, "key": jax.random.key(0), "step": jnp.int32(0)})
         assert len(store.restore(alone)[0]["params"].sharding.device_set) == 1
+
+
+def test_what_other_writers_of_a_failed_save_add_is_deleted_too(tmp_path, monkeypatch):
+    """Orbax reports the first array that failed while others are still being written."""
+    late = tmp_path / "00000002.orbax-checkpoint-tmp" / "params"
+    writer = threading.Timer(0.15, lambda: late.mkdir(parents=True))
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, make_state(1))
+        store.wait()
+
+        def fail():
+            writer.start()
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(store._checkpointer, "wait_until_finished", fail)
+        with pytest.raises(SaveError, match="No space left on device"):
+            store.save(2, make_state(2))
+        monkeypatch.undo()
+    writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
