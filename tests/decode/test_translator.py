@@ -178,7 +178,7 @@ def test_parts_that_do_not_fit_are_refused(translator):
     with pytest.raises(UserError, match="the model 7"):
         Translator(model, translator.params, *arguments)
     params = {**translator.params, "decoder": {}}
-    with pytest.raises(UserError, match="the checkpoint belongs to another model or optimizer: .*: decoder/"):
+    with pytest.raises(UserError, match=r"the checkpoint belongs to another model or optimizer: .*: decoder/"):
         Translator(translator.model, params, *arguments)
 
 
