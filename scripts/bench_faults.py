@@ -123,7 +123,7 @@ class Place:
     def line_with(self, name: str, words: str) -> str:
         """The first line of what a run said that holds the words (a regular expression), without paths; or nothing."""
         found = [line for line in self.trial.said(name).splitlines() if re.search(words, line)]
-        return re.sub(r"/\S*/", "", found[0]).strip() if found else ""
+        return re.sub(r"(?<!\w)/\S*/", "", found[0]).strip() if found else ""
 
     def goes_on(self, name: str, happened: str, *flags: str) -> Outcome:
         """Starts a run again, without the fault: it must end like the undisturbed one."""

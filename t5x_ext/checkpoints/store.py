@@ -35,8 +35,8 @@ WEIGHTS = ("params", "ema")
 _STATE = "state"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _FOLDER_NAME = re.compile(r"([0-9]+)(?:\.([0-9]+))?")
-_SYSTEM_ERROR = re.compile(r"([^:]+) \[os_error_code=")
-"""How TensorStore ends a message: the words of the operating system, then its number."""
+_SYSTEM_ERROR = re.compile(r": ([A-Z][^:\[\]]*) \[(?:\w+=.*)?os_error_code=", re.DOTALL)
+"""How TensorStore ends a message: the words of the operating system, then notes in brackets, its number among them."""
 
 
 class SaveError(UserError):

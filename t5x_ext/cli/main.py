@@ -8,9 +8,11 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from t5x_ext.cli.messages import UsageError, did_you_mean, one_line
 
@@ -38,6 +40,7 @@ def run() -> None:
     """The console entry: `t5x_ext VERB --flag=value ...`; ends the process with the verb's exit code."""
     # A console script does not see the current folder, where a user's own modules named in a gin file live.
     sys.path.append(os.getcwd())
+    _say_failed_saves_once()
     _leave_absent_tpu_alone()
     sys.exit(main(sys.argv[1:]))
 
@@ -115,7 +118,6 @@ class _LogHandler(logging.StreamHandler):
 def _log_to_stderr() -> Iterator[None]:
     """Shows what the library logs, as plain lines."""
     logger, handler = logging.getLogger("t5x_ext"), _LogHandler(sys.stderr)
-    logging.getLogger("absl").addFilter(_is_not_a_failed_save)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -123,16 +125,32 @@ def _log_to_stderr() -> Iterator[None]:
     try:
         yield
     finally:
-        logging.getLogger("absl").removeFilter(_is_not_a_failed_save)
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
 
 
-def _is_not_a_failed_save(record: logging.LogRecord) -> bool:
-    """Keeps back what Orbax prints in its threads when a save fails: the error comes to us, to be said in one line."""
-    traceback = record.exc_info[2] if record.exc_info else None
-    return traceback is None or "orbax" not in traceback.tb_frame.f_code.co_filename
+def _say_failed_saves_once() -> None:
+    """Keeps back what Orbax, asyncio and TensorStore print of every array that a save could not write, for good.
+
+    The first error comes to us, to be said in one line; the others are printed until the process has ended.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_a_save)
+
+
+def _is_not_of_a_save(record: logging.LogRecord) -> bool:
+    error, traceback = record.exc_info[1:] if record.exc_info else (None, None)
+    places = traceback.tb_frame.f_code.co_filename if traceback else ""
+    return "orbax" not in places and "os_error_code=" not in str(error)
 
 
 def _is_mistake(error: Exception) -> bool:
