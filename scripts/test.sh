@@ -11,6 +11,7 @@ ruff format --check .
 mypy
 lint-imports
 shellcheck scripts/*.sh .ci/run
-# One worker a core; each keeps to one thread, so that they do not fight over cores.
+# One worker a core that this process may use; each keeps to one thread, so that they do not fight over cores.
+workers=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
-exec pytest -n auto --dist worksteal -q --durations=15 "$@"
+exec pytest -n "$workers" --dist worksteal -q --durations=15 "$@"

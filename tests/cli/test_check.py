@@ -52,7 +52,7 @@ def _layer_parameters() -> int:
 @needs_libtpu
 def test_a_run_that_does_not_fit_ends_with_1_and_names_what_would_do(capfd):
     run = "--gin_file=runs/vega_mt_4b7_v5e_8x8.gin --gin.Vega4B7.encoder_layers=2 --gin.Vega4B7.decoder_layers=2"
-    assert main(f"check {run} --topology=v5e:1x1".split()) == 1
+    assert main(f"check {run} --topology=v5e:1x1 --gin.MeshConfig.data=1".split()) == 1
     out = capfd.readouterr().out
     assert "does not fit" in out
     assert "largest:" in out
