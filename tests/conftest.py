@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ _outcomes: dict[str, tuple[str, str]] = {}
 
 
 _programs: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_thread_count_left_behind() -> Iterator[None]:
+    """A command that goes on with a run sets NPROC for its process, which in tests is that of the next one, too."""
+    os.environ.pop("NPROC", None)
+    yield
+    os.environ.pop("NPROC", None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
