@@ -30,10 +30,10 @@ class Program(NamedTuple):
     template: PyTree  # a TrainState of ShapeDtypeStructs with shardings
     batch: Batch  # of ShapeDtypeStructs with shardings
 
-    def lower(self) -> jax.stages.Lowered:
-        """The update, traced for the shapes of the run; it destroys the state it is given."""
+    def step(self) -> TrainStep:
+        """The update, not compiled."""
         run = self.run
-        step = make_train_step(
+        return make_train_step(
             self.objective,
             run.optimizer,
             run.accumulator,
@@ -41,8 +41,12 @@ class Program(NamedTuple):
             num_microbatches=run.num_microbatches,
             ema_decay=run.ema_decay,
         )
+
+    def lower(self) -> jax.stages.Lowered:
+        """The update, traced for the shapes of the run; it destroys the state it is given."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.template)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(self.template, self.batch)
+        step = jax.jit(self.step(), donate_argnums=0, out_shardings=(shardings, None))
+        return step.lower(self.template, self.batch)
 
     def compile(self) -> TrainStep:
         """The update, compiled for the devices of the mesh."""
