@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Compares the optimizers on real text: quality, sharpness, time of a step and memory.
+
+  taskset -c 2,3 scripts/bench_optim.py --json_out=optim.json --figure_out=scripts/figures
+
+Quality needs SST-2 sentences and Multi30k in `--data_dir`; nothing needs more than a CPU. Every core that may be used
+trains one arm at a time, with one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+PARTS = ("sst2", "multi30k", "sharpness", "cost", "memory")
+
+_PARTS = flags.DEFINE_multi_enum("part", list(PARTS), PARTS, "what to measure")
+_DATA_DIR = flags.DEFINE_string("data_dir", "../shared/data", "folder with glue/SST-2-sentences and multi30k")
+_QUICK = flags.DEFINE_boolean("quick", False, "tiny sizes, made-up text: shows that everything runs, measures nothing")
+_JSON_OUT = flags.DEFINE_string(
+    "json_out", None, "file for the figures as JSON; parts that it holds and that are not measured now stay"
+)
+_FIGURE_OUT = flags.DEFINE_string("figure_out", None, "folder for the pictures")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures the parts, prints their tables, and writes JSON and pictures."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    json_out = Path(_JSON_OUT.value) if _JSON_OUT.value else None
+    figures = json.loads(json_out.read_text(encoding="utf-8")) if json_out and json_out.exists() else {}
+    for part in _PARTS.value:
+        machine = _machine()
+        figures[part] = {"machine": machine, **_measure(part)}
+        machine["load_average"] = [machine["load_average"], round(os.getloadavg()[0], 1)]
+        print_table(part, figures[part])
+        if json_out:
+            json_out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if _FIGURE_OUT.value:
+        draw(figures, Path(_FIGURE_OUT.value))
+
+
+def _measure(part: str) -> dict[str, Any]:
+    """What a part found: JSON that at least holds `lines`, one a row of its table."""
+    import optim_arms
+
+    arms = optim_arms.ARMS
+    if part in ("cost", "memory"):
+        import optim_cost
+
+        # B2: cost(sizes, arms) and memory(sizes, arms), sizes being optim_cost.QUICK_SIZES or optim_cost.SIZES;
+        # optim_cost.draw(figures, folder) draws the parts that figures holds.
+        sizes = optim_cost.QUICK_SIZES if _QUICK.value else optim_cost.SIZES
+        return getattr(optim_cost, part)(sizes, arms)
+    raise app.UsageError(f"{part} is not measured yet")
+
+
+def print_table(part: str, found: dict[str, Any]) -> None:
+    """The lines of a part as a Markdown table; columns are the keys of its first line."""
+    lines = found["lines"]
+    print(f"\n{part}, on {found['machine']}\n")
+    print("| " + " | ".join(lines[0]) + " |")
+    print("|" + "---|" * len(lines[0]))
+    for line in lines:
+        print("| " + " | ".join(map(_short, line.values())) + " |", flush=True)
+
+
+def draw(figures: dict[str, Any], folder: Path) -> None:
+    """The pictures of the parts that were measured."""
+    if "cost" in figures or "memory" in figures:
+        import optim_cost
+
+        optim_cost.draw(figures, folder)
+
+
+def _machine() -> dict[str, Any]:
+    import jax
+
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 1),
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+    }
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    app.run(main)
