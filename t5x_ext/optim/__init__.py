@@ -1,6 +1,7 @@
-"""How weights move: Adam, SAM and FSAM, Flora, Ginger, schedules, accumulation and rules by path, all plain Optax."""
+"""How weights move: Adam, Adafactor, SAM, FSAM, Flora, Ginger, schedules, accumulation, rules by path; plain Optax."""
 
 from t5x_ext.optim.accumulation import mean_accumulator
+from t5x_ext.optim.adafactor import adafactor
 from t5x_ext.optim.adam import adam
 from t5x_ext.optim.flora import flora, flora_accumulator, scale_by_flora
 from t5x_ext.optim.fsam import fsam, sam
@@ -12,6 +13,7 @@ from t5x_ext.optim.schedules import inverse_sqrt, linear_decay
 from t5x_ext.optim.top_k import top_k_mask
 
 __all__ = [
+    "adafactor",
     "adam",
     "as_matrices",
     "flora",

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Accumulator, Params, PyTree, UserError, path_name, path_predicate, select
+from t5x_ext.contracts import Accumulator, Params, PyTree, UserError, path_name
+from t5x_ext.optim.adafactor import factored_chain
 from t5x_ext.optim.checks import check_choice, check_integer, check_number
-from t5x_ext.optim.factored import clip_by_matrix_rms, scale_by_factored_rms, scale_by_param_rms
 from t5x_ext.optim.matrices import Axes, MatrixShape, matrix_shape, named_axes
 from t5x_ext.optim.projections import Projection, gaussian
 
@@ -193,7 +193,7 @@ def flora(
     weight_decay: float = 0.0,
     no_decay: Sequence[str] = (),
 ) -> optax.GradientTransformation:
-    r"""Adafactor with compressed momentum: second moments as row and column means, momentum as in `scale_by_flora`.
+    r"""`adafactor` with compressed momentum: second moments as row and column means, momentum as in `scale_by_flora`.
 
     .. math::
       y = g / \sqrt{\hat v}, \quad u = \text{scale\_by\_flora}(y), \quad
@@ -241,12 +241,6 @@ def flora(
     References:
       Flora (arXiv 2402.03293) over Adafactor (Shazeer and Stern, arXiv 1804.04235).
     """
-    check_number("flora", "decay_rate", decay_rate, above=0)
-    check_number("flora", "eps", eps, above=0)
-    check_number("flora", "weight_decay", weight_decay, at_least=0)
-    if clipping_threshold is not None:
-        check_number("flora", "clipping_threshold", clipping_threshold, above=0)
-    spared = path_predicate(*no_decay)
     momentum = scale_by_flora(
         rank,
         b1,
@@ -260,14 +254,18 @@ def flora(
         compressible=compressible,
         projection=projection,
     )
-    decay_mask = lambda params: select(params, lambda name: not spared(name))
-    return optax.chain(
-        scale_by_factored_rms(decay_rate, eps, min_dim_size_to_compress, axes),
+    return factored_chain(
+        "flora",
+        learning_rate,
         momentum,
-        clip_by_matrix_rms(clipping_threshold, axes) if clipping_threshold is not None else optax.identity(),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask) if weight_decay else optax.identity(),
-        scale_by_param_rms(axes=axes) if multiply_by_parameter_scale else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
+        min_dim_size_to_factor=min_dim_size_to_compress,
+        axes=axes,
+        decay_rate=decay_rate,
+        eps=eps,
+        clipping_threshold=clipping_threshold,
+        multiply_by_parameter_scale=multiply_by_parameter_scale,
+        weight_decay=weight_decay,
+        no_decay=no_decay,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from t5x_ext.optim import adam, flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
+from t5x_ext.optim import adafactor, adam, flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
 from t5x_ext.train.step import split_rows
 
 
@@ -47,6 +47,10 @@ _FLORA: dict[str, Any] = {
 
 def _flora(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
     return flora(learning_rate, b1=0.7, resample_every=2, axes=axes, multiply_by_parameter_scale=False, **_FLORA)
+
+
+def _adafactor(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
+    return adafactor(learning_rate, 0.7, axes=axes, min_dim_size_to_factor=4, multiply_by_parameter_scale=False)
 
 
 def _ginger(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
@@ -96,6 +100,7 @@ ROWS = (
         learning_rate=0.01,
         needs=("grad_fn",),
     ),
+    Row("adafactor", _adafactor, learning_rate=0.01, quadratic=(0.01, 600), rosenbrock=(0.003, 3000)),
     Row("flora", _flora, learning_rate=0.01, quadratic=(0.01, 600), rosenbrock=(0.003, 3000)),
     Row(
         "adam under flora_accumulator",
