@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from t5x_ext.contracts import Batch, UserError
 from t5x_ext.data.plan import BatchPlan, RowExamples
+from t5x_ext.data.switching import SwitchingPlan
 from t5x_ext.data.vocabulary import Vocabulary
 
 # As many batches as any run can ask for: the plan is endless, grain wants a length.
@@ -51,7 +52,7 @@ class PackedBatches:
       vocabulary: gives the end-of-sentence id and the text of previews.
     """
 
-    def __init__(self, plan: BatchPlan, vocabulary: Vocabulary):
+    def __init__(self, plan: BatchPlan | SwitchingPlan, vocabulary: Vocabulary):
         self.plan = plan
         self.vocabulary = vocabulary
         self._source_prefixes = _Prefixes.of(plan.source_prefixes)
@@ -67,7 +68,7 @@ class PackedBatches:
         return [cache.path for cache in self._caches]
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> PackedBatches:
-        """The same batches without some ranges [start, stop) of them, see `BatchPlan.skipping`."""
+        """The same batches without some ranges [start, stop) of them, see `SkippingPlan.skipping`."""
         return PackedBatches(self.plan.skipping(ranges), self.vocabulary)
 
     def __getitem__(self, index: int) -> Batch:

@@ -18,6 +18,7 @@ from t5x_ext.data.cleaning import CleaningConfig
 from t5x_ext.data.encoding import SubwordSampling
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
+from t5x_ext.data.switching import SwitchingPlan
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import (
     DESCRIPTION_FILE,
@@ -42,6 +43,8 @@ class DataConfig:
       valid: corpora for validation; one loss over all of them, and raw text for decoding.
       test: corpora for the final test, raw text only.
       bidirectional: use every corpus in both directions.
+      bidirectional_steps: train in both directions for so many batches, then in the corpora's own direction only
+        (bidirectional training, arXiv 2109.07780); None: in both to the end. Both directions are evaluated throughout.
       tags: where language tags stand.
       vocabulary: the joint vocabulary, trained or given.
       cleaning: which pairs are left out of training.
@@ -53,6 +56,7 @@ class DataConfig:
     valid: tuple[Corpus, ...] = ()
     test: tuple[Corpus, ...] = ()
     bidirectional: bool = False
+    bidirectional_steps: int | None = None
     tags: TagPolicy = field(default_factory=TagPolicy)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
@@ -67,6 +71,8 @@ class DataConfig:
             object.__setattr__(self, role, tuple(corpora))
         if not self.train:
             raise UserError("DataConfig.train: there is no training corpus; give at least one")
+        if self.bidirectional_steps is not None and not self.bidirectional:
+            raise UserError("DataConfig.bidirectional_steps is set but bidirectional is False; set it to True")
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class PreparedData:
     description: dict[str, Any]
 
     @property
-    def plan(self) -> BatchPlan:
+    def plan(self) -> BatchPlan | SwitchingPlan:
         """The plan of the training batches."""
         return self.batches.plan
 
@@ -136,7 +142,7 @@ def prepare(
         build_cache(corpus, vocabulary, root, config.cleaning, config.subword, num_processes, beam)
         for corpus in config.train
     ]
-    plan = BatchPlan(_streams(caches, config.bidirectional), vocabulary, config.tags, config.batch, seed)
+    plan = _training_plan(config, caches, vocabulary, seed)
     for name, rate in plan.rates().items():
         logger.info("%s: %.2f %% of the examples that an epoch draws", name, 100 * rate)
     return PreparedData(
@@ -236,6 +242,17 @@ def _streams(caches: Sequence[TokenCache], bidirectional: bool) -> list[Stream]:
     return [Stream(cache, reverse) for cache in caches for reverse in ways]
 
 
+def _training_plan(
+    config: DataConfig, caches: Sequence[TokenCache], vocabulary: Vocabulary, seed: int
+) -> BatchPlan | SwitchingPlan:
+    def plan(bidirectional: bool) -> BatchPlan:
+        return BatchPlan(_streams(caches, bidirectional), vocabulary, config.tags, config.batch, seed)
+
+    if config.bidirectional_steps is None:
+        return plan(config.bidirectional)
+    return SwitchingPlan(plan(True), plan(False), config.bidirectional_steps)
+
+
 def _valid_batches(config: DataConfig, vocabulary: Vocabulary, root: str) -> PackedBatches | None:
     if not config.valid:
         return None
@@ -246,10 +263,13 @@ def _valid_batches(config: DataConfig, vocabulary: Vocabulary, root: str) -> Pac
 
 
 def _describe(config: DataConfig, vocabulary: Vocabulary, caches: Sequence[TokenCache], seed: int) -> dict[str, Any]:
+    # Absent where there is no switch, as in runs from before there was one.
+    switch = {} if config.bidirectional_steps is None else {"bidirectional_steps": config.bidirectional_steps}
     return {
         "vocabulary": vocabulary.fingerprint(),
         "caches": [Path(cache.path).name for cache in caches],
         "bidirectional": config.bidirectional,
+        **switch,
         "tags": asdict(config.tags),
         "batch": asdict(config.batch),
         "seed": seed,

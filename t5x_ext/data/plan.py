@@ -6,6 +6,7 @@ batch is a pure function of those, its number and the ranges that are skipped, s
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Int
@@ -104,7 +105,41 @@ class _Usable(NamedTuple):
         return places + np.searchsorted(self.left_out, places, side="right") if len(self.left_out) else places
 
 
-class BatchPlan:
+class SkippingPlan:
+    """An infinite sequence of batches of which some are left out.
+
+    Attributes:
+      skipped: ranges [start, stop) of batch numbers that are left out, counted without leaving any out.
+    """
+
+    def __init__(self, skipped: Sequence[tuple[int, int]] = ()):
+        """Leaves out these ranges.
+
+        Args:
+          skipped: see the attribute.
+        """
+        self.skipped = _merge_ranges(skipped)
+
+    def skipping(self, ranges: Sequence[tuple[int, int]]) -> Self:
+        """The same plan with more ranges [start, stop) left out, in the numbers that `unskipped` gives.
+
+        Positions up to the first new range stay what they were, so that a run which goes back to a checkpoint before
+        the range goes on from the checkpoint's position.
+        """
+        plan = copy.copy(self)
+        plan.skipped = _merge_ranges([*self.skipped, *ranges])
+        return plan
+
+    def unskipped(self, index: int) -> int:
+        """The number that batch `index` has when none is left out, as `skipped` counts."""
+        for start, stop in self.skipped:
+            if index < start:
+                break
+            index += stop - start
+        return index
+
+
+class BatchPlan(SkippingPlan):
     """An infinite sequence of batches over several streams.
 
     An epoch has as many examples as all streams together. Each stream is an endless run of passes, a pass being a
@@ -129,7 +164,7 @@ class BatchPlan:
       source_prefixes: tags at the start of the encoder input, one tuple a stream.
       target_prefixes: likewise of the decoder labels.
       overlong: examples dropped (or truncated) for their length, by direction.
-      skipped: ranges [start, stop) of batch numbers that are left out, counted without leaving any out.
+      skipped: see `SkippingPlan`.
     """
 
     def __init__(
@@ -156,6 +191,7 @@ class BatchPlan:
         Raises:
           UserError: where a language has no tag, or no example of a stream fits into a row.
         """
+        super().__init__(skipped)
         if not streams:
             raise UserError("BatchPlan: there is no training data; give at least one corpus")
         self.streams = tuple(streams)
@@ -165,7 +201,6 @@ class BatchPlan:
         )
         self.target_prefixes = tuple(tags.target_prefix(vocabulary, stream.target_language) for stream in streams)
         self.overlong: Counter[str] = Counter()
-        self.skipped = _merge_ranges(skipped)
         self._seed = seed
         self._shuffle = shuffle
         self._usable = [self._usable_pairs(index) for index in range(len(streams))]
@@ -174,17 +209,6 @@ class BatchPlan:
         self._windows: OrderedDict[tuple[int, int], Future[_Window]] = OrderedDict()
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="batch plan")
         self._lock = threading.Lock()
-
-    def skipping(self, ranges: Sequence[tuple[int, int]]) -> BatchPlan:
-        """The same plan with more ranges [start, stop) left out, in the numbers that `unskipped` gives.
-
-        Positions up to the first new range stay what they were, so that a run which goes back to a checkpoint before
-        the range goes on from the checkpoint's position.
-        """
-        plan = BatchPlan.__new__(BatchPlan)
-        plan.__dict__.update(self.__dict__)
-        plan.skipped = _merge_ranges([*self.skipped, *ranges])
-        return plan
 
     # Mixture
 
@@ -368,14 +392,6 @@ class BatchPlan:
             self._counts.extend(known_rows)
 
     # Batches
-
-    def unskipped(self, index: int) -> int:
-        """The number that batch `index` has when none is left out, as `skipped` counts."""
-        for start, stop in self.skipped:
-            if index < start:
-                break
-            index += stop - start
-        return index
 
     def locate(self, index: int) -> tuple[int, int]:
         """The epoch of batch `index` and its number within it.

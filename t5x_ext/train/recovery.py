@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from t5x_ext.data import BatchPlan
+from t5x_ext.data.plan import SkippingPlan
 from t5x_ext.train.log import JsonLines, cut_log
 from t5x_ext.train.loop import Loop
 from t5x_ext.train.step import StepMetrics
@@ -90,6 +90,6 @@ def position_of(loop: Loop, step: int) -> int:
     return loop.batches_consumed - loop.step + step - 1
 
 
-def skipped_after(plan: BatchPlan, start: int, last: int) -> list[tuple[int, int]]:
+def skipped_after(plan: SkippingPlan, start: int, last: int) -> list[tuple[int, int]]:
     """The ranges to leave out so that the batches at positions `start` to `last` of a plan do not come again."""
     return list(plan.skipping([(plan.unskipped(start), plan.unskipped(last) + 1)]).skipped)

@@ -1,0 +1,81 @@
+"""A plan that changes its directions on the way: bidirectional training that ends in one direction."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from t5x_ext.contracts import UserError
+from t5x_ext.data.plan import BatchPlan, RowExamples, SkippingPlan
+
+
+class SwitchingPlan(SkippingPlan):
+    """The batches of one plan up to a batch number, and from there on those of another, from its beginning.
+
+    A position stays one integer. With the switch at 0 this is the second plan, batch for batch.
+
+    Attributes:
+      first: the plan up to the switch.
+      second: the plan from there on; its streams are among those of `first`.
+      switch: number of the first batch of `second`, counted without leaving any out.
+      streams: those of `first`, like all that follow.
+      config: shape and mixture.
+      source_prefixes: tags at the start of the encoder input, one tuple a stream.
+      target_prefixes: likewise of the decoder labels.
+      skipped: see `SkippingPlan`.
+
+    References:
+      Ding et al., Improving Neural Machine Translation by Bidirectional Training (arXiv 2109.07780).
+    """
+
+    def __init__(self, first: BatchPlan, second: BatchPlan, switch: int):
+        """Joins two plans that leave nothing out.
+
+        Args:
+          first: see the attribute, like the others.
+          second: see there.
+          switch: see there.
+
+        Raises:
+          UserError: for a negative switch.
+        """
+        super().__init__()
+        if switch < 0:
+            raise UserError(f"DataConfig.bidirectional_steps={switch}: must be 0 or more, or None")
+        self.first, self.second, self.switch = first, second, switch
+        self.streams = first.streams
+        self.config = first.config
+        self.source_prefixes, self.target_prefixes = first.source_prefixes, first.target_prefixes
+        self._numbers = np.array([self.streams.index(stream) for stream in second.streams])
+
+    @property
+    def density(self) -> float:
+        """See `BatchPlan.density`, before the switch."""
+        return self.first.density
+
+    def rates(self) -> dict[str, float]:
+        """The share of examples drawn from every direction before the switch."""
+        return self.first.rates()
+
+    def batches_per_epoch(self, epoch: int = 0) -> int:
+        """Batches of an epoch before the switch."""
+        return self.first.batches_per_epoch(epoch)
+
+    def known_rows(self) -> list[list[int]]:
+        """What both plans know, see `BatchPlan.known_rows`, behind the number of epochs of the first."""
+        known = self.first.known_rows()
+        return [[len(known)], *known, *self.second.known_rows()]
+
+    def remember(self, known_rows: list[list[int]]) -> None:
+        """Takes over what `known_rows` gave in an earlier process."""
+        if known_rows:
+            ((epochs,), *known) = known_rows
+            self.first.remember(known[:epochs])
+            self.second.remember(known[epochs:])
+
+    def examples(self, index: int, start: int = 0, stop: int | None = None) -> RowExamples:
+        """Examples in rows `start` to `stop` (None: the last) of batch `index`, see `BatchPlan.examples`."""
+        number = self.unskipped(index)
+        if number < self.switch:
+            return self.first.examples(number, start, stop)
+        examples = self.second.examples(number - self.switch, start, stop)
+        return examples._replace(streams=self._numbers[examples.streams])
