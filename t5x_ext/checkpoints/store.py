@@ -57,7 +57,7 @@ class CheckpointStore:
     A save blocks for the copy from device to host only. In the background the folder is written under a temporary name,
     renamed, and then given `digests.json` (size and SHA-256 of every file): only then it counts as whole, and only then
     older ones are deleted. A load verifies the digests first. Folders that an interrupted save left behind are
-    deleted by the next save that finishes.
+    deleted when the next save begins.
 
     One run at a time writes to a directory; any number may read. Where a run has several processes, all of them see the
     directory, and all of them call `save`, `wait`, `restore` and `discard_after` in the same order; every process
@@ -277,7 +277,7 @@ class CheckpointStore:
         if jax.process_index() == 0:
             self._check_is_folder()
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._delete_temporary()
+            self._delete_unfinished()
             revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
             free = _free_bytes(self.directory)
             answer = {"revision": revision, "free": free}
@@ -295,6 +295,7 @@ class CheckpointStore:
         if free is not None and free < num_bytes:
             raise self._cleared(folder, "the disk is too full", num_bytes)
         self._refused.discard(folder)
+        self._mentioned.discard(folder)
         return folder
 
     def _finish(self, folder: epath.Path, num_bytes: int) -> None:
@@ -347,17 +348,18 @@ class CheckpointStore:
                 self._mentioned.add(folder)
                 logger.warning("checkpoint %s refused: %s", folder, damage)
 
-    def _delete_temporary(self) -> None:
+    def _delete_unfinished(self) -> None:
+        """Deletes what interrupted saves have left; not while a save is under way."""
         if jax.process_index() == 0 and self.directory.is_dir():
             for folder in self.directory.iterdir():
-                if _TEMPORARY in folder.name:
+                if _TEMPORARY in folder.name or (_parse(folder) and not (folder / DIGESTS).exists()):
                     _delete(folder)
 
     def _delete_for_good(self, folder: epath.Path) -> None:
         """Deletes what a failed save has left, and what its other writers add: Orbax reports the first that failed."""
         looks_clean = 0
         for _ in range(100):
-            self._delete_temporary()
+            self._delete_unfinished()
             if folder.exists():
                 _delete(folder)
             time.sleep(0.1)

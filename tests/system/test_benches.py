@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -30,7 +28,6 @@ def test_killed_at_random_moments(tmp_path):
     assert found["results"][0]["kills"]
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_in_a_save(tmp_path):
     found, printed = figures("bench_faults.py", tmp_path, "--only=disk_full_in_a_save")
     assert printed[-1] == "survived 1/1"
