@@ -46,11 +46,11 @@ def _host_key() -> str:
     A program for the CPU holds instructions of the CPU that compiled it, and is cut for its number of threads, of both
     of which JAX's key knows nothing.
     """
+    from t5x_ext.parallel import cpu_threads
+
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    threads = os.environ.get("NPROC") or str(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    threads = str(cpu_threads())
     digest = hashlib.sha256("\n".join((platform.machine(), features, threads)).encode()).hexdigest()
     return f"{platform.machine()}-{threads}-{digest[:12]}"

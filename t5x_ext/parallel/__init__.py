@@ -8,7 +8,7 @@ from t5x_ext.parallel.distributed import (
     is_primary,
     primary_first,
 )
-from t5x_ext.parallel.hardware import HARDWARE, Hardware, hardware_of
+from t5x_ext.parallel.hardware import HARDWARE, Hardware, cpu_threads, hardware_of
 from t5x_ext.parallel.mesh import BATCH_AXES, MESH_AXES, MeshConfig, batch_devices, make_mesh
 from t5x_ext.parallel.placement import MeshPlacement
 from t5x_ext.parallel.rules import AxisRules, data_parallel, fsdp, fsdp_tensor
@@ -25,6 +25,7 @@ __all__ = [
     "MeshPlacement",
     "barrier",
     "batch_devices",
+    "cpu_threads",
     "data_parallel",
     "fsdp",
     "fsdp_tensor",

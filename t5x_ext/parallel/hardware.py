@@ -1,7 +1,8 @@
-"""What accelerators can do: peak speed, memory and links, each figure with its source."""
+"""What accelerators can do: peak speed, memory and links, each figure with its source; threads of a CPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -175,3 +176,10 @@ def hardware_of(device_kind: str) -> Hardware | None:
     """
     name = _KINDS.get(device_kind)
     return None if name is None else HARDWARE[name]
+
+
+def cpu_threads() -> int:
+    """Threads of XLA's CPU client: NPROC where it is set, else the cores that this process may use."""
+    if os.environ.get("NPROC", "").isdecimal():
+        return int(os.environ["NPROC"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from t5x_ext.checkpoints import CheckpointStore, RunFolder, write_json
 from t5x_ext.contracts import UserError
 from t5x_ext.data import PreparedData
 from t5x_ext.models import TransformerConfig
+from t5x_ext.parallel import cpu_threads
 from t5x_ext.train.run import Run
 
 _MAY_CHANGE = (
@@ -45,16 +46,9 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
-        "cpu_threads": _cpu_threads(),
+        "cpu_threads": cpu_threads(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def _cpu_threads() -> int:
-    """Threads of XLA's CPU client: NPROC where it is set, else the cores that this process may use."""
-    if os.environ.get("NPROC", "").isdecimal():
-        return int(os.environ["NPROC"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment_changes(folder: RunFolder) -> list[str]:
