@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +109,27 @@ def require_bucket(run_dir: str, why: str) -> None:
     """Raises UsageError for a run folder on the disk of one machine."""
     if "://" not in run_dir:
         raise UsageError(f"--run_dir={run_dir}: {why}; give a bucket, as --run_dir=gs://my-bucket/run")
+
+
+def launch(out: Path, text: str, command: Sequence[str] | None, *, dry_run: bool) -> int:
+    """Writes what describes a job and hands it over; in a dry run only says what would be done.
+
+    Args:
+      out: file to write.
+      text: what goes into it.
+      command: what hands the file over; None hands nothing over.
+      dry_run: prints the text instead.
+
+    Returns:
+      The exit code of the command, 0 without one.
+    """
+    if dry_run:
+        print(text, end="")
+        print(f"would write {out}" + (f" and run: {shlex.join(command)}" if command else ""), file=sys.stderr)
+        return 0
+    out.write_text(text, encoding="utf-8")
+    print(f"wrote {out}", file=sys.stderr)
+    return subprocess.run(command, check=False).returncode if command else 0
 
 
 def run_script(

@@ -13,15 +13,13 @@ code 2) is not tried again.
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from absl import flags
-from launch_common import Training, define_flags, require_bucket, run_script, training
+from launch_common import Training, define_flags, launch, require_bucket, run_script, training
 
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
@@ -73,13 +71,7 @@ def main(values: flags.FlagValues) -> int:
     manifest = yaml.safe_dump_all(documents(values, slice_, run), sort_keys=False, width=120)
     out = Path(values.out or f"{values.name}.yaml")
     apply = ["kubectl", "apply", f"--filename={out}"]
-    if values.dry_run:
-        print(manifest, end="")
-        print(f"would write {out}" + (f" and run: {shlex.join(apply)}" if values.apply else ""), file=sys.stderr)
-        return 0
-    out.write_text(manifest, encoding="utf-8")
-    print(f"wrote {out}", file=sys.stderr)
-    return subprocess.run(apply, check=False).returncode if values.apply else 0
+    return launch(out, manifest, apply if values.apply else None, dry_run=values.dry_run)
 
 
 def documents(values: flags.FlagValues, slice_: TpuSlice | None, run: Training) -> list[dict[str, Any]]:

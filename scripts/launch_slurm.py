@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
 from absl import flags
-from launch_common import Training, define_flags, run_script, training
+from launch_common import Training, define_flags, launch, run_script, training
 
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
@@ -81,14 +80,7 @@ def main(values: flags.FlagValues) -> int:
     _check_run_dir(values)
     script = batch_script(values, run)
     out = Path(values.out or f"{values.name}.sbatch")
-    submit = ["sbatch", str(out)]
-    if values.dry_run:
-        print(script, end="")
-        print(f"would write {out}" + (f" and run: {shlex.join(submit)}" if values.submit else ""), file=sys.stderr)
-        return 0
-    out.write_text(script, encoding="utf-8")
-    print(f"wrote {out}", file=sys.stderr)
-    return subprocess.run(submit, check=False).returncode if values.submit else 0
+    return launch(out, script, ["sbatch", str(out)] if values.submit else None, dry_run=values.dry_run)
 
 
 def batch_script(values: flags.FlagValues, run: Training) -> str:
