@@ -24,7 +24,7 @@ from t5x_ext.plan.hlo_cost import Buffer
 from t5x_ext.plan.report import CheckReport, DeviceMemory
 from t5x_ext.plan.roofline import mfu_bound, roofline
 from t5x_ext.plan.topology import Target
-from t5x_ext.train.program import Program, make_program
+from t5x_ext.train.program import Program, check_rows, make_program
 from t5x_ext.train.run import Run
 
 MEAN_LENGTH = 32
@@ -64,7 +64,7 @@ def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LEN
     """
     run = on_slices(run, target)
     program = make_program(run, vocab_size, _mesh(run, target))
-    _check_rows(program)
+    check_rows(run, program.mesh)
     work = _training_work(program, mean_length)
     if target.is_compiled_for:
         compiled = compile_for(work.lowered, dict(program.mesh.shape))
@@ -138,16 +138,6 @@ def decoding_flops(config: TransformerConfig, rows: int, hypotheses: int, source
 
 def _mesh(run: Run, target: Target) -> Mesh:
     return make_mesh(run.mesh, target.devices)
-
-
-def _check_rows(program: Program) -> None:
-    run, pieces = program.run, batch_devices(program.mesh)
-    step = pieces * run.num_microbatches
-    if run.data.batch.rows % step:
-        raise UserError(
-            f"BatchConfig.rows is {run.data.batch.rows}; {pieces} devices (slices x data x fsdp) with "
-            f"{run.num_microbatches} microbatches need a multiple of {step}"
-        )
 
 
 def _training_work(program: Program, mean_length: int) -> _Work:

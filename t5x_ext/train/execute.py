@@ -12,21 +12,11 @@ from contextlib import closing
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
 from t5x_ext.contracts import Batch, UserError
 from t5x_ext.data import PackedBatches, VocabularyConfig, batch_iterator, prepare
-from t5x_ext.parallel import (
-    BATCH_AXES,
-    batch_devices,
-    global_batch,
-    hardware_of,
-    host_rows,
-    is_primary,
-    make_mesh,
-    primary_first,
-)
+from t5x_ext.parallel import global_batch, hardware_of, host_rows, is_primary, make_mesh, primary_first
 from t5x_ext.train import hooks
 from t5x_ext.train.beginning import InitFrom, first_loop, placed_weights
 from t5x_ext.train.compilation import compiling
@@ -36,7 +26,7 @@ from t5x_ext.train.log import JsonLines, Log, cut_log, is_remote
 from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.profiling import Profile
-from t5x_ext.train.program import make_program
+from t5x_ext.train.program import check_rows, make_program
 from t5x_ext.train.records import check_config, environment_changes, read_results, write_records
 from t5x_ext.train.recovery import BadUpdates, Diverged, position_of, skipped_after
 from t5x_ext.train.report import draw_learning_curve, read_metrics
@@ -100,7 +90,7 @@ class _Execution:
         self.clock = Clock()
         with self.clock.section("start"):
             mesh = make_mesh(run.mesh)
-            _check_rows(run, mesh)
+            check_rows(run, mesh)
             config = run.data
             if init_from is not None:
                 vocabulary = VocabularyConfig(path=str(RunFolder(init_from.run_dir).vocabulary))
@@ -282,20 +272,6 @@ def _early_stop(run: Run) -> Iterator[hooks.EarlyStop]:
     config = run.evaluation
     if config.patience is not None:
         yield hooks.EarlyStop(config.metric, higher_is_better=config.higher_is_better, patience=config.patience)
-
-
-def _check_rows(run: Run, mesh: Mesh) -> None:
-    """Refuses a batch that devices and microbatches do not cut evenly.
-
-    Raises:
-      UserError: naming a multiple that does.
-    """
-    devices = batch_devices(mesh)
-    if run.data.batch.rows % (devices * run.num_microbatches):
-        raise UserError(
-            f"BatchConfig.rows is {run.data.batch.rows}; {devices} devices ({' x '.join(BATCH_AXES)}) with "
-            f"{run.num_microbatches} microbatches need a multiple of {devices * run.num_microbatches}"
-        )
 
 
 def _is_over(run: Run, steps: int, evaluations_without_gain: int) -> bool:

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_ext.contracts import Batch, Objective, PyTree
+from t5x_ext.contracts import Batch, Objective, PyTree, UserError
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params, logical_axes
-from t5x_ext.parallel import MeshPlacement, state_shardings, tree_shardings
+from t5x_ext.parallel import BATCH_AXES, MeshPlacement, batch_devices, state_shardings, tree_shardings
 from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.train.run import Run
 from t5x_ext.train.state import create_state
@@ -51,6 +51,21 @@ class Program(NamedTuple):
     def compile(self) -> TrainStep:
         """The update, compiled for the devices of the mesh."""
         return self.lower().compile()
+
+
+def check_rows(run: Run, mesh: Mesh) -> None:
+    """Refuses a batch that devices and microbatches do not cut evenly.
+
+    Raises:
+      UserError: naming a multiple that does.
+    """
+    devices = batch_devices(mesh)
+    step = devices * run.num_microbatches
+    if run.data.batch.rows % step:
+        raise UserError(
+            f"BatchConfig.rows is {run.data.batch.rows}; {devices} devices ({' x '.join(BATCH_AXES)}) with "
+            f"{run.num_microbatches} microbatches need a multiple of {step}"
+        )
 
 
 def make_program(run: Run, vocab_size: int, mesh: Mesh) -> Program:
