@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.contracts import Accumulator, Batch, Context, Loss, Objective, Params, PyTree
 from t5x_ext.train.state import TrainState
@@ -26,7 +26,7 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def split_rows(batch: Batch, num_microbatches: int) -> PyTree:
+def split_rows(batch: PyTree, num_microbatches: int) -> PyTree:
     """Cuts the rows of a batch into microbatches: [rows, ...] to [num_microbatches, rows / num_microbatches, ...].
 
     Row r goes to microbatch r mod num_microbatches, so that rows split over devices stay on their devices.
@@ -39,59 +39,154 @@ def split_rows(batch: Batch, num_microbatches: int) -> PyTree:
     )
 
 
-def _gradients(
-    objective: Objective, accumulator: Accumulator, params: Params, microbatches: PyTree, state: TrainState, key: Array
-) -> tuple[PyTree, Loss]:
+class _Inputs(NamedTuple):
+    """What every gradient of a step is computed from, at whatever weights."""
+
+    objective: Objective
+    state: TrainState
+    batch: Batch
+    num_microbatches: int
+    key: Array
+
+    def context(self, number: Array) -> Context:
+        """For one of the pieces that are computed one after another: each has a dropout key of its own."""
+        dropout_key = jax.random.fold_in(self.key, number)
+        return Context(self.state.step, {"dropout": dropout_key}, mutable=self.state.mutable)
+
+    def microbatches(self) -> tuple[Array, PyTree]:
+        """Their numbers, and the microbatches."""
+        return jnp.arange(self.num_microbatches), split_rows(self.batch, self.num_microbatches)
+
+
+def _gradients(inputs: _Inputs, accumulator: Accumulator, params: Params) -> tuple[PyTree, Loss]:
     """Gradient of the mean loss over all microbatches, and the summed loss."""
 
-    def loss_sum(params: Params, microbatch: Batch, index: Array) -> tuple[Array, Loss]:
-        context = Context(state.step, {"dropout": jax.random.fold_in(key, index)}, mutable=state.mutable)
-        loss = objective(params, microbatch, context)
+    def loss_sum(params: Params, microbatch: Batch, number: Array) -> tuple[Array, Loss]:
+        loss = inputs.objective(params, microbatch, inputs.context(number))
         return loss.sum, loss
 
-    def add(carry: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
+    def add(carry: PyTree, piece: PyTree) -> tuple[PyTree, None]:
         accumulated, total = carry
-        index, microbatch = inputs
-        (_, loss), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, microbatch, index)
+        number, microbatch = piece
+        (_, loss), grads = jax.value_and_grad(loss_sum, has_aux=True)(params, microbatch, number)
         return (accumulator.add(accumulated, grads, loss.weight), jax.tree.map(jnp.add, total, loss)), None
 
-    indices = jnp.arange(jax.tree.leaves(microbatches)[0].shape[0])
+    numbers, microbatches = inputs.microbatches()
     first = jax.tree.map(lambda x: x[0], microbatches)
-    _, loss_shape = jax.eval_shape(loss_sum, params, first, indices[0])
+    _, loss_shape = jax.eval_shape(loss_sum, params, first, numbers[0])
     zero_loss = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), loss_shape)
-    initial = (accumulator.init(params, state.step), zero_loss)
-    (accumulated, loss), _ = jax.lax.scan(add, initial, (indices, microbatches))
+    initial = (accumulator.init(params, inputs.state.step), zero_loss)
+    (accumulated, loss), _ = jax.lax.scan(add, initial, (numbers, microbatches))
     return accumulator.finish(accumulated), loss
 
 
-def _curvature_gradients(
-    objective: Objective, params: Params, microbatches: PyTree, state: TrainState, key: Array
-) -> PyTree:
+def _curvature_gradients(inputs: _Inputs, params: Params) -> PyTree:
     """sqrt(N) times the mean gradient of log-likelihood at labels drawn from the model, N labels in the batch.
 
     Its outer product estimates the generalised Gauss-Newton matrix of the mean loss without bias. Labels are not
-    smoothed and no z-loss is added: the likelihood is the model's own.
+    smoothed and no z-loss is added: the likelihood is the model's own. What is random in a label is drawn for the whole
+    batch, so that without dropout neither microbatches nor devices change it.
     """
+    objective = inputs.objective
 
-    def sampled_sum(params: Params, microbatch: Batch, index: Array) -> tuple[Array, Array]:
-        dropout_key = jax.random.fold_in(key, index)
-        context = Context(state.step, {"dropout": dropout_key}, mutable=state.mutable)
-        log_probs = jax.nn.log_softmax(objective.logits(params, microbatch, context))
-        labels = jax.random.categorical(jax.random.fold_in(dropout_key, 1), jax.lax.stop_gradient(log_probs))
-        picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
-        weights = objective.label_weights(microbatch)
-        return -jnp.sum(picked * weights), jnp.sum(weights)
-
-    def add(carry: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
+    def add(carry: PyTree, piece: PyTree) -> tuple[PyTree, None]:
         total, count = carry
-        index, microbatch = inputs
-        grads, weight = jax.grad(sampled_sum, has_aux=True)(params, microbatch, index)
-        return (jax.tree.map(jnp.add, total, grads), count + weight), None
+        number, microbatch, uniforms = piece
+        context = inputs.context(number)
+        scores, pull = jax.vjp(lambda params: objective.logits(params, microbatch, context), params)
+        weights = objective.label_weights(microbatch)
+        # The gradient of -log p[label] is p less one at the label: written out, no log-probabilities are kept.
+        (grads,) = pull((jax.nn.softmax(scores) - _one_hot(_sample(scores, uniforms), scores)) * weights[..., None])
+        return (jax.tree.map(jnp.add, total, grads), count + jnp.sum(weights)), None
 
-    indices = jnp.arange(jax.tree.leaves(microbatches)[0].shape[0])
+    shape = objective.label_weights(inputs.batch).shape
+    uniforms = jax.random.uniform(jax.random.fold_in(inputs.key, _LABELS), (*shape, 2))
     initial = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-    (total, count), _ = jax.lax.scan(add, initial, (indices, microbatches))
+    pieces = (*inputs.microbatches(), split_rows(uniforms, inputs.num_microbatches))
+    (total, count), _ = jax.lax.scan(add, initial, pieces)
     return jax.tree.map(lambda g: g / jnp.sqrt(jnp.maximum(count, 1.0)), total)
+
+
+_LABELS = 2**32 - 1
+"""Folded into the key of a step for sampled labels; no microbatch has this number."""
+
+_GROUPS = 128
+"""Groups of the vocabulary in `_sample`; a multiple of the devices that a vocabulary is cut over."""
+
+
+def _sample(scores: Float[Array, "*labels vocab"], uniforms: Float[Array, "*labels 2"]) -> Int[Array, "*labels"]:
+    """Labels drawn from softmax(scores) by inverting the cumulative distribution, from two numbers in [0, 1) each.
+
+    The first picks one of the groups that the vocabulary is cut into, the second a label of the group. That takes two
+    random numbers a label where Gumbel noise takes one a score; and sums are of some hundred terms, so that the tail is
+    drawn as often as it should be, as far as float32 holds it.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    width = -(-weights.shape[-1] // _GROUPS)
+    padding = [(0, 0)] * (weights.ndim - 1) + [(0, _GROUPS * width - weights.shape[-1])]
+    grouped = jnp.pad(weights, padding).reshape(*weights.shape[:-1], _GROUPS, width)
+    group = _invert(jnp.sum(grouped, axis=-1), uniforms[..., 0])
+    # A masked sum instead of a gather: the groups may lie on several devices.
+    members = jnp.sum(jnp.where(jnp.arange(_GROUPS)[:, None] == group[..., None, None], grouped, 0.0), axis=-2)
+    return group * width + _invert(members, uniforms[..., 1])
+
+
+def _invert(weights: Float[Array, "*labels n"], uniform: Float[Array, "*labels"]) -> Int[Array, "*labels"]:
+    """The first entry at which the cumulative sum of weights exceeds its part `uniform`; never one of weight zero."""
+    cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
+    # Rounded sums need not grow to the last one; below the largest there is always an entry above uniform < 1 of it.
+    return jnp.argmax(cumulative > uniform[..., None] * jnp.max(cumulative, axis=-1, keepdims=True), axis=-1)
+
+
+def _one_hot(labels: Int[Array, "*labels"], scores: Float[Array, "*labels vocab"]) -> Bool[Array, "*labels vocab"]:
+    return jnp.arange(scores.shape[-1]) == labels[..., None]
+
+
+def _fisher(inputs: _Inputs, params: Params, num_examples: int) -> PyTree:
+    """Mean over single examples of the squared gradient of the log-likelihood of their labels, float32.
+
+    One example after another, in a row of its own: the mean of squares is not to be had from gradients of sums, and
+    this way it takes the memory of one gradient. Devices that share the rows of a batch all compute the same row.
+    """
+    examples, found = _single_examples(inputs.batch, num_examples)
+
+    def log_likelihood(params: Params, example: Batch, number: Array) -> Array:
+        scores = inputs.objective.logits(params, example, inputs.context(number))
+        log_probs = jnp.where(_one_hot(example["target_labels"], scores), jax.nn.log_softmax(scores), 0.0)
+        return jnp.sum(log_probs * inputs.objective.label_weights(example)[..., None])
+
+    def add(total: PyTree, piece: PyTree) -> tuple[PyTree, None]:
+        number, example = piece
+        grads = jax.grad(log_likelihood)(params, example, number)
+        return jax.tree.map(lambda t, g: t + jnp.square(g.astype(jnp.float32)), total, grads), None
+
+    initial = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    total, _ = jax.lax.scan(add, initial, (jnp.arange(num_examples), examples))
+    return jax.tree.map(lambda t: t / jnp.maximum(found, 1), total)
+
+
+def _single_examples(batch: Batch, count: int) -> tuple[PyTree, Int[Array, ""]]:
+    """[rows, ...] to [count, 1, ...]: rows of which all but one example is padding; and how many hold an example.
+
+    Of E examples in the batch, row by row, the i-th one taken is number floor(i E / count). Where a batch has fewer,
+    all are taken, and the last rows are padding.
+    """
+    per_row = jnp.max(batch["target_segment_ids"], axis=1)
+    ends = jnp.cumsum(per_row)
+    found = jnp.minimum(count, ends[-1])
+    places = jnp.arange(count)
+    numbers = places * ends[-1] // jnp.maximum(found, 1)
+    rows = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), len(ends) - 1)
+    segments = jnp.where(places < found, numbers - (ends - per_row)[rows] + 1, 0)
+
+    def only(name: str, values: Array) -> Array:
+        taken = values[rows][:, None]
+        if not name.endswith("segment_ids"):
+            return taken
+        return jnp.where(taken == segments.reshape(-1, *(1,) * (taken.ndim - 1)), taken, 0)
+
+    return {name: only(name, jnp.asarray(values)) for name, values in batch.items()}, found
 
 
 def accepted_arguments(update: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
@@ -111,15 +206,24 @@ def make_train_step(
     seed: int,
     num_microbatches: int = 1,
     ema_decay: float | None = None,
+    fisher_examples: int = 32,
 ) -> TrainStep:
     """Builds `(state, batch) -> (state, metrics)`, a pure function to be compiled with the state donated.
 
-    The optimizer is offered two callables as extra arguments and calls those it needs: `grad_fn(params, index=0)`, the
-    gradient at other weights with the same batch, microbatches, dropout keys and accumulator (`index` is there because
-    `optax.contrib.sam` passes one), and `curvature_grad_fn(params)`, the sampled-label gradient scaled by sqrt(N).
+    The optimizer is offered three callables as extra arguments and calls those it needs; what it does not call, or
+    calls in a branch of `lax.cond` that is not taken, is not computed:
 
-    An update whose loss or gradient is not finite is left out: weights, optimizer state and moving average stay, the
-    step counter goes on, so that the next batch and the next random key follow.
+    - `grad_fn(params, index=0)`: the gradient at other weights with the same batch, microbatches, dropout keys and
+      accumulator (`index` is there because `optax.contrib.sam` passes one);
+    - `curvature_grad_fn(params)`: sqrt(N) times the mean gradient at N labels drawn from the model. It holds the scores
+      of a microbatch, [labels, vocab] in float32;
+    - `fisher_fn(params)`: the mean over `fisher_examples` single examples (not rows: those hold several) of the squared
+      gradient of the log-likelihood of all their labels, neither smoothed nor averaged; float32. Examples are taken at
+      equal distances from those of the batch, and dropout is on as in training.
+
+    An update is left out if its loss or gradient is not finite, or what an optimizer makes of a gradient that it called
+    for: weights, optimizer state and moving average stay, the step counter goes on, so that the next batch and the next
+    random key follow.
 
     Args:
       objective: what is minimised; its value and gradient are summed over microbatches and divided by the labels.
@@ -128,27 +232,39 @@ def make_train_step(
       seed: root of every random key; the key of a step is `fold_in(key(seed), step)`.
       num_microbatches: pieces that the rows of a batch are cut into.
       ema_decay: decay per step of the moving average of the weights; None keeps none.
+      fisher_examples: examples of a batch of which `fisher_fn` squares the gradients, all if it holds fewer. They are
+        computed one by one, each in a row of its own, so this is also what a call costs.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        microbatches = split_rows(batch, num_microbatches)
+        inputs = _Inputs(objective, state, batch, num_microbatches, key)
+        called = []
 
         def grad_fn(params: Params, index: int = 0) -> PyTree:
-            return _gradients(objective, accumulator, params, microbatches, state, key)[0]
+            called.append("grad_fn")
+            return _gradients(inputs, accumulator, params)[0]
 
         def curvature_grad_fn(params: Params) -> PyTree:
-            return _curvature_gradients(objective, params, microbatches, state, key)
+            called.append("curvature_grad_fn")
+            return _curvature_gradients(inputs, params)
 
-        grads, loss = _gradients(objective, accumulator, state.params, microbatches, state, key)
-        extra = accepted_arguments(optimizer.update, {"grad_fn": grad_fn, "curvature_grad_fn": curvature_grad_fn})
+        def fisher_fn(params: Params) -> PyTree:
+            called.append("fisher_fn")
+            return _fisher(inputs, params, fisher_examples)
+
+        grads, loss = _gradients(inputs, accumulator, state.params)
+        offered = {"grad_fn": grad_fn, "curvature_grad_fn": curvature_grad_fn, "fisher_fn": fisher_fn}
+        extra = accepted_arguments(optimizer.update, offered)
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params, **extra)
+        gradient_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss.sum) & jnp.isfinite(gradient_norm)
+        if called:  # Known while tracing: others need not hold all updates at once for their norm.
+            finite &= jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
-        gradient_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss.sum) & jnp.isfinite(gradient_norm)
         moved = TrainState(state.step, params, optimizer_state, ema, state.mutable)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
         return kept._replace(step=state.step + 1), StepMetrics(loss, gradient_norm, finite)

@@ -10,9 +10,9 @@ import optax.contrib
 import pytest
 
 from t5x_ext.contracts import Batch, Context, Loss
-from t5x_ext.optim import mean_accumulator
+from t5x_ext.optim import adam, fsam, mean_accumulator, sam
 from t5x_ext.train.state import create_state
-from t5x_ext.train.step import accepted_arguments, make_train_step, split_rows
+from t5x_ext.train.step import _sample, accepted_arguments, make_train_step, split_rows
 
 ROWS, LENGTH, DIM, VOCAB = 8, 6, 5, 7
 
@@ -149,6 +149,113 @@ def test_curvature_gradient_squares_to_the_gauss_newton_matrix(params, batch):
     assert abs(np.trace(estimate) / np.trace(exact) - 1) < 0.02
 
 
+def pulled(name: str, params: Any, batch: Any, objective: Any = None, step: int = 0, **options: Any) -> Any:
+    """What the step's callable of this name gives at its parameters."""
+
+    def update(grads: Any, state: Any, params: Any, **offered: Any) -> Any:
+        return jax.tree.map(jnp.subtract, offered[name](params), params), state
+
+    probe = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    run = make_train_step(objective or LinearTagger(), probe, mean_accumulator(), seed=0, **options)
+    state = create_state(jax.tree.map(jnp.asarray, params), probe, with_ema=False)
+    return jax.jit(run)(state._replace(step=jnp.int32(step)), batch)[0].params["kernel"]
+
+
+def test_labels_are_drawn_from_the_model_s_distribution():
+    """Chi-square of 40,000 labels. Where all scores are those of a bias, the gradient tells the counts."""
+    vocab, rows, length = 300, 20, 2000  # no multiple of the groups that the vocabulary is cut into
+    scores = np.random.default_rng(0).normal(size=vocab) * 2
+    scores[[3, 299]] = -1e9
+    probabilities = np.exp(scores) / np.exp(scores).sum()
+    ones = np.ones((rows, length), np.int32)
+    batch = {"target_inputs": ones[..., None].astype(np.float32), "target_labels": ones, "target_segment_ids": ones}
+    # Parameters of zero, so that taking their update for the gradient rounds nothing.
+    objective = LinearTagger()
+    objective.logits = lambda params, batch, context: batch["target_inputs"] @ params["kernel"] + jnp.float32(scores)
+    gradient = np.asarray(pulled("curvature_grad_fn", {"kernel": jnp.zeros((1, vocab))}, batch, objective), np.float64)
+    drawn = rows * length
+    counts = drawn * probabilities - np.sqrt(drawn) * gradient[0]
+    np.testing.assert_allclose(counts, np.round(counts), atol=0.1)
+    assert np.round(counts).sum() == drawn
+    assert not np.round(counts[[3, 299]]).any()
+    expected = drawn * probabilities
+    often = expected >= 5
+    bins = lambda values: np.append(values[often], values[~often].sum())
+    chi_square = np.sum((bins(counts) - bins(expected)) ** 2 / bins(expected))
+    assert abs(chi_square - often.sum()) < 3 * np.sqrt(2 * often.sum())
+
+
+def test_a_label_never_has_probability_zero_and_the_tail_is_reached():
+    """The least and the largest uniform number, at one label alone and at labels of probability 1e-9."""
+    largest = 1 - 2.0**-24
+    for alone in (0, 130, 255, 511):
+        scores = np.where(np.arange(512) == alone, 0.0, -np.inf).astype(np.float32)
+        for uniform in (0.0, largest):
+            assert _sample(scores, np.full(2, uniform, np.float32)) == alone
+    # A label each in the first and the last group beside one that takes nearly all of both.
+    scores = np.full(512, -np.inf, np.float32)
+    scores[[0, 1, 510, 511]] = np.log([1e-9, 0.5, 0.5, 1e-9])
+    drawn = [int(_sample(scores, np.float32([u, v]))) for u in (0.0, largest) for v in (0.0, 1e-8, largest)]
+    assert drawn == [0, 1, 1, 510, 510, 510]
+
+
+def test_sampled_labels_do_not_depend_on_microbatches(params, batch):
+    whole, pieces = (pulled("curvature_grad_fn", params, batch, num_microbatches=n) for n in (1, 4))
+    np.testing.assert_allclose(pieces, whole, atol=2e-6)
+
+
+@pytest.fixture
+def packed(batch: Any) -> Any:
+    """Rows of none, one, two or three examples."""
+    segments = np.array([[1, 1, 2, 2, 2, 0], [0] * 6, [1] * 6, [1, 2, 2, 3, 3, 3]] * 2, np.int32)
+    return batch | {"target_segment_ids": segments}
+
+
+def squared_gradients(params: Any, batch: Any) -> np.ndarray:
+    """Of the log-likelihood of every example, [examples, DIM, VOCAB], row by row, in float64."""
+    segments = batch["target_segment_ids"]
+    examples = [segments[row] == i for row in range(ROWS) for i in range(1, segments[row].max() + 1)]
+    rows = [row for row in range(ROWS) for _ in range(segments[row].max())]
+    squares = []
+    for row, kept in zip(rows, examples, strict=True):
+        alone = {name: value[row : row + 1] for name, value in batch.items()} | {"target_segment_ids": kept[None]}
+        squares.append((kept.sum() * float64_gradient(params, alone)[1]) ** 2)
+    return np.stack(squares)
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 20])
+def test_fisher_is_the_mean_of_squares_over_single_examples(params, packed, count):
+    squares = squared_gradients(params, packed)
+    assert len(squares) == 12
+    taken = np.arange(min(count, 12)) * 12 // min(count, 12)
+    fisher = pulled("fisher_fn", params, packed, num_microbatches=2, fisher_examples=count)
+    np.testing.assert_allclose(fisher, squares[taken].mean(axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_of_an_empty_batch_is_zero(params, packed):
+    empty = packed | {"target_segment_ids": np.zeros_like(packed["target_segment_ids"])}
+    np.testing.assert_allclose(pulled("fisher_fn", params, empty), 0.0, atol=1e-6)
+
+
+def test_fisher_is_computed_only_when_a_mask_is_refreshed(params, packed):
+    """Four updates with a mask every third: two times three examples, each a batch of a single row."""
+    rows = []
+
+    class Watched(LinearTagger):
+        def logits(self, params: Any, batch: Any, context: Context) -> jax.Array:
+            jax.debug.callback(lambda size: rows.append(int(size)), batch["target_inputs"].shape[0])
+            return super().logits(params, batch, context)
+
+    optimizer = fsam(optax.sgd(0.1), fisher="per_example", sparsity=0.5, mask_update_interval=3)
+    step = jax.jit(make_train_step(Watched(), optimizer, mean_accumulator(), seed=0, fisher_examples=3))
+    state = create_state(jax.tree.map(jnp.asarray, params), optimizer, with_ema=False)
+    for _ in range(4):
+        state, _ = step(state, packed)
+    jax.effects_barrier()
+    assert rows.count(1) == 2 * 3
+    assert rows.count(ROWS) == 4 * 2
+
+
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_an_update_that_is_not_finite_changes_nothing_but_the_counter(params, batch, poison):
     optimizer = optax.adam(0.1)
@@ -159,6 +266,26 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_counter(params, ba
         bad["target_inputs"] = (batch["target_inputs"] * 1e38).astype(np.float32)
     state, metrics = run_step(params, bad, optimizer, ema_decay=0.9)
     before = create_state(params, optimizer, with_ema=True)
+    assert not metrics.finite
+    assert state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, state._replace(step=before.step), before)
+
+
+def test_a_second_gradient_that_is_not_finite_changes_nothing_but_the_counter(params, batch):
+    """A loss that is finite where the weights are, and NaN wherever SAM moves them."""
+
+    class Cliff(LinearTagger):
+        def __call__(self, at: Any, batch: Batch, context: Context) -> Loss:
+            loss = super().__call__(at, batch, context)
+            moved = jnp.any(at["kernel"] != params["kernel"])
+            return loss._replace(sum=loss.sum * jnp.where(moved, jnp.nan, 1.0))
+
+    optimizer = sam(adam(0.1))
+    step = jax.jit(make_train_step(Cliff(), optimizer, mean_accumulator(), seed=0, ema_decay=0.9))
+    before = create_state(params, optimizer, with_ema=True)
+    state, metrics = step(before, batch)
+    assert np.isfinite(metrics.loss.sum)
+    assert np.isfinite(metrics.gradient_norm)
     assert not metrics.finite
     assert state.step == 1
     jax.tree.map(np.testing.assert_array_equal, state._replace(step=before.step), before)
