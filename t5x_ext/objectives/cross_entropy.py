@@ -61,7 +61,8 @@ class LabelSmoothedCrossEntropy:
         def sums(hidden: Array, labels: Array, weights: Array) -> Float[Array, " sums"]:
             return self._sums(self._project(params, hidden), labels, weights)
 
-        positions = max(1, self.chunk_tokens // labels.shape[0])
+        rows, length = labels.shape
+        positions = _positions_of_a_chunk(rows, length, self.chunk_tokens)
         chunks = tuple(_chunks_of_positions(a, positions) for a in (hidden, labels, weights))
         # What `sums` takes from the parameters becomes an argument, so that its gradient can be asked for by name.
         sums_of, used = jax.closure_convert(sums, *(chunk[0] for chunk in chunks))
@@ -149,6 +150,12 @@ def _scale_gradients(
 
 
 _sum_over_chunks.defvjp(_sum_with_gradients, _scale_gradients)
+
+
+def _positions_of_a_chunk(rows: int, length: int, chunk_tokens: int) -> int:
+    """Label positions of a row that are in a chunk: as even as they come, since what is missing is padded."""
+    chunks = -(-length // max(1, chunk_tokens // rows))
+    return -(-length // chunks)
 
 
 def _chunks_of_positions(a: Array, positions: int) -> Array:
