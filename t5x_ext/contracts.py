@@ -24,6 +24,9 @@ Rngs: TypeAlias = Mapping[str, jax.Array]
 AXIS_NAMES = ("batch", "length", "embed", "heads", "head_dim", "mlp", "vocab", "layers")
 """The one vocabulary of logical axis names; `None` marks an axis that is never split."""
 
+Axes: TypeAlias = tuple[str | None, ...]
+"""A logical name for each axis of an array."""
+
 
 class UserError(Exception):
     """A user's mistake, said in one line: what was wrong, where, what would be right. Commands exit with code 2."""

@@ -8,8 +8,7 @@ from typing import Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Axes = tuple[str | None, ...]
-"""A logical name (`contracts.AXIS_NAMES`) for each axis of an array; None is never cut."""
+from t5x_ext.contracts import Axes
 
 
 class Placement(Protocol):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.parallel.mesh import BATCH_AXES
+from t5x_ext.contracts import Axes
+from t5x_ext.parallel.mesh import BATCH_AXES, batch_devices
 from t5x_ext.parallel.rules import AxisRules
-
-Axes = tuple[str | None, ...]
+from t5x_ext.parallel.shardings import Cut, partition_spec
 
 
 @dataclass(frozen=True)
@@ -50,28 +49,22 @@ class MeshPlacement:
         would move the whole table, and its whole gradient back.
         """
         columns = self._sharding(table, ("vocab", "embed"), gathered=False).spec[1]
-        if columns not in BATCH_AXES or tokens.shape[0] % _devices(self.mesh, BATCH_AXES):
+        if columns not in BATCH_AXES or tokens.shape[0] % batch_devices(self.mesh):
             return jnp.take(table, tokens, axis=0).astype(dtype)
         rows = tuple(axis for axis in BATCH_AXES if axis != columns)
         tokens = jax.lax.with_sharding_constraint(tokens, NamedSharding(self.mesh, PartitionSpec(rows)))
         vectors = jnp.take(table, tokens, axis=0).astype(dtype)
         return jax.lax.with_sharding_constraint(vectors, NamedSharding(self.mesh, PartitionSpec(rows, None, columns)))
 
-    def _sharding(self, x: Any, axes: Axes, gathered: bool) -> NamedSharding:
-        spec: list[Any] = []
-        for name, size in zip(axes, x.shape, strict=True):
-            along: Any = BATCH_AXES if name == "batch" else None if name == "length" else self.rules.mesh_axis(name)
-            taken = gathered and name != "batch" and along in BATCH_AXES
-            whole = along is None or taken or along in spec or size % _devices(self.mesh, along)
-            spec.append(None if whole else along)
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+    def _sharding(self, x: Array, axes: Axes, gathered: bool) -> NamedSharding:
+        cuts = [self._cut(name, gathered) for name in axes]
+        return NamedSharding(self.mesh, partition_spec(self.mesh, cuts, x.shape))
 
-
-def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
-    count = 1
-    for axis in (axes,) if isinstance(axes, str) else axes:
-        count *= mesh.shape[axis]
-    return count
+    def _cut(self, name: str | None, gathered: bool) -> Cut:
+        if name in ("batch", "length"):
+            return BATCH_AXES if name == "batch" else None
+        along = self.rules.mesh_axis(name)
+        return None if gathered and along in BATCH_AXES else along
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_ext.contracts import Params, PyTree, UserError, path_name
+from t5x_ext.contracts import Axes, Params, PyTree, UserError, path_name
 from t5x_ext.parallel.rules import AxisRules
 
 logger = logging.getLogger(__name__)
+
+Cut: TypeAlias = str | tuple[str, ...] | None
+"""The mesh axes that one axis of an array is cut over, as in a `PartitionSpec`."""
+
+
+def partition_spec(mesh: Mesh, cuts: Sequence[Cut], shape: Sequence[int]) -> PartitionSpec:
+    """The cuts that are possible: an axis stays whole if its mesh axes do not divide it, or an earlier one has one.
+
+    Args:
+      mesh: has the mesh axes.
+      cuts: what is wanted of each axis.
+      shape: its sizes.
+    """
+    spec: list[Cut] = []
+    taken: set[str] = set()
+    for cut, size in zip(cuts, shape, strict=True):
+        is_whole = taken.intersection(_names(cut)) or size % _pieces(mesh, cut)
+        spec.append(None if is_whole else cut)
+        taken.update(_names(spec[-1]))
+    return PartitionSpec(*spec)
 
 
 def tree_shardings(mesh: Mesh, rules: AxisRules, logical_axes: PyTree, params: Params) -> PyTree:
@@ -102,14 +123,9 @@ def _spec_like(mesh: Mesh, leaf: Any, like: tuple[int, ...], spec: PartitionSpec
         others = [axis for axis in range(len(shape)) if axis != front]
         taker = max(others, key=lambda axis: shape[axis]) if jnp.issubdtype(leaf.dtype, jnp.floating) else front
         names = found[taker] + lost
-        if shape[taker] % math.prod(mesh.shape[name] for name in names) == 0:
+        if shape[taker] % _pieces(mesh, names) == 0:
             found[taker] = names
     return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in found))
-
-
-def _names(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that one axis is cut over."""
-    return cut if isinstance(cut, tuple) else () if cut is None else (cut,)
 
 
 def _matching(a: tuple[int, ...], b: tuple[int, ...], limit: int) -> int:
@@ -121,17 +137,19 @@ def _parts(path: tuple) -> tuple[str, ...]:
     return tuple(path_name((key,)) for key in path)
 
 
-def _spec(
-    mesh: Mesh, rules: AxisRules, name: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
-) -> PartitionSpec:
-    taken: list[str | None] = []
-    for axis, size in zip(axes, shape, strict=True):
-        mesh_axis = rules.mesh_axis(axis)
-        if mesh_axis in taken:
-            mesh_axis = None
-        if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-            reason = f"{mesh.shape[mesh_axis]} devices along {mesh_axis} do not divide it"
+def _spec(mesh: Mesh, rules: AxisRules, name: str, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+    cuts = [rules.mesh_axis(axis) for axis in axes]
+    spec = partition_spec(mesh, cuts, shape)
+    for position, (axis, size, cut) in enumerate(zip(axes, shape, cuts, strict=True)):
+        if cut is not None and cut not in spec[: position + 1]:
+            reason = f"{mesh.shape[cut]} devices along {cut} do not divide it"
             logger.info("parameter %s: axis %s of size %d stays whole: %s", name, axis, size, reason)
-            mesh_axis = None
-        taken.append(mesh_axis)
-    return PartitionSpec(*taken)
+    return spec
+
+
+def _names(cut: Cut) -> tuple[str, ...]:
+    return cut if isinstance(cut, tuple) else () if cut is None else (cut,)
+
+
+def _pieces(mesh: Mesh, cut: Cut) -> int:
+    return math.prod(mesh.shape[name] for name in _names(cut))
