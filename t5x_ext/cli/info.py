@@ -86,7 +86,7 @@ def _describe(model: TransformerConfig, length: int) -> dict[str, Any]:
 
 
 def _layer_map(sharing: LayerSharing, layers: int) -> list[int]:
-    return list(sharing.layer_map(layers))
+    return list(sharing.layer_map(layers)) if layers else []
 
 
 def _run(run_dir: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from t5x_ext.data.beam_cache import BeamRunner
 from t5x_ext.data.cache import TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig, clean_line
 from t5x_ext.data.encoding import SubwordSampling
-from t5x_ext.data.parallel_text import ParallelText, aligned_files, read_lines
+from t5x_ext.data.parallel_text import ParallelText, aligned_files, monolingual_text, read_lines
 from t5x_ext.data.pipeline import DataConfig, PreparedData, prepare, prepare_vocabulary
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
@@ -47,6 +47,7 @@ __all__ = [
     "batch_iterator",
     "build_cache",
     "clean_line",
+    "monolingual_text",
     "prepare",
     "prepare_vocabulary",
     "read_lines",

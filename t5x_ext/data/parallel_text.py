@@ -170,6 +170,23 @@ class ParallelText:
             yield columns[self.source_column], columns[self.target_column]
 
 
+def monolingual_text(path: str, language: str, name: str = "") -> ParallelText:
+    """A text of one language as a corpus: every line is paired with itself.
+
+    It trains a language model (`TransformerConfig.encoder_layers = 0`), which reads the second side alone. Both sides
+    being equally long, rows are packed as tightly as one side would be.
+
+    Args:
+      path: UTF-8 text, as `ParallelText` reads it.
+      language: its code, as in `en`.
+      name: a short name for tables and logs; made from the file name when left out.
+
+    Raises:
+      UserError: as `ParallelText`.
+    """
+    return ParallelText(path, path, language, language, name)
+
+
 def aligned_files(directory: str, stem: str, source_language: str, target_language: str) -> ParallelText:
     """Two files of a folder named by their language, as `train.en` and `train.de`, or the same with `.gz`.
 

@@ -25,7 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "compute_dtype": get_args(ComputeDtype),
     "remat": get_args(Remat),
 }
-_SIZES = ("vocab_size", "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers")
+_SIZES = ("vocab_size", "embed_dim", "mlp_dim", "num_heads", "decoder_layers")
 _RATES = ("dropout", "attention_dropout", "activation_dropout")
 _SWITCHES = ("final_norm", "use_bias", "scale_embedding", "scan_layers")
 
@@ -34,12 +34,15 @@ _SWITCHES = ("final_norm", "use_bias", "scale_embedding", "scan_layers")
 class TransformerConfig:
     """An encoder-decoder Transformer (Vaswani et al., arXiv 1706.03762) in the variants of the translation literature.
 
+    With `encoder_layers=0` it is a decoder alone, without cross-attention: a language model of the target side, which
+    does not read the source.
+
     Attributes:
       vocab_size: pieces of the joint vocabulary; training replaces it by the size of the vocabulary it uses.
       embed_dim: width of the residual stream, d.
       mlp_dim: inner width of the feed-forward sub-layer, f.
       num_heads: attention heads; must divide `embed_dim`.
-      encoder_layers: positions of the encoder stack, N (not parameter sets).
+      encoder_layers: positions of the encoder stack, N (not parameter sets); 0: a language model.
       decoder_layers: positions of the decoder stack.
       encoder_sharing: which parameter set each encoder position uses.
       decoder_sharing: which parameter set each decoder position uses.
@@ -49,7 +52,7 @@ class TransformerConfig:
       norm_epsilon: added to the variance.
       use_bias: biases in projections and in LayerNorm. The output projection never has one.
       tied_embeddings: `all` is one table for source, target and output; `decoder` one for source and one for target
-        and output; `none` three.
+        and output; `none` three. A language model has no table for the source.
       scale_embedding: multiply embeddings by sqrt(embed_dim).
       dropout: after embedding plus positions and after each sub-layer, before the residual sum (as fairseq places it).
       attention_dropout: on attention weights.
@@ -89,6 +92,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in _SIZES:
             _require(self, name, _is_integer(getattr(self, name)) and getattr(self, name) > 0, "a positive integer")
+        layers = self.encoder_layers
+        _require(self, "encoder_layers", _is_integer(layers) and layers >= 0, "a positive integer, or 0 for no encoder")
         for name in _RATES:
             _require(self, name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in _SWITCHES:
@@ -100,8 +105,14 @@ class TransformerConfig:
         _require(self, "norm_epsilon", _is_number(self.norm_epsilon) and self.norm_epsilon > 0, "a positive number")
         _require(self, "embed_dim", self.embed_dim % 2 == 0, "even, for sine and cosine positions")
         _require(self, "num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim={self.embed_dim}")
-        self.encoder_sharing.num_sets(self.encoder_layers)
+        if self.has_encoder:
+            self.encoder_sharing.num_sets(self.encoder_layers)
         self.decoder_sharing.num_sets(self.decoder_layers)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether there is an encoder and attention to it; False for a language model."""
+        return self.encoder_layers > 0
 
     @property
     def head_dim(self) -> int:
@@ -118,10 +129,13 @@ class TransformerConfig:
         norm = d * (2 if self.norm == "layernorm" and self.use_bias else 1)
         attention = 4 * d * d + 4 * d * self.use_bias
         feed_forward = 2 * d * f + (f + d) * self.use_bias
-        encoder = self.encoder_sharing.num_sets(self.encoder_layers) * (attention + feed_forward + 2 * norm)
-        decoder = self.decoder_sharing.num_sets(self.decoder_layers) * (2 * attention + feed_forward + 3 * norm)
-        tables = {"all": 1, "decoder": 2, "none": 3}[self.tied_embeddings]
-        return encoder + decoder + 2 * norm * self.final_norm + tables * self.vocab_size * d
+        layer, cross = attention + feed_forward + 2 * norm, attention + norm
+        stacks = self.decoder_sharing.num_sets(self.decoder_layers) * (layer + cross * self.has_encoder)
+        tables = {"all": 1, "decoder": 1, "none": 2}[self.tied_embeddings]
+        if self.has_encoder:
+            stacks += self.encoder_sharing.num_sets(self.encoder_layers) * layer
+            tables += self.tied_embeddings != "all"
+        return stacks + (1 + self.has_encoder) * norm * self.final_norm + tables * self.vocab_size * d
 
     def flops(self, source_lengths: Sequence[int] | np.ndarray, target_lengths: Sequence[int] | np.ndarray) -> float:
         """Floating point operations of one forward pass over real tokens, 2 per multiply-add.
@@ -130,13 +144,15 @@ class TransformerConfig:
         self-attention counts its T(T+1)/2 pairs; keys and values of cross-attention are computed per source token.
 
         Args:
-          source_lengths: tokens of each example's encoder input.
+          source_lengths: tokens of each example's encoder input; without an encoder they do not matter.
           target_lengths: tokens of each example's decoder input, aligned with `source_lengths`.
         """
         s, t = np.asarray(source_lengths, np.float64), np.asarray(target_lengths, np.float64)
         d, f = self.embed_dim, self.mlp_dim
         encoder = s * (2 * (4 * d * d + 2 * d * f) + 4 * s * d)
-        decoder = 2 * t * (6 * d * d + 2 * d * f) + 4 * s * d * d + 2 * t * (t + 1) * d + 4 * t * s * d
+        decoder = 2 * t * (4 * d * d + 2 * d * f) + 2 * t * (t + 1) * d
+        if self.has_encoder:
+            decoder = decoder + 4 * t * d * d + 4 * s * d * d + 4 * t * s * d
         output = 2 * t * d * self.vocab_size
         return float(np.sum(self.encoder_layers * encoder + self.decoder_layers * decoder + output))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.contracts import Batch, Params, PyTree
+from t5x_ext.contracts import Batch, Params, PyTree, UserError
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.layers import (
     Activation,
@@ -53,7 +53,10 @@ class Embedding(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """An encoder-decoder Transformer over packed rows.
+    """An encoder-decoder Transformer over packed rows, or with `encoder_layers=0` its decoder alone.
+
+    Without an encoder `hidden` and `project` give the scores of a language model of the target side; `encode` raises
+    UserError.
 
     Every method runs through `model.apply({"params": params}, ..., method="name", rngs={"dropout": key})`. Dropout is
     applied only with `deterministic=False` and an rng `dropout`; the rng may be of any JAX implementation (`rbg` is
@@ -78,11 +81,14 @@ class EncoderDecoder(nn.Module):
         tables = {name: Embedding(config, self.placement, name=name) for name in dict.fromkeys(names)}
         self.source_table, self.target_table, self.output_table = (tables[name] for name in names)
         self.dropout = Dropout(config.dropout)
-        self.encoder = Stack(
-            config, EncoderLayer, self.activation, config.encoder_layers, config.encoder_sharing, self.placement
-        )
+        if config.has_encoder:
+            self.encoder = Stack(
+                config, EncoderLayer, self.activation, config.encoder_layers, config.encoder_sharing, self.placement
+            )
+        # A layer of a language model is one of an encoder that sees no later position.
+        decoder_layer = DecoderLayer if config.has_encoder else EncoderLayer
         self.decoder = Stack(
-            config, DecoderLayer, self.activation, config.decoder_layers, config.decoder_sharing, self.placement
+            config, decoder_layer, self.activation, config.decoder_layers, config.decoder_sharing, self.placement
         )
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length vocab"]:
@@ -92,17 +98,15 @@ class EncoderDecoder(nn.Module):
     def hidden(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length embed"]:
         """The decoder's output, after its final norm, in the compute dtype; `project` turns it into scores."""
         source_ids, target_ids = batch["source_segment_ids"], batch["target_segment_ids"]
-        encoded = self.encode(batch["source_tokens"], source_ids, batch["source_positions"], deterministic)
+        length = target_ids.shape[1]
+        self_mask = _segment_mask(target_ids, target_ids) & jnp.tril(jnp.ones((length, length), bool))
+        reads: tuple[Array, ...] = (self_mask,)
+        if self.config.has_encoder:
+            encoded = self.encode(batch["source_tokens"], source_ids, batch["source_positions"], deterministic)
+            reads = (encoded, self_mask, _segment_mask(target_ids, source_ids))
         deterministic = self._deterministic(deterministic)
         x = self._embed(self.target_table, batch["target_inputs"], batch["target_positions"], deterministic)
-        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        self_mask = _segment_mask(target_ids, target_ids) & causal
-        cross_mask = _segment_mask(target_ids, source_ids)
-        x, _ = self.decoder(
-            lambda layer, x, _: (layer(x, encoded, self_mask, cross_mask, deterministic), None),
-            x,
-            deterministic=deterministic,
-        )
+        x, _ = self.decoder(lambda layer, x, _: (layer(x, *reads, deterministic), None), x, deterministic=deterministic)
         return self.decoder.normalize(x)
 
     def project(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
@@ -117,6 +121,11 @@ class EncoderDecoder(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch source_length embed"]:
         """The encoder's output, after its final norm; values at padding (segment 0) mean nothing."""
+        if not self.config.has_encoder:
+            raise UserError(
+                "encoder_layers is 0: this is a language model, which scores texts and translates none; where a run "
+                "decodes, set EvaluationConfig.max_lines = 0 and give no test corpora"
+            )
         deterministic = self._deterministic(deterministic)
         x = self._embed(self.source_table, source_tokens, source_positions, deterministic)
         mask = _segment_mask(source_segment_ids, source_segment_ids)

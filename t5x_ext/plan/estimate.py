@@ -85,7 +85,7 @@ def estimate_temporaries(program: Program) -> Temporaries:
     accumulator = jax.eval_shape(run.accumulator.init, params, program.template.step)
     cut = device_bytes(params) / tree_bytes(params)
     residuals = partial(_residuals, run.objective, rows=rows, lengths=(shape.source_length, shape.target_length))
-    one_layer = dataclasses.replace(config, encoder_layers=1, decoder_layers=1, remat="none")
+    one_layer = dataclasses.replace(config, encoder_layers=int(config.has_encoder), decoder_layers=1, remat="none")
     recomputed = 0 if config.remat == "none" else residuals(one_layer, parts=_parts(program, one_layer))
     return Temporaries(
         gradients=int((tree_bytes(accumulator) + tree_bytes(params)) * cut),

@@ -253,7 +253,8 @@ def _seconds(program: Program, candidate: Candidate, target: Target, mean_length
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     weights = itemsize * config.num_params() / mesh.tensor
     batch = program.run.data.batch
-    sub_layers = 2 * config.encoder_layers * batch.source_length + 3 * config.decoder_layers * batch.target_length
+    sub_layers = 2 * config.encoder_layers * batch.source_length
+    sub_layers += (2 + config.has_encoder) * config.decoder_layers * batch.target_length
     network = 0.0
     if mesh.fsdp > 1:
         scatters = 2 if target.is_compiled_for and mesh.data == mesh.tensor == 1 else 1

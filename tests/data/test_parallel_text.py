@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data import ParallelText, aligned_files, parallel_text, read_lines
+from t5x_ext.data import ParallelText, aligned_files, monolingual_text, parallel_text, read_lines
 
 
 def test_aligned_files_give_pairs_in_order(write):
@@ -176,3 +176,10 @@ def test_spans_find_what_pairs_finds(write):
     narrow = ParallelText(tsv_path=write("a.tsv", b"a\tb\na\tb\na\n"), source_language="en", target_language="de")
     with pytest.raises(UserError, match=r"a.tsv, line 3: 1 tab-separated"):
         narrow.read_span(narrow.spans(2)[1])
+
+
+def test_a_monolingual_text_pairs_every_line_with_itself(tmp_path):
+    (tmp_path / "news.de.gz").write_bytes(gzip.compress("eins\nzwei\n".encode()))
+    corpus = monolingual_text(str(tmp_path / "news.de.gz"), "de", name="news")
+    assert list(corpus.pairs()) == [("eins", "eins"), ("zwei", "zwei")]
+    assert (corpus.languages, corpus.name) == (("de", "de"), "news")

@@ -31,6 +31,9 @@ def initialised_size(config):
         {"encoder_layers": 4, "encoder_sharing": HALF, "decoder_layers": 3},
         {"encoder_layers": 2, "decoder_layers": 6, "decoder_sharing": HALF, "scan_layers": True},
         {"encoder_layers": 5, "encoder_sharing": LayerSharing("sandwich"), "decoder_layers": 1},
+        {"encoder_layers": 0, "encoder_sharing": HALF, "decoder_layers": 3},
+        {"encoder_layers": 0, "norm": "rmsnorm", "tied_embeddings": "decoder"},
+        {"encoder_layers": 0, "use_bias": False, "final_norm": False, "tied_embeddings": "none"},
     ],
 )
 def test_num_params_is_the_size_of_the_initialised_tree(small_config, changes):
@@ -88,9 +91,10 @@ def matmul_flops(jaxpr):
     return total
 
 
-def test_flops_are_those_of_the_traced_model(small_config):
+@pytest.mark.parametrize("encoder_layers", [3, 0])
+def test_flops_are_those_of_the_traced_model(small_config, encoder_layers):
     source, target = 5, 7
-    config = small_config(encoder_layers=3, decoder_layers=2)
+    config = small_config(encoder_layers=encoder_layers, decoder_layers=2)
     ids = {name: np.ones((1, target if "target" in name else source), np.int32) for name in batch_names()}
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     traced = jax.make_jaxpr(lambda p: EncoderDecoder(config).apply({"params": p}, ids))(shapes)
@@ -133,6 +137,7 @@ def test_presets_override_defaults_only():
     [
         ({"embed_dim": 0}, "embed_dim is 0; it must be a positive integer"),
         ({"embed_dim": "512"}, "positive integer"),
+        ({"encoder_layers": -1}, "encoder_layers is -1; it must be a positive integer, or 0 for no encoder"),
         ({"vocab_size": True}, "positive integer"),
         ({"num_heads": 3}, "num_heads is 3; it must be a divisor of embed_dim=8"),
         ({"embed_dim": 9, "num_heads": 3}, "even"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from t5x_ext.contracts import AXIS_NAMES
+from t5x_ext.contracts import AXIS_NAMES, UserError
 from t5x_ext.models import EncoderDecoder, KeyValue, LayerSharing, Vega4B7, init_params, logical_axes
 
 VARIANTS = {
@@ -23,6 +23,13 @@ VARIANTS = {
         "encoder_sharing": LayerSharing("sandwich"),
         "decoder_layers": 2,
         "decoder_sharing": LayerSharing("universal"),
+    },
+    "language model": {"encoder_layers": 0, "decoder_layers": 4, "decoder_sharing": LayerSharing("cycle_rev", 2)},
+    "language model, untied, post-norm": {
+        "encoder_layers": 0,
+        "tied_embeddings": "none",
+        "norm_placement": "post",
+        "final_norm": False,
     },
 }
 
@@ -41,19 +48,24 @@ class Reference:
             "decoder": ["source_embedding", "target_embedding", "target_embedding"],
             "none": ["source_embedding", "target_embedding", "output_embedding"],
         }[config.tied_embeddings]
-        encoded = self.embed(tables[0], source)
-        for index in config.encoder_sharing.layer_map(config.encoder_layers):
-            layer = jax.tree.map(lambda a, i=index: a[i], params["encoder"]["layers"])
-            encoded = self.sublayer(encoded, layer, "self_attention", lambda y, p: self.attention(y, y, p, False))
-            encoded = self.sublayer(encoded, layer, "feed_forward", self.feed_forward)
-        encoded = self.final_norm("encoder", encoded)
+        encoded = self.encode(tables[0], source) if config.encoder_layers else None
         x = self.embed(tables[1], target)
         for index in config.decoder_sharing.layer_map(config.decoder_layers):
             layer = jax.tree.map(lambda a, i=index: a[i], params["decoder"]["layers"])
             x = self.sublayer(x, layer, "self_attention", lambda y, p: self.attention(y, y, p, True))
-            x = self.sublayer(x, layer, "cross_attention", lambda y, p: self.attention(y, encoded, p, False))
+            if encoded is not None:
+                x = self.sublayer(x, layer, "cross_attention", lambda y, p: self.attention(y, encoded, p, False))
             x = self.sublayer(x, layer, "feed_forward", self.feed_forward)
         return self.final_norm("decoder", x) @ params[tables[2]]["table"].T
+
+    def encode(self, table, source):
+        config = self.config
+        encoded = self.embed(table, source)
+        for index in config.encoder_sharing.layer_map(config.encoder_layers):
+            layer = jax.tree.map(lambda a, i=index: a[i], self.params["encoder"]["layers"])
+            encoded = self.sublayer(encoded, layer, "self_attention", lambda y, p: self.attention(y, y, p, False))
+            encoded = self.sublayer(encoded, layer, "feed_forward", self.feed_forward)
+        return self.final_norm("encoder", encoded)
 
     def embed(self, table, tokens):
         d = self.config.embed_dim
@@ -147,6 +159,24 @@ def test_padding_other_examples_and_the_future_change_nothing(small_config, rand
     after = np.asarray(model.apply({"params": params}, changed))
     np.testing.assert_array_equal(after[:, 0], logits[:, 0])
     assert not np.allclose(after[:, 1], logits[:, 1])
+
+
+def test_a_language_model_reads_no_source_and_says_so(small_config, random_params, packed_batch):
+    config = small_config(encoder_layers=0)
+    model, params, batch = EncoderDecoder(config), random_params(config), packed_batch()
+    assert set(params) == {"decoder", "embedding"}
+    assert set(params["decoder"]["layers"]) == {
+        f"{part}{end}" for part in ("self_attention", "feed_forward") for end in ("", "_residual")
+    }
+    other = {name: 0 * values if name.startswith("source") else values for name, values in batch.items()}
+    apply = lambda batch: model.apply({"params": params}, batch)
+    np.testing.assert_array_equal(apply(batch), apply(other))
+    with pytest.raises(UserError, match="encoder_layers is 0: this is a language model"):
+        model.apply(
+            {"params": params},
+            *[batch[f"source_{name}"] for name in ("tokens", "segment_ids", "positions")],
+            method="encode",
+        )
 
 
 def teacher_forced_and_cached(config, params, batch, cache_of=lambda cache: cache):
