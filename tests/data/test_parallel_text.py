@@ -179,7 +179,7 @@ def test_spans_find_what_pairs_finds(write):
 
 
 def test_a_monolingual_text_pairs_every_line_with_itself(tmp_path):
-    (tmp_path / "news.de.gz").write_bytes(gzip.compress("eins\nzwei\n".encode()))
+    (tmp_path / "news.de.gz").write_bytes(gzip.compress(b"eins\nzwei\n"))
     corpus = monolingual_text(str(tmp_path / "news.de.gz"), "de", name="news")
     assert list(corpus.pairs()) == [("eins", "eins"), ("zwei", "zwei")]
     assert (corpus.languages, corpus.name) == (("de", "de"), "news")
