@@ -3,70 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from t5x_ext.cli.flags import parse
-from t5x_ext.cli.gin_read import gin_root
+from t5x_ext.cli.gin_config import build_run
+from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
-from t5x_ext.contracts import Batch
-from t5x_ext.models import EncoderDecoder, init_params
-from t5x_ext.train import Run, create_state, make_train_step
+from t5x_ext.contracts import UserError
+from t5x_ext.parallel import MeshConfig, make_mesh
+from t5x_ext.train import Run
+from t5x_ext.train.program import Program, make_program
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
 RUNS = [name for name in FILES if name.startswith("runs/")]
-FRAGMENTS = [name for name in FILES if name not in RUNS]
+OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
+FRAGMENTS = [name for name in FILES if name not in (*RUNS, *OPTIMIZERS)]
+QUICKSTART = "runs/quickstart.gin"
 TWO_FILES = ["--train_source=a.en", "--train_target=a.de", "--source_language=en", "--target_language=de"]
 
 
-def build(*names: str) -> Run:
-    """The run of these files; the packaged default run takes its text from flags, as it is used."""
-    needs_text = DEFAULT_RUN in names and not any(name.startswith("data/") for name in names)
-    flags = [*(f"--gin_file={name}" for name in names), *(TWO_FILES if needs_text else [])]
-    return run_from_flags(parse(define_run_flags, flags))[0]
+def build_with_text(*names: str, flags: tuple[str, ...] = ()) -> tuple[Run, str]:
+    """The run of these files with its resolved text; the packaged default run takes its corpora from flags."""
+    needs_corpora = DEFAULT_RUN in names and not any(name.startswith("data/") for name in names)
+    files = (f"--gin_file={name}" for name in names)
+    return run_from_flags(parse(define_run_flags, [*files, *flags, *(TWO_FILES if needs_corpora else [])]))
+
+
+def build(*names: str, flags: tuple[str, ...] = ()) -> Run:
+    return build_with_text(*names, flags=flags)[0]
+
+
+def program_of(run: Run) -> Program:
+    """On one device, whatever the run is for."""
+    return make_program(run, run.data.vocabulary.size, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def trace(run: Run) -> None:
     """Traces one update; what comes out must be a state like the one that went in."""
-    config = dataclasses.replace(run.model, vocab_size=run.data.vocabulary.size)
-    step = make_train_step(
-        run.objective(EncoderDecoder(config)),
-        run.optimizer,
-        run.accumulator,
-        seed=run.seed,
-        num_microbatches=run.num_microbatches,
-        ema_decay=run.ema_decay,
-    )
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.num_params()
-    state = jax.eval_shape(partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None), params)
-    shape = run.data.batch
-    lengths = {"source": shape.source_length, "target": shape.target_length}
-    batch = {
-        name: jax.ShapeDtypeStruct((shape.rows, lengths[name.partition("_")[0]]), jnp.int32)
-        for name in Batch.__annotations__
-    }
-    after, metrics = jax.eval_shape(step, state, batch)
+    program = program_of(run)
+    state = program.template
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == program.config.num_params()
+    after, metrics = jax.eval_shape(program.step(), state, program.batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     kind = lambda leaf: (leaf.shape, leaf.dtype)
     assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
     assert metrics.loss.sum.shape == ()
 
 
+def trace_scanned(run: Run) -> None:
+    """The same with scanned layers, so that tracing a deep model is not what a test spends its time on."""
+    trace(dataclasses.replace(run, model=dataclasses.replace(run.model, scan_layers=True)))
+
+
 @pytest.fixture(autouse=True)
 def without_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A current folder without any text; empty files stand where a run looks for files of a folder by their names."""
-    (tmp_path / "here").mkdir()
-    multi30k = tmp_path / "shared/data/multi30k"
-    multi30k.mkdir(parents=True)
-    for stem in ("train", "val", "test_2016_flickr"):
-        for language in ("en", "de"):
-            (multi30k / f"{stem}.{language}").touch()
-    monkeypatch.chdir(tmp_path / "here")
+    """A current folder without any text."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -81,6 +76,62 @@ def test_every_fragment_goes_with_the_default_run(name):
         assert run.data != plain.data
         assert run.model == plain.model
     elif name.startswith("models/"):
-        # Scanned, so that tracing a deep model is not what this test spends its time on.
-        trace(dataclasses.replace(run, model=dataclasses.replace(run.model, scan_layers=True)))
+        trace_scanned(run)
     assert run.steps == plain.steps
+
+
+@pytest.mark.parametrize("run_name", [DEFAULT_RUN, QUICKSTART])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_a_step_of_a_run(name, run_name):
+    run, plain = build(run_name, name), build(run_name)
+    trace_scanned(run)
+    assert (run.steps, run.model, run.data) == (plain.steps, plain.model, plain.data)
+
+
+def state_sizes(run: Run) -> tuple[int, int]:
+    """Entries of the optimizer's state and of the parameters."""
+    state = program_of(run).template
+    return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.optimizer_state, state.params))
+
+
+@pytest.mark.parametrize("run_name", RUNS)
+def test_flora_compresses_the_momentum_of_every_run(run_name):
+    size, params = state_sizes(build(run_name, "optim/flora.gin"))
+    assert size < 0.4 * params
+
+
+def test_a_flag_for_the_model_also_reaches_the_axes_of_the_optimizer():
+    """Untied embeddings are parameters that the axes of the model of the file do not have."""
+    flags = ("--gin.TransformerConfig.tied_embeddings=none", "--gin.TransformerConfig.decoder_layers=2")
+    run = build(DEFAULT_RUN, "optim/flora.gin", flags=flags)
+    assert (run.model.tied_embeddings, run.model.decoder_layers) == ("none", 2)
+    assert state_sizes(run)[1] > state_sizes(build(DEFAULT_RUN, "optim/flora.gin"))[1] / 2
+    other = build(DEFAULT_RUN, "models/base.gin", "optim/ginger.gin", flags=("--gin.Base.use_bias=False",))
+    assert (other.model.embed_dim, other.model.use_bias) == (512, False)
+    program_of(other)
+
+
+def test_the_record_of_a_run_names_its_model_once_and_without_macros():
+    run, text = build_with_text(QUICKSTART, "optim/flora.gin")
+    again, text_again = build_run((), [Source(text, "resolved.gin")])
+    assert (again.model, again.data, text_again) == (run.model, run.data, text)
+    assert "MODEL" not in text
+    assert text.count("VegaTiny.embed_dim") == 1
+    program_of(again)
+
+
+def test_axes_of_another_model_are_one_line():
+    flags = ("--gin.Run.model=@t5x_ext.models.TransformerConfig()", "--gin.TransformerConfig.tied_embeddings=none")
+    run = build(QUICKSTART, "optim/flora.gin", flags=flags)
+    with pytest.raises(UserError, match=r"axis names .* of another model") as error:
+        program_of(run)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimizer_that_needs_the_model_says_so_where_the_run_has_no_macro(tmp_path):
+    (tmp_path / "mine.gin").write_text(
+        "from t5x_ext import models\nfrom t5x_ext import train\n"
+        "include 'data/cldr.gin'\ntrain.Run.model = @models.VegaTiny()\nSTEPS = 5\n"
+    )
+    with pytest.raises(UserError, match=r"optim/flora\.gin:\d+: %MODEL has no value"):
+        build_run(["mine.gin", "optim/flora.gin"])

@@ -152,9 +152,10 @@ class _Builder:
 
     def _without_macros(self, leaf: Any, where: str, inside: tuple[str, ...] = ()) -> Any:
         if not isinstance(leaf, Macro):
-            # As in gin, what a macro refers to is built in a scope of the macro's name.
-            in_scope = isinstance(leaf, Reference) and inside and not leaf.scopes
-            return dataclasses.replace(leaf, scopes=tuple(inside[-1].split("/"))) if in_scope else leaf
+            # As in gin, what a macro refers to is built in a scope of the macro's name, where that has bindings.
+            scopes = tuple(inside[-1].split("/")) if inside else ()
+            in_scope = isinstance(leaf, Reference) and not leaf.scopes and self._config.has_scope(scopes)
+            return dataclasses.replace(leaf, scopes=scopes) if in_scope else leaf
         if leaf.name in inside:
             raise UserError(f"{where}: %{leaf.name} refers to itself")
         if leaf.name not in self._config.macros:

@@ -147,6 +147,10 @@ class Config:
         named = (path for path, known in self.paths.items() if known is target)
         return next(named, f"{target.__module__}.{target.__qualname__}")
 
+    def has_scope(self, scopes: Scopes) -> bool:
+        """Whether anything is bound in these scopes, or in one within them."""
+        return any(key[0][: len(scopes)] == scopes for key in self.bindings)
+
     def _take(self, statement: Any, symbols: dict[str, ModuleType], where: str, source: Source) -> None:
         if isinstance(statement, config_parser.ImportStatement):
             _import(statement, symbols)
