@@ -39,7 +39,7 @@ def format_table(scores: Mapping[str, Scores], label: str = "direction") -> str:
     if len(rows) > 1:
         means = [_mean([value(row) for row in rows]) for _, value in columns]
         foot = [["mean", f"{sum(row.num_lines for row in rows):,}", *map(_number, means)]]
-    return "\n".join([*_align(head, body, foot), "", *_signatures(scores)])
+    return "\n".join([*align_rows(head, body, foot), "", *_signatures(scores)])
 
 
 def _number(value: float | None) -> str:
@@ -51,10 +51,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def _align(head: list[str], body: list[list[str]], foot: list[list[str]]) -> list[str]:
+def align_rows(head: Sequence[str], body: Sequence[Sequence[str]], foot: Sequence[Sequence[str]] = ()) -> list[str]:
+    """Lines of a table whose first column is text and whose others are numbers, with rules around the body."""
     widths = [max(map(len, column)) for column in zip(head, *body, *foot)]
 
-    def line(cells: list[str]) -> str:
+    def line(cells: Sequence[str]) -> str:
         first, *numbers = (
             cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
         )

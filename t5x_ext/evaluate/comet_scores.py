@@ -1,0 +1,76 @@
+"""COMET (Rei et al. 2020), a learned metric, by a model file at a given path, in a Python that has `unbabel-comet`.
+
+`unbabel-comet` 2.2 asks for NumPy 1 and protobuf 4, which do not go together with JAX and Apache Beam. So its own
+environment computes, in a process of its own (`comet_worker.py`), and nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from t5x_ext.contracts import UserError
+
+_WORKER = Path(__file__).with_name("comet_worker.py")
+_NOT_INSTALLED = 3
+
+
+class CometTexts(NamedTuple):
+    """The texts of one system, line i the same segment in each."""
+
+    sources: Sequence[str]
+    hypotheses: Sequence[str]
+    references: Sequence[str]
+
+
+def comet_scores(
+    model: str | Path,
+    systems: Sequence[CometTexts],
+    *,
+    python: str | None = None,
+    gpus: int = 0,
+    batch_size: int = 16,
+) -> list[float]:
+    """The score of each system: the mean over its segments, on the scale of the model.
+
+    The worker's progress and messages go to standard error.
+
+    Args:
+      model: checkpoint file of a model as downloaded: `checkpoints/model.ckpt`, beside whose folder `hparams.yaml` is.
+      systems: the texts of each system; a model that needs no references ignores them.
+      python: Python interpreter with `unbabel-comet`; this one by default.
+      gpus: GPUs to compute on; 0 for the CPU.
+      batch_size: segments a batch.
+
+    Raises:
+      UserError: no such model or interpreter, no `unbabel-comet` there, or COMET failed.
+    """
+    if not Path(model).is_file():
+        raise UserError(f"{model}: there is no such COMET model; give the file checkpoints/model.ckpt of a download")
+    python = python or sys.executable
+    if "/" in python:
+        # The worker runs in another folder; links stay, since an environment's interpreter is one.
+        python = str(Path(python).absolute())
+    with tempfile.TemporaryDirectory() as folder:
+        texts, scores = Path(folder, "texts.jsonl"), Path(folder, "scores.json")
+        with texts.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(system) + "\n" for system in systems)
+        command = [python, str(_WORKER), str(Path(model).absolute()), str(texts), str(scores), str(gpus)]
+        try:
+            done = subprocess.run([*command, str(batch_size)], check=False, stdout=sys.stderr, cwd=folder)
+        except OSError as error:
+            raise UserError(f"{python}: cannot be run ({error.strerror}); name a Python interpreter") from None
+        if done.returncode == _NOT_INSTALLED:
+            raise UserError(
+                f"COMET needs unbabel-comet, which {python} does not have; it goes into an environment of its own: "
+                "python -m venv comet && comet/bin/pip install unbabel-comet, then name comet/bin/python"
+            )
+        if done.returncode != 0:
+            raise UserError(f"COMET failed with exit code {done.returncode}; what it said stands above")
+        result: list[float] = json.loads(scores.read_text(encoding="utf-8"))
+    return result
