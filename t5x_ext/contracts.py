@@ -27,6 +27,9 @@ AXIS_NAMES = ("batch", "length", "embed", "heads", "head_dim", "mlp", "vocab", "
 Axes: TypeAlias = tuple[str | None, ...]
 """A logical name for each axis of an array."""
 
+ONE_SIDE: tuple[Axes, ...] = (("heads", "head_dim"),)
+"""Neighbouring axes that are one side of a matrix: attention kernels map `embed` to all heads at once."""
+
 
 class UserError(Exception):
     """A user's mistake, said in one line: what was wrong, where, what would be right. Commands exit with code 2."""

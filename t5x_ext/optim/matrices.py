@@ -9,13 +9,10 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from t5x_ext.contracts import PyTree, UserError, path_name
+from t5x_ext.contracts import ONE_SIDE, PyTree, UserError, path_name
 
 Axes = Sequence[str | None] | None
 """Logical axis names of one parameter; None: the last two axes are the matrix, those before them a batch."""
-
-_ONE_SIDE = (("heads", "head_dim"),)
-"""Neighbouring axes that are one side of a matrix: attention kernels map `embed` to all heads at once."""
 
 
 class MatrixShape(NamedTuple):
@@ -64,7 +61,7 @@ def matrix_shape(shape: Sequence[int], axes: Axes = None) -> MatrixShape:
     sides: list[tuple[int, ...]] = []
     position = leading
     while position < len(shape):
-        width = 2 if tuple(axes[position : position + 2]) in _ONE_SIDE else 1
+        width = 2 if tuple(axes[position : position + 2]) in ONE_SIDE else 1
         sides.append(shape[position : position + width])
         position += width
     batch = shape[:leading] + tuple(size for side in sides[:-2] for size in side)
@@ -105,7 +102,10 @@ def named_axes(axes: PyTree) -> Callable[[str, Sequence[int]], Axes]:
     def find(name: str, shape: Sequence[int]) -> Axes:
         if len(names.get(name, ())) != len(shape):
             found = names.get(name)
-            raise UserError(f"parameter {name} of shape {tuple(shape)} has axis names {found}: want one an axis")
+            raise UserError(
+                f"parameter {name} of shape {tuple(shape)} has axis names {found}: want one an axis; "
+                "the tree of axes is of another model"
+            )
         return names.get(name, ())
 
     return find

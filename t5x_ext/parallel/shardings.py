@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_ext.contracts import Axes, Params, PyTree, UserError, path_name
+from t5x_ext.contracts import ONE_SIDE, Axes, Params, PyTree, UserError, path_name
 from t5x_ext.parallel.rules import AxisRules
 
 logger = logging.getLogger(__name__)
@@ -52,20 +52,20 @@ def tree_shardings(mesh: Mesh, rules: AxisRules, logical_axes: PyTree, params: P
     Raises:
       UserError: if names and shapes disagree in number or a name is unknown.
     """
-    is_axes = lambda node: isinstance(node, tuple)
-    leaves = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_axes)
-    axes = {path_name(path): names for path, names in leaves}
+    axes = _by_parts(logical_axes)
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        name = path_name(path)
-        if len(axes.get(name, ())) != len(leaf.shape):
-            raise UserError(f"parameter {name} of shape {leaf.shape} has axis names {axes.get(name)}: want one an axis")
-        return NamedSharding(mesh, _spec(mesh, rules, name, axes[name], leaf.shape))
+        name, names = path_name(path), axes.get(_parts(path))
+        if len(names or ()) != len(leaf.shape):
+            raise UserError(f"parameter {name} of shape {leaf.shape} has axis names {names}: want one an axis")
+        return NamedSharding(mesh, _spec(mesh, rules, name, names or (), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: PyTree) -> PyTree:
+def state_shardings(
+    mesh: Mesh, state: PyTree, params: Params, param_shardings: PyTree, logical_axes: PyTree = None
+) -> PyTree:
     """A `NamedSharding` for every array of a training state or optimizer state.
 
     A leaf whose path ends in the path of a parameter follows that parameter, however chained, masked or partitioned the
@@ -76,14 +76,21 @@ def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: 
     only where they divide. Axes that are merely added (the rank of a basis) stay whole, and so does everything else,
     such as counts and keys.
 
+    Where sizes tie, names tell what is missing or added: `layers` stay in front, `heads` and `head_dim` go together.
+    Without names, and where names say no more, missing axes are looked for as far behind as possible, added ones as far
+    in front. A leaf that is cut elsewhere than it might be costs time, and changes no value.
+
     Args:
       mesh: the mesh of `param_shardings`.
       state: arrays or `jax.ShapeDtypeStruct`s, for example `jax.eval_shape(optimizer.init, params)`.
       params: arrays or `jax.ShapeDtypeStruct`s.
       param_shardings: from `tree_shardings`, shaped like `params`.
+      logical_axes: the tree of `params` with a tuple of axis names for each array, as for `tree_shardings`; None: no
+        names.
     """
     shapes = {_parts(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     shardings = dict(zip(shapes, jax.tree.leaves(param_shardings), strict=True))
+    axes = _by_parts(logical_axes)
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         parts = _parts(path)
@@ -93,29 +100,25 @@ def state_shardings(mesh: Mesh, state: PyTree, params: Params, param_shardings: 
             return NamedSharding(mesh, PartitionSpec())
         if shapes[owner] == leaf.shape:
             return shardings[owner]
-        return NamedSharding(mesh, _spec_like(mesh, leaf, shapes[owner], shardings[owner].spec))
+        names = axes.get(owner, (None,) * len(shapes[owner]))
+        return NamedSharding(mesh, _spec_like(mesh, leaf, shapes[owner], shardings[owner].spec, names))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _spec_like(mesh: Mesh, leaf: Any, like: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+def _spec_like(mesh: Mesh, leaf: Any, like: tuple[int, ...], spec: PartitionSpec, axes: Axes) -> PartitionSpec:
     """The spec of a leaf that belongs to a parameter of the shape `like` but has another shape.
 
     >>> import jax.numpy as jnp
     >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
-    >>> of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-    >>> _spec_like(mesh, of((24, 256, 16384), jnp.float32), (24, 2048, 16384), PartitionSpec(None, "fsdp", None))
-    P(None, None, 'fsdp')
-    >>> _spec_like(mesh, of((24, 256, 16384), jnp.uint8), (24, 2048, 16384), PartitionSpec(None, "fsdp", None))
-    P(None, 'fsdp', None)
-    >>> _spec_like(mesh, of((24, 2048, 16384, 4), jnp.float32), (24, 2048, 16384), PartitionSpec(None, "fsdp", None))
-    P(None, 'fsdp', None, None)
+    >>> axes, spec = ("layers", "embed", "mlp"), PartitionSpec(None, "fsdp", None)
+    >>> of = lambda shape, dtype: _spec_like(mesh, jax.ShapeDtypeStruct(shape, dtype), (24, 2048, 16384), spec, axes)
+    >>> of((24, 256, 16384), jnp.float32), of((24, 256, 16384), jnp.uint8), of((24, 4, 2048, 16384), jnp.float32)
+    (P(None, None, 'fsdp'), P(None, 'fsdp', None), P(None, None, 'fsdp', None))
     """
     shape: tuple[int, ...] = leaf.shape
     cuts = [_names(cut) for cut in spec] + [()] * (len(like) - len(spec))
-    shorter = min(len(shape), len(like))
-    front = _matching(shape, like, shorter)
-    back = _matching(shape[::-1], like[::-1], shorter - front)
+    front, back = _alignment(shape, like, axes)
     added = len(shape) - front - back
     found = cuts[:front] + [()] * added + cuts[len(like) - back :]
     lost = tuple(name for cut in cuts[front : len(like) - back] for name in cut)
@@ -128,9 +131,38 @@ def _spec_like(mesh: Mesh, leaf: Any, like: tuple[int, ...], spec: PartitionSpec
     return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in found))
 
 
-def _matching(a: tuple[int, ...], b: tuple[int, ...], limit: int) -> int:
-    """How many of the first sizes, `limit` at most, are the same."""
+def _alignment(shape: tuple[int, ...], like: tuple[int, ...], axes: Axes) -> tuple[int, int]:
+    """How many of the first sizes and of the last sizes of a leaf are those of its parameter.
+
+    >>> axes = ("layers", "embed", "heads", "head_dim")
+    >>> _alignment((6, 512, 64), (6, 512, 8, 64), axes)  # a rank in the place of all heads, not one head
+    (2, 0)
+    >>> _alignment((6, 8, 512, 8, 64), (6, 512, 8, 64), axes), _alignment((6, 6, 512, 8, 64), (6, 512, 8, 64), axes)
+    ((1, 3), (1, 3))
+    """
+    shorter, more = min(len(shape), len(like)), len(shape) - len(like)
+    layers = _matching(axes, ("layers",) * len(axes), len(axes))
+    inside = {i for i in range(1, len(like)) if axes[i - 1 : i + 1] in ONE_SIDE}
+
+    def preference(ends: tuple[int, int]) -> tuple[bool, int, int]:
+        front, back = ends
+        can_be = front >= layers and (more >= 0 or inside.isdisjoint((front, len(like) - back)))
+        return can_be, front + back, -front if more > 0 else front
+
+    fronts = range(_matching(shape, like, shorter) + 1)
+    backs = range(_matching(shape[::-1], like[::-1], shorter) + 1)
+    return max(((f, b) for f in fronts for b in backs if f + b <= shorter), key=preference)
+
+
+def _matching(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:
+    """How many of the first entries, `limit` at most, are the same."""
     return next((i for i in range(limit) if a[i] != b[i]), limit)
+
+
+def _by_parts(logical_axes: PyTree) -> dict[tuple[str, ...], Axes]:
+    is_axes = lambda node: isinstance(node, tuple)
+    leaves = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_axes)
+    return {_parts(path): names for path, names in leaves}
 
 
 def _parts(path: tuple) -> tuple[str, ...]:

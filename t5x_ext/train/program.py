@@ -73,12 +73,13 @@ def make_program(run: Run, vocab_size: int, mesh: Mesh) -> Program:
     config = dataclasses.replace(run.model, vocab_size=vocab_size)
     model = EncoderDecoder(config, placement=MeshPlacement(mesh, run.axis_rules))
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    shardings = tree_shardings(mesh, run.axis_rules, logical_axes(config), params)
+    axes = logical_axes(config)
+    shardings = tree_shardings(mesh, run.axis_rules, axes, params)
     state = jax.eval_shape(partial(create_state, optimizer=run.optimizer, with_ema=run.ema_decay is not None), params)
     template = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
-        state_shardings(mesh, state, params, shardings),
+        state_shardings(mesh, state, params, shardings, axes),
     )
     return Program(run, config, mesh, model, run.objective(model), template, _batch_template(run, mesh))
 

@@ -14,7 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import UserError, path_name
+from t5x_ext.optim import fsam, scale_by_flora, scale_by_ginger
+from t5x_ext.optim.factored import scale_by_factored_rms
 from t5x_ext.parallel import (
     MESH_AXES,
     AxisRules,
@@ -177,6 +179,11 @@ FACTORS = {
     "rows compressed": ((3, 6, 4, 2), jnp.bfloat16, P(None, None, ("tensor", "fsdp"))),
     "a basis behind": ((3, 16, 4, 2, 7), jnp.float32, P(None, "fsdp", "tensor")),
     "a basis before": ((7, 3, 16, 4, 2), jnp.float32, P(None, None, "fsdp", "tensor")),
+    "a basis of as many vectors as embed has entries": (
+        (3, 16, 16, 4, 2),
+        jnp.float32,
+        P(None, None, "fsdp", "tensor"),
+    ),
     "packed": ((3, 2, 4, 2), jnp.uint8, P(None, "fsdp", "tensor")),
     "packed to a size that does not divide": ((3, 1, 4, 2), jnp.uint8, P(None, None, "tensor")),
     "packed flat": ((48,), jnp.uint8, P()),
@@ -196,6 +203,86 @@ def test_a_leaf_of_another_shape_is_cut_where_it_has_the_axes_of_its_parameter(c
     shardings = state_shardings(mesh, state, params, param_shardings)
     assert shardings["mu"]["query"].is_equivalent_to(NamedSharding(mesh, expected), len(shape))
     assert shardings["other"].spec == P()
+
+
+KERNELS = {
+    "query": (("layers", "embed", "heads", "head_dim"), (4, 16, 4, 2)),
+    "out": (("layers", "heads", "head_dim", "embed"), (4, 4, 2, 16)),
+    "mlp": (("layers", "embed", "mlp"), (4, 8, 16)),
+    "square": (("layers", "embed", "mlp"), (4, 16, 16)),
+}
+
+
+def _flora(rank):
+    return lambda axes: scale_by_flora(rank, resample_every=1000, min_dim_size_to_compress=1, axes=axes)
+
+
+TIES = {
+    **{
+        f"flora, rank of {what}": (
+            _flora(rank),
+            {
+                "mu/query": ((4, 16, rank), P("data", ("fsdp", "tensor"))),
+                "mu/out": ((4, rank, 16), P("data", None, ("fsdp", "tensor"))),
+                "mu/mlp": ((4, rank, 16), P("data", None, "fsdp")),
+                "mu/square": ((4, 16, rank), P("data", "fsdp")),
+            },
+        )
+        for rank, what in ((4, "layers and heads"), (2, "head_dim"), (3, "nothing else"))
+    },
+    **{
+        f"ginger, rank of {what}": (
+            lambda axes, rank=rank: scale_by_ginger(rank, axes=axes),
+            {
+                "basis/query": ((4, rank, 16, 4, 2), P("data", None, "fsdp", "tensor")),
+                "basis/out": ((4, rank, 4, 2, 16), P("data", None, "tensor", None, "fsdp")),
+                "basis/mlp": ((4, rank, 8, 16), P("data", None, "fsdp")),
+                "basis/square": ((4, rank, 16, 16), P("data", None, "fsdp")),
+            },
+        )
+        for rank, what in ((4, "layers and heads"), (8, "embed of one"), (16, "embed of others"))
+    },
+    "fsam, packed sizes of heads and head_dim": (
+        lambda axes: fsam(optax.sgd(0.1), sparsity=0.5),
+        {
+            "mask/query": ((4, 2, 4, 2), P("data", "fsdp", "tensor")),
+            "mask/out": ((4, 4, 2, 2), P("data", "tensor", None, "fsdp")),
+            "mask/mlp": ((4, 8, 2), P("data", "fsdp")),
+            "mask/square": ((4, 16, 2), P("data", "fsdp")),
+        },
+    ),
+    "factored": (
+        lambda axes: scale_by_factored_rms(min_dim_size_to_factor=2, axes=axes),
+        {
+            "v_row/query": ((4, 16), P("data", "fsdp")),
+            "v_col/query": ((4, 4, 2), P("data", "tensor")),
+            "v_row/out": ((4, 4, 2), P("data", "tensor")),
+            "v_col/out": ((4, 16), P("data", "fsdp")),
+            "v_col/mlp": ((4, 16), P("data")),
+            # Of two sides of one size the last one is taken for the missing one: v_col could be whole.
+            "v_col/square": ((4, 16), P("data", "fsdp")),
+        },
+    ),
+}
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("case", TIES)
+def test_where_sizes_tie_names_tell_which_axis_is_missing_or_added(case):
+    """Expected by hand: each axis that an optimizer has kept is cut as in the parameter, and no rank is."""
+    make, expected = TIES[case]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    axes = {name: names for name, (names, _) in KERNELS.items()}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (_, shape) in KERNELS.items()}
+    rules = AxisRules(layers="data", embed="fsdp", heads="tensor")
+    param_shardings = tree_shardings(mesh, rules, axes, params)
+    state = jax.eval_shape(make(axes).init, params)
+    shardings = state_shardings(mesh, state, params, param_shardings, axes)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    found = {path_name(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)}
+    for name, (shape, spec) in expected.items():
+        assert leaves[name].shape == shape, name
+        assert found[name].is_equivalent_to(NamedSharding(mesh, spec), len(shape)), (name, found[name].spec)
 
 
 @pytest.mark.devices(8)
