@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small ten-direction translator on the embedded corpus, decodes the held-out test and prints the scores.
-# Flags are handed on to `t5x_ext train`, for example --steps=2 or --run_dir=runs/other.
+# Flags are handed on to `t5x_ext train`: --gin_file=optim/flora.gin for another optimizer, --run_dir=runs/other, --steps=2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh core

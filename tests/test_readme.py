@@ -79,6 +79,15 @@ def test_the_quickstart_script_trains_decodes_and_scores(folder):
     assert all((run_dir / name).exists() for name in ("results.json", "learning_curve.png", "tensorboard"))
 
 
+def test_the_quickstart_script_takes_another_optimizer_by_one_flag(folder):
+    run_dir = folder / "flora"
+    small = "--vocab_size=900 --gin.DataConfig.test='()' --gin.EvaluationConfig.max_lines=0"
+    flags = f"--gin_file=optim/flora.gin --run_dir={run_dir} {_SHORT['runs/quickstart.gin']} {small}"
+    shell(f"JAX_DISABLE_MOST_OPTIMIZATIONS=1 {REPOSITORY}/scripts/quickstart.sh {flags}", folder)
+    assert "Run.optimizer = @t5x_ext.optim.flora()" in (run_dir / "config.gin").read_text()
+    assert '"step": 2' in (run_dir / "metrics.jsonl").read_text()
+
+
 def test_commands_for_two_files_and_those_after_them_run(folder):
     lines = [line for line in commands("t5x_ext") + commands("echo") if "gin_file" not in line]
     in_order = sorted(lines, key=README.index)
