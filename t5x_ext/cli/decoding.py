@@ -22,6 +22,15 @@ def define_model_flags(values: flags.FlagValues) -> None:
     """Declares which model to open, and the direction to use it in."""
     flags.DEFINE_string("run_dir", None, "run folder that t5x_ext train wrote", flag_values=values)
     flags.DEFINE_string("checkpoint", "best", "best, last, or a step", flag_values=values)
+    flags.DEFINE_list(
+        "ensemble",
+        [],
+        "further runs of the same model shape and vocabulary, which decode together with --run_dir as one",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "ensemble_average", "log_prob", ["log_prob", "probability"], "what an ensemble averages", flag_values=values
+    )
     about = "code, as de or zh; may be left out where the model has one direction that fits"
     flags.DEFINE_string("source_language", None, about, flag_values=values)
     flags.DEFINE_string("target_language", None, about, flag_values=values)
@@ -91,6 +100,7 @@ def open_translator(values: flags.FlagValues) -> Translator:
     for language in (values.source_language, values.target_language):
         if language:
             known_language(language)
-    translator = Translator.from_run(values.run_dir, values.checkpoint)
+    translators = [Translator.from_run(run_dir, values.checkpoint) for run_dir in (values.run_dir, *values.ensemble)]
+    translator = Translator.ensemble(translators, values.ensemble_average) if values.ensemble else translators[0]
     translator.resolve(values.source_language, values.target_language)
     return translator

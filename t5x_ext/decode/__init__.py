@@ -7,6 +7,7 @@ model and its vocabulary; `translate_file` and `translate_stream` add files. All
 from __future__ import annotations
 
 from t5x_ext.decode.config import DecodeConfig
+from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.files import FileReport, translate_file, translate_stream
 from t5x_ext.decode.sampling import sample
 from t5x_ext.decode.scoring import Score, perplexity
@@ -15,6 +16,7 @@ from t5x_ext.decode.translator import Hypothesis, Translator
 
 __all__ = [
     "DecodeConfig",
+    "Ensemble",
     "FileReport",
     "Hypotheses",
     "Hypothesis",

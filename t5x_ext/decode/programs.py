@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from t5x_ext.contracts import Cache, Params, TokensToLogits
 from t5x_ext.decode.config import DecodeConfig
+from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.sampling import sample
 from t5x_ext.decode.scoring import encoder_inputs
 from t5x_ext.decode.search import Hypotheses, beam_search, greedy
@@ -19,7 +20,7 @@ from t5x_ext.decode.search import Hypotheses, beam_search, greedy
 
 @partial(jax.jit, static_argnames=("model", "eos_id", "max_length", "config"))
 def decode_batch(
-    model: nn.Module,
+    model: nn.Module | Ensemble,
     params: Params,
     source: Int[Array, "rows source_length"],
     source_lengths: Int[Array, " rows"],
@@ -85,7 +86,7 @@ def decode_batch(
 
 
 def step_function(
-    model: nn.Module,
+    model: nn.Module | Ensemble,
     params: Params,
     source: Int[Array, "rows source_length"],
     source_lengths: Int[Array, " rows"],

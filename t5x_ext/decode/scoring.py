@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Batch, Params
+from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.search import log_prob_of
 
 
@@ -59,7 +60,7 @@ def encoder_inputs(
 
 @partial(jax.jit, static_argnames=("model", "eos_id"))
 def label_log_probs(
-    model: nn.Module,
+    model: nn.Module | Ensemble,
     params: Params,
     source: Int[Array, "rows source_length"],
     source_lengths: Int[Array, " rows"],

@@ -21,6 +21,7 @@ from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 from t5x_ext.decode.batching import LengthBatch, pad, plan_batches
 from t5x_ext.decode.config import DecodeConfig
+from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
 from t5x_ext.decode.programs import decode_batch
 from t5x_ext.decode.scoring import Score, label_log_probs
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
@@ -57,7 +58,7 @@ class Translator:
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        model: EncoderDecoder | Ensemble,
         params: Params,
         vocabulary: Vocabulary,
         tags: TagPolicy,
@@ -66,7 +67,7 @@ class Translator:
         """Puts the parts together.
 
         Args:
-          model: the module that computes.
+          model: the module that computes, or an ensemble.
           params: its parameters; NumPy arrays go to the default device, JAX arrays stay where they are.
           vocabulary: whose ids the model was trained on.
           tags: where language tags stand.
@@ -80,8 +81,8 @@ class Translator:
                 f"the vocabulary has {vocabulary.size} pieces, the model {model.config.vocab_size}: "
                 "they are not of the same run"
             )
-        expected = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-        check_structure(params, expected, where="the checkpoint")
+        one = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
+        check_structure(params, member_shapes(model, one), where="the checkpoint")
         self.model = model
         self.params = jax.tree.map(jnp.asarray, params)
         self.vocabulary = vocabulary
@@ -113,6 +114,35 @@ class Translator:
             raise UserError(f"{run.model_json}: tags {record.tags} are not those of a TagPolicy") from None
         params = _restore_weights(run, checkpoint)
         return cls(model, params, vocabulary, tags, record.directions)
+
+    @classmethod
+    def ensemble(cls, members: Sequence[Translator], combine: Combine = "log_prob") -> Translator:
+        """Several models of one shape, vocabulary and tag policy as one, see `Ensemble`.
+
+        Args:
+          members: at least one; none of them an ensemble.
+          combine: average log-probabilities (`log_prob`) or probabilities.
+
+        Raises:
+          UserError: where the members do not fit each other.
+        """
+        first = members[0]
+        for number, other in enumerate(members[1:], start=2):
+            for what, differs in (
+                ("vocabulary", other.vocabulary.fingerprint() != first.vocabulary.fingerprint()),
+                ("model", other.model != first.model),
+                ("tag policy", other.tags != first.tags),
+            ):
+                if differs:
+                    raise UserError(f"ensemble: model {number} has another {what} than the first; members must agree")
+        shared = [name for name in first.directions if all(name in member.directions for member in members)]
+        if not shared:
+            raise UserError("ensemble: the models have no direction in common")
+        if isinstance(first.model, Ensemble):
+            raise UserError("ensemble: a member is an ensemble itself; give its models instead")
+        model = Ensemble(first.model, len(members), combine)
+        params = stack_members([member.params for member in members])
+        return cls(model, params, first.vocabulary, first.tags, shared)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides a translation but the options: weights, model, vocabulary, tags."""

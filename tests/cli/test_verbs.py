@@ -17,7 +17,7 @@ import t5x_ext
 from t5x_ext.cli.decoding import _OPTIONS, decode_config, define_decode_flags
 from t5x_ext.cli.flags import parse
 from t5x_ext.cli.main import VERBS, main
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import DecodeConfig, Translator
 
 
 def run(capsys, command):
@@ -87,6 +87,17 @@ def test_translate_keeps_lines_and_equals_the_library(in_workplace, capsys, tmp_
     assert (tmp_path / "hyp.de").read_text().splitlines() == expected
     assert json.loads((tmp_path / "speed.json").read_text())["lines"] == len(expected) == 12
     assert run(capsys, "translate --run_dir=out --input=test.en").splitlines() == expected
+
+
+def test_an_ensemble_is_that_of_the_library(in_workplace, capsys):
+    run(capsys, "average --run_dir=out --steps=8 --output=eight")
+    flags = "--ensemble=out --ensemble_average=probability --checkpoint=last --source=test.en --target=test.de"
+    out = run(capsys, f"score --run_dir=eight {flags}")
+    members = [Translator.from_run(run_dir, "last") for run_dir in ("eight", "out")]
+    shutil.rmtree("eight")
+    texts = ((in_workplace / f"test.{code}").read_text().splitlines() for code in ("en", "de"))
+    expected = [score.log_prob for score in Translator.ensemble(members, "probability").score(*texts)]
+    assert [float(line.split("\t")[0]) for line in out.splitlines()] == pytest.approx(expected, abs=1e-4)
 
 
 def test_translate_standard_input(in_workplace, capsys, monkeypatch):
