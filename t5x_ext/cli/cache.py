@@ -21,8 +21,8 @@ from absl import flags
 
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
-from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.run_flags import check_texts, define_run_flags, run_from_flags
+from t5x_ext.cli.runner_flags import check_runner_flags, define_runner_flags, runner_from_flags
 
 if TYPE_CHECKING:
     from t5x_ext.data import PreparedData, TokenCache
@@ -35,16 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "cache_dir", None, "folder of token caches that runs share; by default in --run_dir", flag_values=values
     )
-    flags.DEFINE_integer(
-        "num_processes", None, "worker processes; by default by size", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_enum(
-        "runner", None, ["DirectRunner", "FlinkRunner", "SparkRunner", "DataflowRunner"],
-        "tokenize on Apache Beam (extra beam) instead of with worker processes", flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_multi_string(
-        "runner_option", [], "a pipeline option of Beam, as --runner_option=--direct_num_workers=4", flag_values=values
-    )
+    define_runner_flags(values, "tokenize")
     flags.DEFINE_integer("preview", 1, "packed rows to show as text", lower_bound=0, flag_values=values)
     flags.DEFINE_string("json_out", None, "file for the counts as JSON; - is standard output", flag_values=values)
 
@@ -54,16 +45,13 @@ def main(values: flags.FlagValues) -> None:
     require(values, "run_dir")
     check_folder(values.run_dir, "--run_dir")
     check_writable(values.json_out, "--json_out")
-    if values.runner_option and values.runner is None:
-        raise UsageError("--runner_option goes with --runner, which is not given")
-    if values.runner is not None and values.num_processes is not None:
-        raise UsageError("--num_processes is for tokenizing without --runner; give the runner its own options")
+    check_runner_flags(values)
     run, _ = run_from_flags(values)
     check_texts(run)
 
-    from t5x_ext.data import BeamRunner, prepare
+    from t5x_ext.data import prepare
 
-    beam = BeamRunner(values.runner, tuple(values.runner_option)) if values.runner is not None else None
+    beam = runner_from_flags(values)
     data = prepare(run.data, values.run_dir, values.cache_dir, run.seed, values.num_processes, beam)
     caches = list({stream.cache.path: stream.cache for stream in data.plan.streams}.values())
     result: dict[str, Any] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from t5x_ext.data.batches import ExampleId, PackedBatches, batch_iterator
-from t5x_ext.data.beam_cache import BeamRunner
+from t5x_ext.data.beam import BeamRunner
 from t5x_ext.data.cache import TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig, clean_line
 from t5x_ext.data.encoding import SubwordSampling

@@ -15,10 +15,7 @@ apache_beam is imported when a cache is built, not before.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import functools
-import io
 import json
 import pickle
 import tempfile
@@ -26,8 +23,6 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,6 +31,16 @@ import numpy as np
 from etils import epath
 
 from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data.beam import (
+    BeamRunner,
+    Task,
+    import_beam,
+    make_pipeline,
+    read_task,
+    read_tasks,
+    sent_corpus,
+    write_tasks,
+)
 from t5x_ext.data.cache_files import (
     LENGTHS_FILE,
     MANIFEST_FILE,
@@ -47,36 +52,10 @@ from t5x_ext.data.cache_files import (
 )
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder
 from t5x_ext.data.folders import is_remote, whole_folder
-from t5x_ext.data.parallel_text import LineSpan, ParallelText
+from t5x_ext.data.parallel_text import ParallelText
 from t5x_ext.data.shards import open_writer
 
-_TASKS_FILE, _ENCODER_FILE, _COUNTS_FILE, _MISTAKES_FILE = (
-    "tasks.pickle",
-    "encoder.pickle",
-    "counts.json",
-    "errors.json",
-)
-
-
-@dataclass(frozen=True)
-class BeamRunner:
-    """Where Apache Beam runs.
-
-    Attributes:
-      name: `DirectRunner` (this machine), `FlinkRunner`, `SparkRunner` or `DataflowRunner`.
-      options: Beam's pipeline options as on its command line, as in `--direct_num_workers=4`. Workers need this
-        package: name a container image that has it (`--sdk_container_image=...`), or install it (`--setup_file=...`).
-    """
-
-    name: str = "DirectRunner"
-    options: tuple[str, ...] = ()
-
-
-class _Task(NamedTuple):
-    """A numbered chunk of a corpus: a stretch of its files, or the name of the scratch file that holds its pairs."""
-
-    number: int
-    pairs: LineSpan | str
+_ENCODER_FILE, _COUNTS_FILE, _MISTAKES_FILE = "encoder.pickle", "counts.json", "errors.json"
 
 
 class _Part(NamedTuple):
@@ -104,42 +83,13 @@ def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, A
       UserError: where Beam is not installed or the runner refuses its options, for what the corpus raises, an empty
         corpus, and one of which nothing is left after cleaning. What else fails on a worker is Beam's error.
     """
-    beam = _import_beam()
-    pipeline = _make_pipeline(beam, runner)
+    beam = import_beam()
+    pipeline = make_pipeline(beam, runner)
     if is_remote(place):
         _build(beam, pipeline, corpus, encoder, epath.Path(place), identity)
         return
     with whole_folder(Path(place), MANIFEST_FILE) as temporary:
         _build(beam, pipeline, corpus, encoder, epath.Path(temporary), identity)
-
-
-def _import_beam() -> ModuleType:
-    try:
-        import apache_beam
-    except ImportError as error:
-        raise UserError(f"a runner needs Apache Beam: pip install 't5x_ext[beam]' ({error})") from error
-    return apache_beam
-
-
-def _make_pipeline(beam: ModuleType, runner: BeamRunner) -> Any:
-    """An empty pipeline; a runner checks here whether it has all that it needs."""
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            options = beam.pipeline.PipelineOptions([f"--runner={runner.name}", *runner.options])
-            known = options.get_all_options()
-            unknown = options.get_all_options(retain_unknown_options=True).keys() - known.keys()
-    except (SystemExit, argparse.ArgumentError, ValueError) as error:
-        reason = (messages.getvalue().strip().splitlines() or [str(error)])[-1]
-        raise UserError(f"{runner.name}: Beam refuses its options: {reason}") from None
-    if unknown:
-        raise UserError(
-            f"{runner.name}: Beam has no pipeline option {', '.join(f'--{name}' for name in sorted(unknown))}"
-        )
-    try:
-        return beam.Pipeline(options=options)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{runner.name}: {' '.join(str(error).split())}") from None
 
 
 def _build(
@@ -148,9 +98,9 @@ def _build(
     scratch = folder / f"scratch-{uuid.uuid4().hex}"
     scratch.mkdir(parents=True)
     try:
-        num_pairs = _write_tasks(corpus, scratch)
+        tasks, num_pairs = write_tasks(corpus, scratch, CHUNK_PAIRS)
         (scratch / _ENCODER_FILE).write_bytes(pickle.dumps(encoder.arguments))
-        _run(beam, pipeline, corpus, encoder, str(folder), str(scratch))
+        _run(beam, pipeline, tasks, sent_corpus(corpus), encoder, str(folder), str(scratch))
         mistakes = json.loads((scratch / _MISTAKES_FILE).read_text())
         if mistakes:
             raise UserError(min(mistakes)[1])
@@ -163,33 +113,22 @@ def _build(
     (folder / MANIFEST_FILE).write_text(manifest)
 
 
-def _write_tasks(corpus: Corpus, scratch: epath.Path) -> int:
-    """Cuts a corpus into chunks; returns its number of pairs."""
-    spans = corpus.spans(CHUNK_PAIRS) if isinstance(corpus, ParallelText) else None
-    if spans is not None:
-        tasks, num_pairs = [_Task(*task) for task in enumerate(spans)], sum(span.pairs for span in spans)
-    else:
-        tasks, num_pairs, pairs = [], 0, corpus.pairs()
-        for number, chunk in enumerate(iter(lambda: list(islice(pairs, CHUNK_PAIRS)), [])):
-            name = f"pairs-{number:07d}.json"
-            (scratch / name).write_text(json.dumps(chunk))
-            tasks.append(_Task(number, name))
-            num_pairs += len(chunk)
-    if not num_pairs:
-        raise UserError(f"{corpus.name}: the corpus is empty")
-    (scratch / _TASKS_FILE).write_bytes(pickle.dumps(tasks))
-    return num_pairs
-
-
-def _run(beam: ModuleType, pipeline: Any, corpus: Corpus, encoder: Encoder, folder: str, scratch: str) -> None:
-    # A corpus that is not read by workers need not be one that can be sent to them.
-    sent = corpus if isinstance(corpus, ParallelText) else None
+def _run(
+    beam: ModuleType,
+    pipeline: Any,
+    tasks: str,
+    corpus: ParallelText | None,
+    encoder: Encoder,
+    folder: str,
+    scratch: str,
+) -> None:
     with pipeline:
-        tasks = pipeline | beam.Create([f"{scratch}/{_TASKS_FILE}"]) | "read tasks" >> beam.FlatMap(_read_tasks)
         encoded = (
-            tasks
+            pipeline
+            | beam.Create([tasks])
+            | "read tasks" >> beam.FlatMap(read_tasks)
             | "spread chunks" >> beam.Reshuffle()
-            | "encode" >> beam.FlatMap(_encode, sent, scratch).with_outputs("mistakes", main="chunks")
+            | "encode" >> beam.FlatMap(_encode, corpus, scratch).with_outputs("mistakes", main="chunks")
         )
         first_records = (
             encoded.chunks
@@ -216,23 +155,14 @@ def _run(beam: ModuleType, pipeline: Any, corpus: Corpus, encoder: Encoder, fold
         )
 
 
-def _read_tasks(path: str) -> list[_Task]:
-    return pickle.loads(epath.Path(path).read_bytes())
-
-
-def _encode(task: _Task, corpus: ParallelText | None, scratch: str) -> Iterator[Any]:
+def _encode(task: Task, corpus: ParallelText | None, scratch: str) -> Iterator[Any]:
     from apache_beam.pvalue import TaggedOutput
 
-    number, pairs = task
     try:
-        if isinstance(pairs, str):
-            chunk = json.loads((epath.Path(scratch) / pairs).read_text())
-        else:
-            assert corpus is not None
-            chunk = corpus.read_span(LineSpan(*pairs))
-        yield number, _encoder(scratch, threading.get_ident()).encode(number, chunk)
+        chunk = _encoder(scratch, threading.get_ident()).encode(task.number, read_task(task, corpus, scratch))
+        yield task.number, chunk
     except UserError as error:
-        yield TaggedOutput("mistakes", (number, str(error)))
+        yield TaggedOutput("mistakes", (task.number, str(error)))
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,14 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
 import re
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate, islice
 from pathlib import Path
@@ -30,7 +25,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.beam_cache import BeamRunner
+from t5x_ext.data.beam import BeamRunner
 from t5x_ext.data.beam_cache import build as build_on_beam
 from t5x_ext.data.cache_files import (
     LENGTHS_FILE,
@@ -45,6 +40,7 @@ from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder, SubwordSampling
 from t5x_ext.data.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
 from t5x_ext.data.shards import Shard
 from t5x_ext.data.vocabulary import Vocabulary
+from t5x_ext.data.workers import choose_processes, work_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +48,6 @@ _FORMAT = 1
 
 _RECORD_OVERHEAD_BYTES = 8
 _PAIRS_WORTH_PROCESSES = 200_000
-_MAX_PROCESSES = 16
 _ESTIMATE_PAIRS = 4096
 
 
@@ -229,30 +224,19 @@ def _files_of(manifest: Mapping[str, Any]) -> list[str]:
     return [*(shard["file"] for shard in manifest["shards"]), LENGTHS_FILE, MANIFEST_FILE]
 
 
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(*arguments: Any) -> None:
-    global _worker_encoder
-    _worker_encoder = Encoder(*arguments)
-
-
-def _encode_in_worker(number: int, pairs: list[tuple[str, str]]) -> Chunk:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(number, pairs)
-
-
 def _build(corpus: Corpus, encoder: Encoder, folder: Path, identity: dict[str, Any], num_processes: int | None) -> None:
     num_pairs, sample = _count(corpus)
     if not num_pairs:
         raise UserError(f"{corpus.name}: the corpus is empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(corpus.name, num_pairs, encoder.encode(0, sample), len(sample), folder.parent)
-    processes = _choose_processes(num_pairs, num_processes)
+    processes = choose_processes(num_pairs, _PAIRS_WORTH_PROCESSES, num_processes)
+    pairs = corpus.pairs()
+    chunks = enumerate(iter(lambda: list(islice(pairs, CHUNK_PAIRS)), []))
     with whole_folder(folder, MANIFEST_FILE) as temporary:
         progress = tqdm(total=num_pairs, desc=f"cache {corpus.name}", unit=" pairs", disable=None)
         with progress, CacheWriter(temporary, encoder.dtype) as writer:
-            for chunk in _encoded_chunks(corpus.pairs(), encoder, processes):
+            for chunk in work_in_order(_make_encode, encoder.arguments, chunks, processes):
                 writer.add(chunk)
                 progress.update(len(chunk.lengths[0]) + sum(n for r, n in chunk.counts.items() if r != "changed_lines"))
             check_kept(corpus.name, writer.num_pairs, writer.counts)
@@ -287,34 +271,8 @@ def _check_disk(name: str, num_pairs: int, chunk: Chunk, sampled: int, root: Pat
         )
 
 
-def _choose_processes(num_pairs: int, num_processes: int | None) -> int:
-    if num_processes is not None:
-        return num_processes
-    return min(os.cpu_count() or 1, _MAX_PROCESSES) if num_pairs > _PAIRS_WORTH_PROCESSES else 1
-
-
-def _encoded_chunks(pairs: Iterator[tuple[str, str]], encoder: Encoder, processes: int) -> Iterator[Chunk]:
-    chunks = enumerate(iter(lambda: list(islice(pairs, CHUNK_PAIRS)), []))
-    if processes <= 1:
-        for number, chunk in chunks:
-            yield encoder.encode(number, chunk)
-        return
-    # Workers are spawned, not forked: JAX may hold threads in this process.
-    context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[Chunk]] = deque()
-    try:
-        with ProcessPoolExecutor(processes, context, _start_worker, encoder.arguments) as pool:
-            for number, chunk in chunks:
-                waiting.append(pool.submit(_encode_in_worker, number, chunk))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a tokenising process died: out of memory, or the calling script lacks `if __name__ == '__main__':`"
-            " (num_processes=1 needs neither)"
-        ) from None
+def _make_encode(*arguments: Any) -> Callable[[int, list[tuple[str, str]]], Chunk]:
+    return Encoder(*arguments).encode
 
 
 def _safe_name(name: str) -> str:

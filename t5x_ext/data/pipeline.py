@@ -12,7 +12,7 @@ from etils import epath
 
 from t5x_ext.contracts import Batch, Corpus, UserError
 from t5x_ext.data.batches import PackedBatches
-from t5x_ext.data.beam_cache import BeamRunner
+from t5x_ext.data.beam import BeamRunner
 from t5x_ext.data.cache import TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig
 from t5x_ext.data.encoding import SubwordSampling

@@ -36,7 +36,7 @@ def test_a_runner_writes_what_processes_write(texts, capsys):
     [
         ("--runner=Beam", "--runner=Beam: "),
         ("--runner_option=--region=r", "--runner_option goes with --runner, which is not given"),
-        ("--runner=DirectRunner --num_processes=2", "--num_processes is for tokenizing without --runner"),
+        ("--runner=DirectRunner --num_processes=2", "--num_processes is for work without --runner"),
     ],
 )
 def test_flags_that_do_not_fit(texts, capsys, options, message):

@@ -149,13 +149,13 @@ def test_two_builders_of_the_same_content_agree(make_corpus, vocabulary, tmp_pat
     corpus = make_corpus(20)
     elsewhere = build_cache(corpus, vocabulary, tmp_path / "other").path
     place = tmp_path / "caches" / Path(elsewhere).name
-    original = cache_module._encoded_chunks
+    original = cache_module.work_in_order
 
     def overtaken(*arguments):
         yield from original(*arguments)
         shutil.copytree(elsewhere, place)
 
-    monkeypatch.setattr(cache_module, "_encoded_chunks", overtaken)
+    monkeypatch.setattr(cache_module, "work_in_order", overtaken)
     assert build_cache(corpus, vocabulary, tmp_path / "caches").num_pairs == 20
     assert folders(tmp_path / "caches") == [place.name]
 
