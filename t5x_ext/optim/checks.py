@@ -88,8 +88,8 @@ def check_given(owner: str, name: str, value: Pulled | None, what: str) -> Pulle
     """
     if value is None:
         raise UserError(
-            f"{owner} needs {name}: give update(grads, state, params, {name}=...) {what}; "
-            f"{owner} must be outermost, not inside optax.chain/partition/masked/MultiSteps"
+            f"{owner} needs {name}: call update(grads, state, params, {name}=...) with {what}; "
+            f"{owner} must be outermost, since not every wrapper of Optax hands the keyword on"
         )
     return value
 

@@ -73,7 +73,7 @@ def scale_by_flora(
 
     Args:
       rank: rows of a projection.
-      b1: decay of the momentum.
+      b1: decay of the momentum. The rule above is not checked for an array or a schedule.
       resample_every: updates between new projections.
       output: what is passed on, see above. For matrices that are not compressed `mixed` and `projected` are the same.
       transfer: what becomes of the momentum when the projection changes.
@@ -85,7 +85,10 @@ def scale_by_flora(
       axes: tree of axis names, such as `models.logical_axes` gives: every layer of a stack has a projection of its
         own and attention kernels are matrices embed x (heads * head_dim). None: the last two axes are the matrix.
       compressible: whether the parameter of this path may be compressed; None: all.
-      projection: `(key, (rank, dim), dtype) -> [rank, dim]`; it is traced under `vmap` for batches of matrices.
+      projection: `(key, (rank, dim), dtype) -> [rank, dim]`. An update calls it once for each matrix that is
+        compressed, in the order of the tree, and at a change once more for the new projection; the same key must give
+        the same array. Outside of compiled functions keys are concrete, so that an array may be looked up by its key;
+        in compiled ones it is traced, under `vmap` for batches of matrices.
 
     Returns:
       An `optax.GradientTransformation`. Under `optax.inject_hyperparams` all arguments but `b1` are static.
@@ -135,7 +138,8 @@ def scale_by_flora(
 
         def change() -> tuple[Array, Array]:
             new = draw((state.count + 1) // resample_every)
-            return (layout.each_matrix(layout.transfer, mu, last, new) if transfer == "project" else 0.0 * mu), new
+            moved = layout.each_matrix(layout.transfer, mu, last, new) if transfer == "project" else jnp.zeros_like(mu)
+            return moved, new
 
         encoded, current = _cond((state.count + 1) % resample_every == 0, change, lambda: (mu, last))
 
@@ -486,11 +490,14 @@ class _Compression:
         """The projections of a parameter during an epoch."""
         shape = (self.rank, layout.dim)
         key = jax.random.fold_in(jax.random.fold_in(key, np.uint32(zlib.crc32(layout.name.encode()))), epoch)
+        project = lambda key: jnp.asarray(self.projection(key, shape, jnp.float32), jnp.float32)
+        each = lambda i: project(jax.random.fold_in(key, i))
         if not layout.matrix.batch:
-            p = self.projection(key, shape, jnp.float32)[None]
-        else:
-            each = lambda i: self.projection(jax.random.fold_in(key, i), shape, jnp.float32)
+            p = project(key)[None]
+        elif isinstance(key, jax.core.Tracer):
             p = jax.vmap(each)(jnp.arange(layout.matrix.sizes[0]))
+        else:  # concrete keys, for projections that are looked up by them
+            p = jnp.stack([each(i) for i in range(layout.matrix.sizes[0])])
         if p.shape[1:] != shape:
             raise UserError(f"{self.owner}: projection gave {p.shape[1:]} for {layout.name}: want {shape}")
         return p

@@ -78,9 +78,9 @@ def fsam(
     gradient at the weights themselves, and does with it what it does without SAM. A second gradient that is not finite
     goes to the base optimizer as well; `fsam(optax.apply_if_finite(optimizer, n))` leaves such updates out.
 
-    It must be outermost. What stands before it in a chain (clipping) sees the first gradient only and belongs into
-    `optimizer`. Weights move in their own dtype: in bfloat16 a step below half a unit in the last place is lost, so
-    keep float32 weights and cast where they are used.
+    It belongs outermost. Inside `optax.chain` it works, but what stands before it there (clipping) sees the first
+    gradient only and belongs into `optimizer`. Weights move in their own dtype: in bfloat16 a step below half a unit in
+    the last place is lost, so keep float32 weights and cast where they are used.
 
     Args:
       optimizer: the base optimizer, with everything that is to happen to the second gradient: clipping, decay.
@@ -125,66 +125,18 @@ def fsam(
       does: `maskable=["^(?!.*(bias|embed))"]`. That code loses its gradient when it refreshes the mask and sums the
       second loss; here both gradients are of the mean loss, and the step of a refresh perturbs too.
     """
-    _check(rho, sparsity, mask_update_interval, fisher, unmaskable, normalize, eps)
-    base = optax.with_extra_args_support(optimizer)
-    patterns = (maskable,) if isinstance(maskable, str) else maskable
-    is_maskable = path_predicate(*patterns) if isinstance(patterns, Sequence) else patterns
-
-    def scope_of(params: Params) -> _Scope:
-        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        selected = [is_maskable is None or bool(is_maskable(name)) for name in names]
-        total = sum(leaf.size for leaf, chosen in zip(jax.tree.leaves(params), selected, strict=True) if chosen)
-        if names and not any(selected):
-            raise UserError(f"fsam: maskable selects no parameter; names look like {names[0]!r}")
-        if unmaskable == "error" and not all(selected):
-            raise UserError(f"fsam: {names[selected.index(False)]} is not maskable, and unmaskable = 'error'")
-        return _Scope(selected, num_kept(sparsity, total), total, unmaskable == "perturb")
-
-    def init(params: Params) -> FsamState:
-        check_outermost("fsam", params)
-        scope = scope_of(params)
-        leaves, structure = jax.tree.flatten(params)
-        words = [
-            jnp.zeros(packed_shape(leaf.shape), jnp.uint8) if chosen else None
-            for leaf, chosen in zip(leaves, scope.maskable, strict=True)
-        ]
-        mask = jax.tree.unflatten(structure, words) if scope.has_mask else ()
-        return FsamState(jnp.zeros((), jnp.int32), mask, base.init(params))
-
-    def update(
-        grads: PyTree,
-        state: FsamState,
-        params: Params | None = None,
-        *,
-        grad_fn: GradFn | None = None,
-        fisher_fn: FisherFn | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, FsamState]:
-        if params is None:
-            raise UserError("fsam needs params: update(grads, state, params, grad_fn=...)")
-        pull = check_given("fsam", "grad_fn", grad_fn, _GRAD_FN)
-        scope = scope_of(params)
-        norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))
-        finite = jnp.isfinite(norm)
-        mask = state.mask
-        if scope.has_mask:
-            due = finite & (state.count % mask_update_interval == 0)
-            scores = lambda: grads
-            if fisher == "per_example":
-                scores = partial(check_given("fsam", "fisher_fn", fisher_fn, _FISHER_FN), params)
-            mask = jax.lax.cond(due, lambda: _fresh_mask(scores(), scope), lambda: state.mask)
-        if scope.moves:
-            entries = _perturbed_entries(mask, params, scope)
-            if normalize == "masked":
-                norm = _norm_of_entries(grads, entries)
-            length = rho(state.count) if callable(rho) else rho
-            scale = jnp.where(finite & (norm > 0), length / (norm + eps), 0.0)
-            grads = pull(_uphill(params, grads, entries, scale, finite), 0)
-        updates, opt_state = base.update(grads, state.opt_state, params, **extra_args)
-        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
-        return updates, FsamState(count, mask, opt_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _masked_sam(
+        "fsam",
+        optimizer,
+        rho,
+        sparsity=sparsity,
+        mask_update_interval=mask_update_interval,
+        fisher=fisher,
+        maskable=maskable,
+        unmaskable=unmaskable,
+        normalize=normalize,
+        eps=eps,
+    )
 
 
 def sam(
@@ -221,21 +173,104 @@ def sam(
     References:
       Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization (arXiv 2010.01412).
     """
-    return fsam(optimizer, rho, sparsity=0.0, eps=eps)
+    return _masked_sam("sam", optimizer, rho, eps=eps)
+
+
+def _masked_sam(
+    owner: str,
+    optimizer: optax.GradientTransformation,
+    rho: float | optax.Schedule,
+    *,
+    sparsity: float | Fraction = 0.0,
+    mask_update_interval: int = 1,
+    fisher: str = "batch",
+    maskable: Callable[[str], bool] | Sequence[str] | None = None,
+    unmaskable: str = "perturb",
+    normalize: str = "full",
+    eps: float,
+) -> optax.GradientTransformationExtraArgs:
+    """What `fsam` says; `owner` is whom its messages speak of."""
+    _check(owner, rho, sparsity, mask_update_interval, fisher, unmaskable, normalize, eps)
+    base = optax.with_extra_args_support(optimizer)
+    patterns = (maskable,) if isinstance(maskable, str) else maskable
+    is_maskable = path_predicate(*patterns) if isinstance(patterns, Sequence) else patterns
+
+    def scope_of(params: Params) -> _Scope:
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        selected = [is_maskable is None or bool(is_maskable(name)) for name in names]
+        total = sum(leaf.size for leaf, chosen in zip(jax.tree.leaves(params), selected, strict=True) if chosen)
+        if names and not any(selected):
+            raise UserError(f"{owner}: maskable selects no parameter; names look like {names[0]!r}")
+        if unmaskable == "error" and not all(selected):
+            raise UserError(f"{owner}: {names[selected.index(False)]} is not maskable, and unmaskable = 'error'")
+        return _Scope(selected, num_kept(sparsity, total), total, unmaskable == "perturb")
+
+    def init(params: Params) -> FsamState:
+        check_outermost(owner, params)
+        scope = scope_of(params)
+        leaves, structure = jax.tree.flatten(params)
+        words = [
+            jnp.zeros(packed_shape(leaf.shape), jnp.uint8) if chosen else None
+            for leaf, chosen in zip(leaves, scope.maskable, strict=True)
+        ]
+        mask = jax.tree.unflatten(structure, words) if scope.has_mask else ()
+        return FsamState(jnp.zeros((), jnp.int32), mask, base.init(params))
+
+    def update(
+        grads: PyTree,
+        state: FsamState,
+        params: Params | None = None,
+        *,
+        grad_fn: GradFn | None = None,
+        fisher_fn: FisherFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, FsamState]:
+        if params is None:
+            raise UserError(f"{owner} needs params: update(grads, state, params, grad_fn=...)")
+        pull = check_given(owner, "grad_fn", grad_fn, _GRAD_FN)
+        scope = scope_of(params)
+        norm = optax.tree.norm(jax.tree.map(_at_least_float32, grads))
+        finite = jnp.isfinite(norm)
+        mask = state.mask
+        if scope.has_mask:
+            due = finite & (state.count % mask_update_interval == 0)
+            scores = lambda: grads
+            if fisher == "per_example":
+                scores = partial(check_given(owner, "fisher_fn", fisher_fn, _FISHER_FN), params)
+            mask = jax.lax.cond(due, lambda: _fresh_mask(scores(), scope), lambda: state.mask)
+        if scope.moves:
+            entries = _perturbed_entries(mask, params, scope)
+            if normalize == "masked":
+                norm = _norm_of_entries(grads, entries)
+            length = rho(state.count) if callable(rho) else rho
+            scale = jnp.where(finite & (norm > 0), length / (norm + eps), 0.0)
+            grads = pull(_uphill(params, grads, entries, scale, finite), 0)
+        updates, opt_state = base.update(grads, state.opt_state, params, **extra_args)
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        return updates, FsamState(count, mask, opt_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check(
-    rho: Any, sparsity: Any, mask_update_interval: Any, fisher: Any, unmaskable: Any, normalize: Any, eps: Any
+    owner: str,
+    rho: Any,
+    sparsity: Any,
+    mask_update_interval: Any,
+    fisher: Any,
+    unmaskable: Any,
+    normalize: Any,
+    eps: Any,
 ) -> None:
     if isinstance(sparsity, jax.Array) or callable(sparsity):
-        raise UserError("fsam: sparsity must be a number; under optax.inject_hyperparams name it in static_args")
-    check_number("fsam", "rho", rho, at_least=0)
-    check_number("fsam", "sparsity", sparsity, at_least=0, at_most=1)
-    check_number("fsam", "eps", eps, at_least=0)
-    check_integer("fsam", "mask_update_interval", mask_update_interval, at_least=1)
-    check_choice("fsam", "fisher", fisher, ("batch", "per_example"))
-    check_choice("fsam", "unmaskable", unmaskable, ("perturb", "skip", "error"))
-    check_choice("fsam", "normalize", normalize, ("full", "masked"))
+        raise UserError(f"{owner}: sparsity must be a number; under optax.inject_hyperparams name it in static_args")
+    check_number(owner, "rho", rho, at_least=0)
+    check_number(owner, "sparsity", sparsity, at_least=0, at_most=1)
+    check_number(owner, "eps", eps, at_least=0)
+    check_integer(owner, "mask_update_interval", mask_update_interval, at_least=1)
+    check_choice(owner, "fisher", fisher, ("batch", "per_example"))
+    check_choice(owner, "unmaskable", unmaskable, ("perturb", "skip", "error"))
+    check_choice(owner, "normalize", normalize, ("full", "masked"))
 
 
 def _at_least_float32(x: Array) -> Array:

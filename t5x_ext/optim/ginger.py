@@ -381,7 +381,7 @@ def _solve(
     """(U diag(s) U^T + damping)^-1 m: outside the basis a division by the damping, inside one by damping + s."""
     split = _split(basis, [m[:, None] for m in momentum], dims)
     outside = split.gram[:, :, 0] > split.threshold
-    along_rest = jnp.where(outside, 1 / damping, 0.0)
+    along_rest = jnp.where(outside, jnp.float32(1 / damping), 0.0)
     along_basis = split.inside[:, :, 0] / (damping + eigvals) - split.again[:, :, 0] * along_rest
     solved = _add(_combine(along_basis[:, None], basis), _combine(along_rest[:, None], split.rest))
     return [u[:, 0] for u in solved]
@@ -412,14 +412,14 @@ def _learn_and_solve(
     column = jnp.concatenate([split.inside[:, :, 1], length[:, None]], axis=1)
     along_p = split.gram[:, 0, 1] * per_length
     inside = jnp.concatenate([split.inside[:, :, 0], along_p[:, None]], axis=1)
-    fresh = jnp.where(fine, 1 - b2, 0.0)
+    fresh = jnp.where(fine, jnp.float32(1 - b2), 0.0)
     # Not b2 * eigvals: 0.99 in float32 is 1e-8 too large, which a hundred steps add up.
     vectors, values = _top(eigvals - fresh * eigvals, fresh * column[:, :, None] * column[:, None, :])
 
     # u = [U p] V (s + damping)^-1 V^T inside + (rest - p along_p) / damping
     weights = jnp.einsum("nij,nkj,nk->ni", vectors / (values + damping)[:, None], vectors, inside, precision="highest")
     outside = split.gram[:, 0, 0] - along_p**2 > split.threshold[:, 0]
-    along_rest = jnp.where(outside, 1 / damping, 0.0)
+    along_rest = jnp.where(outside, jnp.float32(1 / damping), 0.0)
     along_gradient = (weights[:, rank] - along_p * along_rest) * per_length
     on_rest = jnp.stack([along_rest, along_gradient], axis=1)
     on_basis = weights[:, :rank] - jnp.einsum("nri,ni->nr", split.again, on_rest, precision="highest")
@@ -439,7 +439,7 @@ def _top(
 ) -> tuple[Float[Array, "blocks rank+1 rank+1"], Float[Array, "blocks rank+1"]]:
     """Eigenvectors of diag(eigvals, 0) + outer, largest first, and the eigenvalues, the last one dropped to zero."""
     padded = jnp.pad(eigvals, ((0, 0), (0, 1)))
-    matrix = outer + padded[:, :, None] * jnp.eye(padded.shape[1])
+    matrix = outer + padded[:, :, None] * jnp.eye(padded.shape[1], dtype=jnp.float32)
     vectors = _orthonormal(jnp.linalg.eigh(matrix)[1][:, :, ::-1])
     # Rayleigh quotients are exact to second order in the error of the vectors; eigh's own values are not.
     values = jnp.einsum("nij,nik,nkj->nj", vectors, matrix, vectors, precision="highest")
@@ -453,7 +453,9 @@ def _top(
 def _orthonormal(vectors: Float[Array, "blocks i j"]) -> Float[Array, "blocks i j"]:
     """One Newton-Schulz step: eigh leaves an error of some roundings, which thousands of rotations would add up."""
     gram = jnp.einsum("nki,nkj->nij", vectors, vectors, precision="highest")
-    return vectors + 0.5 * jnp.einsum("nik,nkj->nij", vectors, jnp.eye(gram.shape[1]) - gram, precision="highest")
+    return vectors + 0.5 * jnp.einsum(
+        "nik,nkj->nij", vectors, jnp.eye(gram.shape[1], dtype=jnp.float32) - gram, precision="highest"
+    )
 
 
 def _add(a: list[Array], b: list[Array]) -> list[Array]:

@@ -46,7 +46,7 @@ def projections(name, epoch, rank=RANK, seed=0):
     key = jax.random.fold_in(key, epoch)
     keys = [jax.random.fold_in(key, i) for i in range(batch)] if "layers" in AXES[name] else [key]
     shape = (rank, min(rows, cols))
-    return [np.float64(jax.random.normal(key, shape)) / math.sqrt(rank) for key in keys]
+    return [np.float64(jax.random.normal(key, shape, jnp.float32)) / math.sqrt(rank) for key in keys]
 
 
 class Reference:
@@ -150,6 +150,18 @@ def test_projections_can_be_given_and_are_asked_for_only_when_they_are_needed():
     reference = Reference(0.5, 3, "mixed", "project", draw=lambda name, epoch: [given[epoch]])
     for out, update in zip(outputs, updates, strict=True):
         np.testing.assert_allclose(out, reference.update(update)["up"], atol=1e-6)
+
+
+def test_every_layer_of_a_stack_asks_for_a_projection_of_its_own():
+    recorded = Recorded()
+    optimizer = scale_by_flora(RANK, 0.5, 3, min_dim_size_to_compress=2, axes=AXES, projection=recorded)
+    update = {"in": tree(0)["in"]}
+    out, state = optimizer.update(update, optimizer.init(update))
+    given = list(recorded.by_key.values())
+    assert len(given) == recorded.calls == 2
+    reference = Reference(0.5, 3, "mixed", "project", draw=lambda name, epoch: given)
+    np.testing.assert_allclose(out["in"], reference.update(update)["in"], atol=1e-6)
+    np.testing.assert_allclose(np.ravel(state.mu["in"]), np.ravel(reference.moments["in"]), atol=1e-6)
 
 
 def test_flora_is_the_authors_recursion_in_float64():

@@ -350,12 +350,12 @@ def test_a_zero_gradient_moves_nothing(options):
 @pytest.mark.parametrize("sparsity", [0, 0.5])
 def test_a_gradient_that_is_not_finite_perturbs_nothing_and_waits(sparsity):
     """3e38 is finite and its square is not: the norm decides, as in the training step."""
-    params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(3)}
-    good = jax.tree.map(lambda leaf: jnp.arange(1.0, leaf.size + 1).reshape(leaf.shape), params)
+    params = {"kernel": jnp.ones((4, 8), jnp.float32), "bias": jnp.ones(3, jnp.float32)}
+    good = jax.tree.map(lambda leaf: jnp.arange(1.0, leaf.size + 1, dtype=jnp.float32).reshape(leaf.shape), params)
     optimizer = fsam(optax.sgd(0.1), sparsity=sparsity, mask_update_interval=1)
     moved, begin = uphill_of(optimizer, good, params, optimizer.init(params))
     for bad in (np.nan, np.inf, -np.inf, 3e38):
-        spoilt = good | {"bias": jnp.array([1.0, bad, 1.0])}
+        spoilt = good | {"bias": jnp.array([1.0, bad, 1.0], jnp.float32)}
         asked, after = uphill_of(optimizer, spoilt, params, begin)
         assert_same(asked, params)
         assert_same((after.count, after.mask), (begin.count, begin.mask))
@@ -420,12 +420,12 @@ def test_parameters_that_do_not_fit_are_refused():
 
 def test_callables_that_are_missing_are_named():
     params = start()
-    for optimizer, extra, missing in [
-        (sam(optax.sgd(0.1)), {}, "grad_fn"),
-        (fsam(optax.sgd(0.1), fisher="per_example"), {"grad_fn": lambda params, index: params}, "fisher_fn"),
+    for name, optimizer, extra, missing in [
+        ("sam", sam(optax.sgd(0.1)), {}, "grad_fn"),
+        ("fsam", fsam(optax.sgd(0.1), fisher="per_example"), {"grad_fn": lambda params, index: params}, "fisher_fn"),
     ]:
         state = optimizer.init(params)
-        with pytest.raises(UserError, match=f"fsam needs {missing}: .* must be outermost") as caught:
+        with pytest.raises(UserError, match=f"^{name} needs {missing}: .* must be outermost") as caught:
             optimizer.update(params, state, params, **extra)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="fsam needs params"):
@@ -447,8 +447,9 @@ def test_callables_that_are_missing_are_named():
     ],
 )
 def test_wrappers_that_hide_something_are_refused(wrap, message):
-    for init in (wrap(fsam(optax.sgd(0.1))).init, jax.jit(wrap(sam(optax.sgd(0.1))).init)):
-        with pytest.raises(UserError, match=f"fsam must be outermost: .*{message}"):
+    inits = {"fsam": wrap(fsam(optax.sgd(0.1))).init, "sam": jax.jit(wrap(sam(optax.sgd(0.1))).init)}
+    for name, init in inits.items():
+        with pytest.raises(UserError, match=f"^{name} must be outermost: .*{message}"):
             init(start())
 
 

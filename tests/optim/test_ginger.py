@@ -117,7 +117,7 @@ def test_the_basis_stays_orthonormal_for_5000_steps():
 
     def step(carry, key):
         state, bound = carry
-        n = jnp.linspace(3.0, 0.1, dim) * jax.random.normal(key, (dim,))
+        n = jnp.linspace(3.0, 0.1, dim, dtype=jnp.float32) * jax.random.normal(key, (dim,), jnp.float32)
         _, state = optimizer.update(n, state, params, curvature_grad_fn=lambda params: n)
         return (state, B2 * bound + (1 - B2) * n @ n), None
 
