@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,15 +10,17 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_ext.data import BatchConfig, DataConfig, ParallelText, VocabularyConfig
 from t5x_ext.models import TransformerConfig, init_params, logical_axes
 from t5x_ext.optim import flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
-from t5x_ext.parallel import MeshConfig, fsdp, make_mesh
+from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh
 from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.train import Run
 from t5x_ext.train.program import make_program
 from t5x_ext.train.state import create_state
+from t5x_ext.train.step import _sample
 
 VOCAB_SIZE = 64
 # A decoder alone, which compiles in half the time. No biases: that of keys has a gradient of nothing but rounding, and
@@ -82,7 +85,13 @@ def trained(name: str, mesh_config: MeshConfig, devices: list[jax.Device]) -> An
         batch=BATCH,
     )
     run = Run(
-        data=data, model=MODEL, steps=STEPS, num_microbatches=2, mesh=mesh_config, axis_rules=fsdp(), **method(name)
+        data=data,
+        model=MODEL,
+        steps=STEPS,
+        num_microbatches=2,
+        mesh=mesh_config,
+        axis_rules=fsdp_tensor(),
+        **method(name),
     )
     program = make_program(run, VOCAB_SIZE, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.template)
@@ -109,7 +118,7 @@ def test_eight_devices_train_as_one(name):
     """With dropout and two microbatches; the weights are in units of how far the largest of an array has moved."""
     begin = init_params(MODEL, jax.random.key(0))
     one = trained(name, MeshConfig(), jax.devices()[:1]).params
-    eight = trained(name, MeshConfig(data=2, fsdp=4), jax.devices()).params
+    eight = trained(name, MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()).params
 
     def close(begin: Any, one: Any, eight: Any) -> None:
         moved = np.abs(np.asarray(one) - np.asarray(begin)).max()
@@ -117,3 +126,18 @@ def test_eight_devices_train_as_one(name):
         np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4 * moved + 1e-7)
 
     jax.tree.map(close, begin, one, eight)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("vocab", [1024, 1000])  # a multiple of the groups of a vocabulary, and none
+def test_labels_are_drawn_where_the_scores_are(vocab):
+    """Of a vocabulary over two devices only sums of groups are gathered, and the scores of one group."""
+    mesh, random = make_mesh(MeshConfig(data=4, tensor=2)), np.random.default_rng(0)
+    scores, uniforms = random.normal(size=(8, 6, vocab)).astype(np.float32) * 3, random.random((8, 6, 2), np.float32)
+    cut = (PartitionSpec("data", None, "tensor"), PartitionSpec("data"))
+    placed = jax.device_put((scores, uniforms), tuple(NamedSharding(mesh, spec) for spec in cut))
+    program = jax.jit(_sample).lower(*placed).compile()
+    np.testing.assert_array_equal(program(*placed), _sample(scores, uniforms))
+    moved = re.findall(r"\w+\[2,6,(\d+)\]\S* (?:all-|collective-)\w+", program.as_text())
+    assert moved
+    assert max(map(int, moved)) <= 128
