@@ -1,0 +1,32 @@
+"""Filters for raw text, parallel and of one language: cleaning of lines, rules with counts, exact and near duplicates.
+
+`filter_corpora` is the whole way; `t5x_ext clean` is its command. Libraries of the extra `clean` (py3langid, regex,
+datasketch) are loaded by the rules that need them.
+"""
+
+from t5x_ext.data.filters.chunks import ChunkFilter, FilteredChunk
+from t5x_ext.data.filters.config import FilterConfig, Filtering
+from t5x_ext.data.filters.duplicates import DUPLICATE_RULES, near_duplicate_probability
+from t5x_ext.data.filters.report import CorpusReport, FilterReport
+from t5x_ext.data.filters.rules import PAIR_RULES
+from t5x_ext.data.filters.run import filter_corpora
+from t5x_ext.data.filters.text import duplicate_key, length, normalize_punctuation, plain_form
+
+RULES = (*PAIR_RULES, *DUPLICATE_RULES)
+"""Names of all rules, in the order in which they are tried."""
+
+__all__ = [
+    "RULES",
+    "ChunkFilter",
+    "CorpusReport",
+    "FilterConfig",
+    "FilterReport",
+    "FilteredChunk",
+    "Filtering",
+    "duplicate_key",
+    "filter_corpora",
+    "length",
+    "near_duplicate_probability",
+    "normalize_punctuation",
+    "plain_form",
+]

@@ -1,0 +1,74 @@
+"""What a filtering kept and dropped."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """Counts of one corpus: `read` is `kept` plus the sum of `dropped`.
+
+    Attributes:
+      name: of the corpus.
+      languages: one code a side; one for text of one language.
+      files: names of the files in the output folder, one a side.
+      read: pairs, or lines of text of one language.
+      kept: likewise.
+      dropped: pairs by rule, for every rule that was on, in the order in which rules are tried.
+      changed: lines of all sides that were changed on the way, dropped ones included, by transform.
+    """
+
+    name: str
+    languages: tuple[str, ...]
+    files: tuple[str, ...]
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    changed: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What `filter_corpora` did, as in `report.json`.
+
+    Attributes:
+      work: a digest of corpora, configuration and versions of libraries.
+      config: the configuration as a dictionary.
+      corpora: one report each.
+    """
+
+    work: str
+    config: dict[str, Any]
+    corpora: tuple[CorpusReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain lists, dictionaries, text and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> FilterReport:
+        """What `to_json` gave, read back from a file."""
+        corpora = [
+            CorpusReport(**{**corpus, "languages": tuple(corpus["languages"]), "files": tuple(corpus["files"])})
+            for corpus in record["corpora"]
+        ]
+        return cls(record["work"], record["config"], tuple(corpora))
+
+    def table(self) -> str:
+        """Counts for people: a row for every rule, a column for every corpus."""
+        rules = list(dict.fromkeys(rule for corpus in self.corpora for rule in corpus.dropped))
+        rows = [["", *(corpus.name for corpus in self.corpora)]]
+        rows.append(["read", *(f"{corpus.read:,}" for corpus in self.corpora)])
+        for rule in rules:
+            rows.append(
+                [rule, *(f"{corpus.dropped[rule]:,}" if rule in corpus.dropped else "-" for corpus in self.corpora)]
+            )
+        rows.append(["kept", *(f"{corpus.kept:,}" for corpus in self.corpora)])
+        rows.append(["kept %", *(f"{100 * corpus.kept / corpus.read:.2f}" for corpus in self.corpora)])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows
+        )
