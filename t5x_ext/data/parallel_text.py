@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.tags import check_language
+from t5x_ext.data.tags import Side, check_language
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -48,6 +48,9 @@ class ParallelText:
       tsv_path: one table instead of two files.
       source_column: the table's column with the source text, counted from 0.
       target_column: likewise.
+      synthetic: the side that a model has written, to be told to the encoder by a piece behind the language tag: `<BT>`
+        where the source is synthetic, `<FT>` where the target is (tagged back-translation, arXiv 1906.06442). Read in
+        the other direction, the pair is the other of the two. None: nothing is told.
 
     Raises:
       UserError: at once for a wrong combination of arguments; while reading for a missing or empty file, unequal
@@ -62,8 +65,11 @@ class ParallelText:
     tsv_path: str | None = None
     source_column: int = 0
     target_column: int = 1
+    synthetic: Side | None = None
 
     def __post_init__(self) -> None:
+        if self.synthetic not in (None, "source", "target"):
+            raise UserError(f"ParallelText.synthetic={self.synthetic!r}: allowed are None, 'source', 'target'")
         for role, language in (("source_language", self.source_language), ("target_language", self.target_language)):
             if not language:
                 raise UserError(f"ParallelText: {role} is missing; give a code such as 'en'")

@@ -16,10 +16,11 @@ from t5x_ext.data.beam import BeamRunner
 from t5x_ext.data.cache import TokenCache, build_cache
 from t5x_ext.data.cleaning import CleaningConfig
 from t5x_ext.data.encoding import SubwordSampling
+from t5x_ext.data.parallel_text import ParallelText
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
 from t5x_ext.data.switching import SwitchingPlan
-from t5x_ext.data.tags import TagPolicy
+from t5x_ext.data.tags import MARKERS, Side, TagPolicy
 from t5x_ext.data.vocabulary import (
     DESCRIPTION_FILE,
     Vocabulary,
@@ -168,21 +169,25 @@ def prepare_vocabulary(config: VocabularyConfig, corpora: Sequence[Corpus], dire
       UserError: where the folder holds another vocabulary than the configuration asks for.
     """
     languages = _languages(corpora)
+    markers = config.markers
     exists = (epath.Path(directory) / DESCRIPTION_FILE).exists()
     if config.path is not None:
-        vocabulary = _open_vocabulary(config.path, languages)
+        vocabulary = _open_vocabulary(config.path, languages, markers)
         if exists and Vocabulary.load(directory).fingerprint() != vocabulary.fingerprint():
             raise UserError(f"{directory}: is not the vocabulary {config.path}; use that one or another run folder")
         if not exists:
             vocabulary.save(directory)
         return vocabulary
+    needed = MARKERS.values() if any(map(_synthetic, corpora)) else ()
+    markers = tuple(dict.fromkeys([*markers, *needed]))
     record = training_record(config, languages, [corpus.fingerprint() for corpus in corpora])
     if exists:
         _check_training(directory, record)
+        _check_markers(directory, markers)
         return Vocabulary.load(directory)
     vocabulary = train_vocabulary(
         _all_lines(corpora),
-        config.size,
+        config.size - len(markers),
         languages,
         seed=config.seed,
         model_type=config.model_type,
@@ -190,6 +195,7 @@ def prepare_vocabulary(config: VocabularyConfig, corpora: Sequence[Corpus], dire
         split_digits=config.split_digits,
         max_lines=config.max_lines,
     )
+    vocabulary = Vocabulary.from_model(vocabulary.model, languages, markers)
     vocabulary.save(directory, record)
     logger.info("vocabulary: %d pieces, saved in %s", vocabulary.size, directory)
     return vocabulary
@@ -200,11 +206,15 @@ def _languages(corpora: Sequence[Corpus]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(language for corpus in corpora for language in corpus.languages))
 
 
-def _open_vocabulary(path: str, languages: Sequence[str]) -> Vocabulary:
+def _open_vocabulary(path: str, languages: Sequence[str], markers: Sequence[str]) -> Vocabulary:
     if not epath.Path(path).is_dir():
-        return Vocabulary(path, languages)
+        return Vocabulary(path, languages, markers)
     saved = Vocabulary.load(path)
-    return Vocabulary.from_model(saved.model, [*saved.languages, *languages])
+    return Vocabulary.from_model(saved.model, [*saved.languages, *languages], [*saved.markers, *markers])
+
+
+def _synthetic(corpus: Corpus) -> Side | None:
+    return corpus.synthetic if isinstance(corpus, ParallelText) else None
 
 
 def _all_lines(corpora: Sequence[Corpus]) -> Iterator[str]:
@@ -224,6 +234,15 @@ def _check_training(directory: str, record: dict[str, Any]) -> None:
         )
 
 
+def _check_markers(directory: str, markers: Sequence[str]) -> None:
+    saved = Vocabulary.load(directory).markers
+    if set(saved) != set(markers):
+        raise UserError(
+            f"{directory}: was trained with the markers {list(saved)}, not {list(markers)}; restore them, or use "
+            "another run folder"
+        )
+
+
 def _check_directions(directions: Sequence[TextDirection], tags: TagPolicy) -> None:
     """One source language into several target languages needs a tag that says which."""
     targets: dict[str, str] = {}
@@ -237,16 +256,17 @@ def _check_directions(directions: Sequence[TextDirection], tags: TagPolicy) -> N
             )
 
 
-def _streams(caches: Sequence[TokenCache], bidirectional: bool) -> list[Stream]:
+def _streams(caches: Sequence[TokenCache], corpora: Sequence[Corpus], bidirectional: bool) -> list[Stream]:
     ways = (False, True) if bidirectional else (False,)
-    return [Stream(cache, reverse) for cache in caches for reverse in ways]
+    sides = map(_synthetic, corpora)
+    return [Stream(cache, reverse, side) for cache, side in zip(caches, sides) for reverse in ways]
 
 
 def _training_plan(
     config: DataConfig, caches: Sequence[TokenCache], vocabulary: Vocabulary, seed: int
 ) -> BatchPlan | SwitchingPlan:
     def plan(bidirectional: bool) -> BatchPlan:
-        return BatchPlan(_streams(caches, bidirectional), vocabulary, config.tags, config.batch, seed)
+        return BatchPlan(_streams(caches, config.train, bidirectional), vocabulary, config.tags, config.batch, seed)
 
     if config.bidirectional_steps is None:
         return plan(config.bidirectional)
@@ -258,18 +278,22 @@ def _valid_batches(config: DataConfig, vocabulary: Vocabulary, root: str) -> Pac
         return None
     caches = [build_cache(corpus, vocabulary, root) for corpus in config.valid]
     batch = replace(config.batch, temperature=1.0, overlong="truncate")
-    plan = BatchPlan(_streams(caches, config.bidirectional), vocabulary, config.tags, batch, seed=0, shuffle=False)
+    streams = _streams(caches, config.valid, config.bidirectional)
+    plan = BatchPlan(streams, vocabulary, config.tags, batch, seed=0, shuffle=False)
     return PackedBatches(plan, vocabulary)
 
 
 def _describe(config: DataConfig, vocabulary: Vocabulary, caches: Sequence[TokenCache], seed: int) -> dict[str, Any]:
-    # Absent where there is no switch, as in runs from before there was one.
+    # Absent where there is no switch, and no marker, as in runs from before there were any.
     switch = {} if config.bidirectional_steps is None else {"bidirectional_steps": config.bidirectional_steps}
+    sides = list(map(_synthetic, config.train))
+    markers = {"synthetic": sides} if any(sides) else {}
     return {
         "vocabulary": vocabulary.fingerprint(),
         "caches": [Path(cache.path).name for cache in caches],
         "bidirectional": config.bidirectional,
         **switch,
+        **markers,
         "tags": asdict(config.tags),
         "batch": asdict(config.batch),
         "seed": seed,

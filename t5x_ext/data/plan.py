@@ -161,7 +161,7 @@ class BatchPlan(SkippingPlan):
     Attributes:
       streams: the directions.
       config: shape and mixture.
-      source_prefixes: tags at the start of the encoder input, one tuple a stream.
+      source_prefixes: tags and markers at the start of the encoder input, one tuple a stream.
       target_prefixes: likewise of the decoder labels.
       overlong: examples dropped (or truncated) for their length, by direction.
       skipped: see `SkippingPlan`.
@@ -197,7 +197,8 @@ class BatchPlan(SkippingPlan):
         self.streams = tuple(streams)
         self.config = config
         self.source_prefixes = tuple(
-            tags.source_prefix(vocabulary, stream.source_language, stream.target_language) for stream in streams
+            tags.source_prefix(vocabulary, stream.source_language, stream.target_language, stream.marker)
+            for stream in streams
         )
         self.target_prefixes = tuple(tags.target_prefix(vocabulary, stream.target_language) for stream in streams)
         self.overlong: Counter[str] = Counter()

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from t5x_ext.contracts import Corpus
 from t5x_ext.data.cache import TokenCache
+from t5x_ext.data.tags import MARKERS, Side
 
 
 def direction_name(source_language: str, target_language: str) -> str:
@@ -67,10 +68,12 @@ class Stream:
     Attributes:
       cache: the token cache.
       reverse: translate from the cache's second language into its first.
+      synthetic: the side of the cache that a model has written, where the encoder is to be told; None: it is not told.
     """
 
     cache: TokenCache
     reverse: bool = False
+    synthetic: Side | None = None
 
     @property
     def source_language(self) -> str:
@@ -86,6 +89,13 @@ class Stream:
     def name(self) -> str:
         """As in `en-de`."""
         return direction_name(self.source_language, self.target_language)
+
+    @property
+    def marker(self) -> str | None:
+        """`BT` where a model has written what is translated, `FT` where it has written the translation."""
+        if self.synthetic is None:
+            return None
+        return MARKERS["source" if (self.synthetic == "source") != self.reverse else "target"]
 
     @property
     def lengths(self) -> Int[np.ndarray, "records 2"]:

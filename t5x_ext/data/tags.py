@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from t5x_ext.contracts import UserError
 
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 _LANGUAGE = r"[A-Za-z]{2,8}(?:[-_][A-Za-z0-9]{2,8})*"
 _LANGUAGE_PATTERN = re.compile(_LANGUAGE)
 _TAG_PATTERN = re.compile(f"__({_LANGUAGE})__")
+_MARKER_PATTERN = re.compile("[A-Z][A-Z0-9]*")
+
+Side: TypeAlias = Literal["source", "target"]
+"""One side of a pair."""
+
+MARKERS: dict[Side, str] = {"source": "BT", "target": "FT"}
+"""Markers by the side that a model has written: back-translation, where it is the source, and forward translation."""
 
 
 def check_language(language: str) -> str:
@@ -46,6 +53,17 @@ def tag_language(piece: str) -> str | None:
     return match.group(1) if match else None
 
 
+def check_marker(marker: str) -> str:
+    """The name of a marker itself if it has the form of one.
+
+    Raises:
+      UserError: otherwise.
+    """
+    if not _MARKER_PATTERN.fullmatch(marker):
+        raise UserError(f"marker {marker!r}: give capital letters and digits, as BT for the piece <BT>")
+    return marker
+
+
 @dataclass(frozen=True)
 class TagPolicy:
     """Where language tags stand, as in fairseq's `--encoder-langtok` and `--decoder-langtok`.
@@ -72,15 +90,18 @@ class TagPolicy:
         """Whether a model can tell from the tags which language is wanted."""
         return self.encoder == "target" or self.decoder == "target"
 
-    def source_prefix(self, vocabulary: Vocabulary, source_language: str, target_language: str) -> tuple[int, ...]:
-        """Ids at the start of the encoder input.
+    def source_prefix(
+        self, vocabulary: Vocabulary, source_language: str, target_language: str, marker: str | None = None
+    ) -> tuple[int, ...]:
+        """Ids at the start of the encoder input: the tag, and a marker of where the text comes from, if it has one.
 
         Raises:
-          UserError: where the vocabulary has no tag for the language.
+          UserError: where the vocabulary has no tag for the language, or no such marker.
         """
+        prefix = () if marker is None else (vocabulary.marker_id(marker),)
         if self.encoder == "none":
-            return ()
-        return (vocabulary.tag_id(source_language if self.encoder == "source" else target_language),)
+            return prefix
+        return (vocabulary.tag_id(source_language if self.encoder == "source" else target_language), *prefix)
 
     def target_prefix(self, vocabulary: Vocabulary, target_language: str) -> tuple[int, ...]:
         """Ids at the start of the decoder labels, forced when decoding.

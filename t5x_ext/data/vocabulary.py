@@ -29,7 +29,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data.cleaning import clean_line
-from t5x_ext.data.tags import tag_language, tag_piece
+from t5x_ext.data.tags import check_marker, tag_language, tag_piece
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class VocabularyConfig:
       split_digits: every digit is a piece of its own.
       max_lines: at most so many lines are trained on, a fixed random sample of all.
       seed: of that sample.
+      markers: pieces beside the languages' tags that say where a text comes from, as `BT` for `<BT>`. Those that the
+        training corpora need are added to a vocabulary that is trained.
     """
 
     path: str | None = None
@@ -71,8 +73,11 @@ class VocabularyConfig:
     split_digits: bool = False
     max_lines: int = 4_000_000
     seed: int = 0
+    markers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for marker in self.markers:
+            check_marker(marker)
         if self.model_type not in ("unigram", "bpe"):
             raise UserError(f"VocabularyConfig.model_type={self.model_type!r}: allowed are 'unigram', 'bpe'")
         if self.size < 1:
@@ -96,16 +101,17 @@ class _Candidates(NamedTuple):
 class Vocabulary:
     """A SentencePiece model with one tag id a language.
 
-    Ids are the model's own; tags that the model lacks follow after its last id in the order of `languages`. Text never
-    encodes to a tag, even if it contains the letters `__de__`, and decoding drops tags.
+    Ids are the model's own; tags that the model lacks follow after its last id in the order of `languages`, and markers
+    after these. Text never encodes to a tag, even if it contains the letters `__de__`, and decoding drops tags.
     """
 
-    def __init__(self, path: str, languages: Sequence[str] = ()):
+    def __init__(self, path: str, languages: Sequence[str] = (), markers: Sequence[str] = ()):
         """Opens a SentencePiece model file.
 
         Args:
           path: the model file, local or remote.
           languages: languages that need tags; those that the model has as pieces `__xx__` are known without.
+          markers: further pieces that stand for no text, as `BT` for `<BT>`.
 
         Raises:
           UserError: where the file is missing, is no SentencePiece model, or has no end-of-sentence piece.
@@ -114,16 +120,16 @@ class Vocabulary:
             model = epath.Path(path).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise UserError(f"{path}: no such SentencePiece model file") from None
-        self._open(model, languages, origin=path)
+        self._open(model, languages, markers, origin=path)
 
     @classmethod
-    def from_model(cls, model: bytes, languages: Sequence[str] = ()) -> Vocabulary:
+    def from_model(cls, model: bytes, languages: Sequence[str] = (), markers: Sequence[str] = ()) -> Vocabulary:
         """A vocabulary from a serialised SentencePiece model."""
         vocabulary = cls.__new__(cls)
-        vocabulary._open(model, languages, origin="the SentencePiece model")
+        vocabulary._open(model, languages, markers, origin="the SentencePiece model")
         return vocabulary
 
-    def _open(self, model: bytes, languages: Sequence[str], origin: str) -> None:
+    def _open(self, model: bytes, languages: Sequence[str], markers: Sequence[str], origin: str) -> None:
         self.model = model
         proto = _parse(model, origin)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -139,13 +145,15 @@ class Vocabulary:
                 f"{origin}: has no end-of-sentence piece; train it with eos_id set (SentencePiece's default)"
             )
         self._tags = _tag_ids(self._processor, languages)
-        self._dropped = frozenset(self._tags.values())
+        first = max(self._processor.get_piece_size(), 1 + max(self._tags.values(), default=-1))
+        self._markers = {marker: first + index for index, marker in enumerate(dict.fromkeys(markers))}
+        self._dropped = frozenset([*self._tags.values(), *self._markers.values()])
         self._candidates: dict[tuple[float, str], _Candidates] = {}
 
     @property
     def size(self) -> int:
-        """Number of ids, tags included."""
-        return max(self._processor.get_piece_size(), 1 + max(self._tags.values(), default=-1))
+        """Number of ids, tags and markers included."""
+        return max(self._processor.get_piece_size(), 1 + max(self._dropped, default=-1))
 
     @property
     def eos_id(self) -> int:
@@ -172,6 +180,23 @@ class Vocabulary:
             known = ", ".join(self._tags) or "none"
             raise UserError(f"language {language!r} has no tag in the vocabulary; known languages: {known}")
         return self._tags[language]
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Markers, in the order of their ids."""
+        return tuple(self._markers)
+
+    def marker_id(self, marker: str) -> int:
+        """The id of a marker.
+
+        Raises:
+          UserError: where the vocabulary does not have it.
+        """
+        if marker not in self._markers:
+            raise UserError(
+                f"the vocabulary has no piece <{marker}>; name it in VocabularyConfig.markers where that is made"
+            )
+        return self._markers[marker]
 
     def encode(self, lines: Sequence[str]) -> list[Int[np.ndarray, " length"]]:
         """Token ids of every line, int32, without end of sentence and without tags; lines are cleaned first."""
@@ -222,10 +247,12 @@ class Vocabulary:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return hashlib.sha256(self.model + json.dumps(list(self._tags.items())).encode()).hexdigest()
+        # Markers are hashed where there are any, so that vocabularies without them are what they always were.
+        special = [list(self._tags.items()), *([list(self._markers.items())] if self._markers else [])]
+        return hashlib.sha256(self.model + b"".join(json.dumps(part).encode() for part in special)).hexdigest()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the model and the tags: equal fingerprints mean equal ids for every text."""
+        """SHA-256 over the model, the tags and the markers: equal fingerprints mean equal ids for every text."""
         return self._fingerprint
 
     def save(self, directory: str, training: dict[str, Any] | None = None) -> None:
@@ -242,6 +269,7 @@ class Vocabulary:
             "format": _FORMAT,
             "size": self.size,
             "languages": list(self.languages),
+            **({"markers": list(self.markers)} if self._markers else {}),
             "fingerprint": self.fingerprint(),
             "training": training,
         }
@@ -255,7 +283,8 @@ class Vocabulary:
           UserError: where it is not one, or its two files do not belong together.
         """
         description = read_description(directory)
-        vocabulary = cls(str(epath.Path(directory) / MODEL_FILE), description["languages"])
+        path = str(epath.Path(directory) / MODEL_FILE)
+        vocabulary = cls(path, description["languages"], description.get("markers", ()))
         if vocabulary.fingerprint() != description["fingerprint"]:
             raise UserError(f"{directory}: {MODEL_FILE} is not the model that {DESCRIPTION_FILE} describes")
         return vocabulary
@@ -404,5 +433,5 @@ def _trainer_message(error: RuntimeError, size: int) -> str:
 def training_record(config: VocabularyConfig, languages: Sequence[str], fingerprints: Sequence[str]) -> dict[str, Any]:
     """What decides a trained vocabulary, as JSON: kept beside it, compared when a run goes on."""
     record = asdict(config)
-    del record["path"]
+    del record["path"], record["markers"]
     return {**record, "languages": list(languages), "corpora": list(fingerprints)}
