@@ -94,10 +94,12 @@ def _curvature_gradients(inputs: _Inputs, params: Params) -> PyTree:
         number, microbatch, uniforms = piece
         context = inputs.context(number)
         scores, pull = jax.vjp(lambda params: objective.logits(params, microbatch, context), params)
-        weights = objective.label_weights(microbatch)
-        # The gradient of -log p[label] is p less one at the label: written out, no log-probabilities are kept.
-        (grads,) = pull((jax.nn.softmax(scores) - _one_hot(_sample(scores, uniforms), scores)) * weights[..., None])
-        return (jax.tree.map(jnp.add, total, grads), count + jnp.sum(weights)), None
+        counts = objective.label_weights(microbatch)
+        # The gradient of -log p[label] is p less one at the label. Written out, the scores are exponentiated once.
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        probabilities = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        (grads,) = pull((probabilities - _one_hot(_sample(weights, uniforms), scores)) * counts[..., None])
+        return (jax.tree.map(jnp.add, total, grads), count + jnp.sum(counts)), None
 
     shape = objective.label_weights(inputs.batch).shape
     uniforms = jax.random.uniform(jax.random.fold_in(inputs.key, _LABELS), (*shape, 2))
@@ -114,15 +116,13 @@ _GROUPS = 128
 """Groups of the vocabulary in `_sample`; a multiple of the devices that a vocabulary is cut over."""
 
 
-def _sample(scores: Float[Array, "*labels vocab"], uniforms: Float[Array, "*labels 2"]) -> Int[Array, "*labels"]:
-    """Labels drawn from softmax(scores) by inverting the cumulative distribution, from two numbers in [0, 1) each.
+def _sample(weights: Float[Array, "*labels vocab"], uniforms: Float[Array, "*labels 2"]) -> Int[Array, "*labels"]:
+    """Labels drawn in proportion to weights by inverting their cumulative sum, from two numbers in [0, 1) each.
 
     The first picks one of the groups that the vocabulary is cut into, the second a label of the group. That takes two
     random numbers a label where Gumbel noise takes one a score; and sums are of some hundred terms, so that the tail is
     drawn as often as it should be, as far as float32 holds it.
     """
-    scores = jax.lax.stop_gradient(scores)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     width = -(-weights.shape[-1] // _GROUPS)
     padding = [(0, 0)] * (weights.ndim - 1) + [(0, _GROUPS * width - weights.shape[-1])]
     grouped = jnp.pad(weights, padding).reshape(*weights.shape[:-1], _GROUPS, width)

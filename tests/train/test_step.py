@@ -200,13 +200,13 @@ def test_a_label_never_has_probability_zero_and_the_tail_is_reached():
     """The least and the largest uniform number, at one label alone and at labels of probability 1e-9."""
     largest = 1 - 2.0**-24
     for alone in (0, 130, 255, 511):
-        scores = np.where(np.arange(512) == alone, 0.0, -np.inf).astype(np.float32)
+        weights = (np.arange(512) == alone).astype(np.float32)
         for uniform in (0.0, largest):
-            assert _sample(scores, np.full(2, uniform, np.float32)) == alone
+            assert _sample(weights, np.full(2, uniform, np.float32)) == alone
     # A label each in the first and the last group beside one that takes nearly all of both.
-    scores = np.full(512, -np.inf, np.float32)
-    scores[[0, 1, 510, 511]] = np.log([1e-9, 0.5, 0.5, 1e-9])
-    drawn = [int(_sample(scores, np.float32([u, v]))) for u in (0.0, largest) for v in (0.0, 1e-8, largest)]
+    weights = np.zeros(512, np.float32)
+    weights[[0, 1, 510, 511]] = [1e-9, 0.5, 0.5, 1e-9]
+    drawn = [int(_sample(weights, np.float32([u, v]))) for u in (0.0, largest) for v in (0.0, 1e-8, largest)]
     assert drawn == [0, 1, 1, 510, 510, 510]
 
 
