@@ -85,7 +85,8 @@ def _curvature_gradients(inputs: _Inputs, params: Params) -> PyTree:
 
     Its outer product estimates the generalised Gauss-Newton matrix of the mean loss without bias. Labels are not
     smoothed and no z-loss is added: the likelihood is the model's own. What is random in a label is drawn for the whole
-    batch, so that without dropout neither microbatches nor devices change it.
+    batch, so that without dropout neither microbatches nor devices change it. At the weights of the loss, with a single
+    microbatch and outside of `lax.cond`, the compiler finds that the forward pass is that of the loss.
     """
     objective = inputs.objective
 
