@@ -181,7 +181,8 @@ def network_params(dtype: Any = jnp.float32) -> Any:
     leaves, structure = jax.tree.flatten(AXES, is_leaf=is_axes)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, axes: 0.4 * jax.random.normal(key, [SIZES[axis] for axis in axes], jnp.float32)
-    return structure.unflatten([draw(key, axes).astype(dtype) for key, axes in zip(keys, leaves, strict=True)])
+    params = structure.unflatten([draw(key, axes).astype(dtype) for key, axes in zip(keys, leaves, strict=True)])
+    return jax.device_put(params, jax.devices()[0])  # as what a checkpoint gives back, or it is all compiled again
 
 
 def rows_of_data(step: int, rows: int = 8) -> Rows:
@@ -204,40 +205,60 @@ def network(params: Any, tokens: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def make_step(row: Row, optimizer: optax.GradientTransformation, microbatches: int = 1) -> Callable[..., Any]:
-    """`(params, state, data) -> (params, state)`, as the training step does it, for a row of the table."""
+def loss(params: Any, data: Rows) -> jax.Array:
+    """Summed over rows."""
+    return 0.5 * jnp.sum((network(params, data.tokens) - data.targets) ** 2)
+
+
+def sampled_loss(params: Any, data: Rows) -> jax.Array:
+    """The sum whose gradient is, up to a factor, a curvature gradient."""
+    return jnp.sum(network(params, data.tokens) * data.noise)
+
+
+# Apart from the updates, so that the network is compiled once and not for every optimizer.
+gradient = jax.jit(jax.grad(loss))
+sampled_gradient = jax.jit(jax.grad(sampled_loss))
+
+
+def make_update(row: Row, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """`(params, state, pieces, grads) -> (params, state)`, as the training step does it, for a row of the table.
+
+    `pieces` are the microbatches and `grads` their gradients, which the row's accumulator puts together.
+    """
     accumulator = row.accumulator()
 
-    def loss(params: Any, data: Rows) -> jax.Array:
-        return 0.5 * jnp.sum((network(params, data.tokens) - data.targets) ** 2)
+    def mean(params: Any, pieces: list[Rows], grads: list[Any]) -> Any:
+        total = accumulator.init(params, jnp.int32(0))
+        for piece, grad in zip(pieces, grads, strict=True):
+            total = accumulator.add(total, grad, jnp.float32(piece.tokens.size))
+        return accumulator.finish(total)
 
-    def sampled(params: Any, data: Rows) -> jax.Array:
-        return jnp.sum(network(params, data.tokens) * data.noise)
-
-    def step(params: Any, state: Any, data: Rows) -> Any:
-        pieces = [jax.tree.map(lambda x, i=i: x[i], split_rows(data, microbatches)) for i in range(microbatches)]
-
+    def update(params: Any, state: Any, pieces: list[Rows], grads: list[Any]) -> Any:
         def grad_fn(params: Any, index: int = 0) -> Any:
-            accumulated = accumulator.init(params, jnp.int32(0))
-            for piece in pieces:
-                weight = jnp.float32(piece.tokens.size)
-                accumulated = accumulator.add(accumulated, jax.grad(loss)(params, piece), weight)
-            return accumulator.finish(accumulated)
+            return mean(params, pieces, [gradient(params, piece) for piece in pieces])
 
         def curvature_grad_fn(params: Any) -> Any:
-            total = jax.tree.map(lambda *g: sum(g), *[jax.grad(sampled)(params, piece) for piece in pieces])
-            return jax.tree.map(lambda g: g / np.sqrt(data.tokens.size), total)
+            total = jax.tree.map(lambda *g: sum(g), *[sampled_gradient(params, piece) for piece in pieces])
+            return jax.tree.map(lambda g: g / np.sqrt(sum(piece.tokens.size for piece in pieces)), total)
 
         offered = {"grad_fn": grad_fn, "curvature_grad_fn": curvature_grad_fn}
         extra = {name: offered[name] for name in row.needs}
-        updates, state = optimizer.update(grad_fn(params), state, params, **extra)
+        updates, state = optimizer.update(mean(params, pieces, grads), state, params, **extra)
         return optax.apply_updates(params, updates), state
 
-    return step
+    return update
 
 
-def run(step: Callable[..., Any], params: Any, state: Any, start: int = 0, stop: int = STEPS) -> tuple[Any, Any]:
+def step(update: Callable[..., Any], params: Any, state: Any, data: Rows, microbatches: int = 1) -> tuple[Any, Any]:
+    """One update on these rows."""
+    pieces = [jax.tree.map(lambda x, i=i: x[i], split_rows(data, microbatches)) for i in range(microbatches)]
+    return update(params, state, pieces, [gradient(params, piece) for piece in pieces])
+
+
+def run(
+    update: Callable[..., Any], params: Any, state: Any, start: int = 0, stop: int = STEPS, microbatches: int = 1
+) -> tuple[Any, Any]:
     """The updates `start` to `stop`, each on rows of its own."""
     for number in range(start, stop):
-        params, state = step(params, state, rows_of_data(number))
+        params, state = step(update, params, state, rows_of_data(number), microbatches)
     return params, state

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from table import AXES, MATRIX, ROWS, VALLEYS, make_step, minimize, network_params, quadratic, rosenbrock, rows_of_data
+from table import (
+    AXES,
+    MATRIX,
+    ROWS,
+    VALLEYS,
+    make_update,
+    minimize,
+    network_params,
+    quadratic,
+    rosenbrock,
+    rows_of_data,
+    step,
+)
 from table import run as run_steps
 
 from t5x_ext.checkpoints import CheckpointStore
@@ -42,16 +54,17 @@ def compile_quickly():
 
 @cache
 def compiled(row):
+    """The optimizer, its `init` and the update of parameters, both compiled."""
     optimizer = row.make(row.learning_rate, AXES)
-    return optimizer, jax.jit(make_step(row, optimizer))
+    return optimizer, jax.jit(optimizer.init), jax.jit(make_update(row, optimizer))
 
 
 @cache
 def trained(row):
     """Parameters and state after the steps of the table, compiled, on one device."""
-    optimizer, step = compiled(row)
+    _, init, update = compiled(row)
     params = network_params()
-    return run_steps(step, params, jax.jit(optimizer.init)(params))
+    return run_steps(update, params, init(params))
 
 
 @each_row
@@ -67,12 +80,11 @@ def test_rosenbrocks_valley_is_followed(row):
 
 
 @each_row
-def test_compiled_steps_are_the_eager_ones(row):
+def test_compiled_updates_are_the_eager_ones(row):
     params = network_params()
-    optimizer, step = compiled(row)
-    state = optimizer.init(params)
-    result = step(params, state, rows_of_data(0))
-    expected = make_step(row, optimizer)(params, state, rows_of_data(0))
+    optimizer, init, update = compiled(row)
+    result = step(update, params, init(params), rows_of_data(0))
+    expected = step(make_update(row, optimizer), params, optimizer.init(params), rows_of_data(0))
     close(result[0], expected[0], row.tolerance)
     assert jax.tree.structure(result) == jax.tree.structure(expected)
     types = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
@@ -80,43 +92,35 @@ def test_compiled_steps_are_the_eager_ones(row):
 
 
 @each_row
-def test_the_learning_rate_may_be_injected(row):
+def test_microbatches_are_one_large_batch_and_the_learning_rate_may_be_injected(row):
     make = optax.inject_hyperparams(lambda learning_rate: row.make(learning_rate, AXES))
     optimizer = make(learning_rate=row.learning_rate)
-    step, params = jax.jit(make_step(row, optimizer)), network_params()
-    moved, state = run_steps(step, params, optimizer.init(params))
+    update, params = jax.jit(make_update(row, optimizer)), network_params()
+    moved, state = run_steps(update, params, jax.jit(optimizer.init)(params), microbatches=2)
     close(moved, trained(row)[0], row.tolerance)
-    state.hyperparams["learning_rate"] = jnp.zeros(())
-    stopped, _ = run_steps(step, moved, state)
+    state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
+    stopped, _ = run_steps(update, moved, state, microbatches=2)
     same(stopped, moved)
 
 
 @each_row
-def test_accumulated_microbatches_are_one_large_batch(row):
-    optimizer, _ = compiled(row)
-    params = network_params()
-    result, _ = run_steps(jax.jit(make_step(row, optimizer, microbatches=2)), params, optimizer.init(params))
-    close(result, trained(row)[0], row.tolerance)
-
-
-@each_row
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(row, tmp_path):
-    optimizer, step = compiled(row)
+    optimizer, init, update = compiled(row)
     params = network_params()
-    halfway = run_steps(step, params, jax.jit(optimizer.init)(params), stop=2)
+    halfway = run_steps(update, params, init(params), stop=2)
     template = jax.eval_shape(lambda params: (params, optimizer.init(params)), params)
     with CheckpointStore(tmp_path) as store:
         store.save(2, dict(zip(("params", "state"), halfway, strict=True)))
         restored, _ = store.restore(dict(zip(("params", "state"), template, strict=True)))
-    same(run_steps(step, restored["params"], restored["state"], start=2), trained(row))
+    same(run_steps(update, restored["params"], restored["state"], start=2), trained(row))
 
 
 @each_row
 def test_parameters_in_bfloat16_keep_a_state_in_float32(row):
-    optimizer, step = compiled(row)
+    _, init, update = compiled(row)
     params = network_params(jnp.bfloat16)
-    state = optimizer.init(params)
-    moved, after = run_steps(step, params, state)
+    state = init(params)
+    moved, after = run_steps(update, params, state)
     types = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
     assert types(moved) == types(params)
     if row.own:
@@ -125,48 +129,62 @@ def test_parameters_in_bfloat16_keep_a_state_in_float32(row):
 
 
 @each_row
+def test_states_keep_their_types_where_64_bits_are_on(row):
+    if not row.own:
+        pytest.skip("Optax's own")
+    optimizer, _, _ = compiled(row)
+    shaped = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    params, pieces = shaped(network_params()), [shaped(rows_of_data(0))]
+    with jax.enable_x64(True):
+        state = jax.eval_shape(optimizer.init, params)
+        after = jax.eval_shape(make_update(row, optimizer), params, state, pieces, [params])
+    types = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    assert types(after) == types((params, state))
+    assert np.float64 not in types(after)
+
+
+@each_row
 def test_zero_gradients_move_nothing_from_the_start(row):
     if not row.own:
         pytest.skip("Optax's own: its sam divides by the norm")
-    optimizer, step = compiled(row)
+    _, init, update = compiled(row)
     params = jax.tree.map(jnp.zeros_like, network_params())
-    zero = rows_of_data(0)._replace(targets=jnp.zeros((8, 8)))
-    moved, state = step(params, optimizer.init(params), zero)
+    zero = rows_of_data(0)._replace(targets=jnp.zeros((8, 8), jnp.float32))
+    moved, state = step(update, params, init(params), zero)
     same(moved, params)
-    for number in range(2):
-        moved, state = step(moved, state, rows_of_data(number))
+    moved, state = run_steps(update, moved, state, stop=2)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(moved))
 
 
 @each_row
 def test_an_update_that_is_not_finite_can_be_left_out(row):
     """As the training step does it: the state of before is kept, and goes on as if nothing had been."""
-    optimizer, step = compiled(row)
+    _, init, update = compiled(row)
     params = network_params()
-    before = run_steps(step, params, jax.jit(optimizer.init)(params), stop=2)
-    bad = rows_of_data(9)._replace(targets=jnp.full((8, 8), jnp.nan))
-    after = step(*before, bad)
+    before = run_steps(update, params, init(params), stop=2)
+    bad = rows_of_data(9)._replace(targets=jnp.full((8, 8), jnp.nan, jnp.float32))
+    after = step(update, *before, bad)
     assert jax.tree.structure(after) == jax.tree.structure(before)
     assert not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(after[0]))
-    same(run_steps(step, *before, start=2), trained(row))
+    same(run_steps(update, *before, start=2), trained(row))
 
 
 @pytest.mark.devices(8)
 @each_row
 def test_eight_devices_are_one_and_shardings_stay(row):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    optimizer, _ = compiled(row)
+    optimizer, _, _ = compiled(row)
     params = network_params()
     shardings = tree_shardings(mesh, fsdp_tensor(), AXES, params)
     state = jax.eval_shape(optimizer.init, params)
     of_state = state_shardings(mesh, state, params, shardings)
     params = jax.device_put(params, shardings)
-    step = jax.jit(make_step(row, optimizer), out_shardings=(shardings, of_state))  # as training does it
+    update = jax.jit(make_update(row, optimizer), out_shardings=(shardings, of_state))  # as training does it
     begin = jax.jit(optimizer.init, out_shardings=of_state)(params)
-    result = run_steps(step, params, begin)
+    result = run_steps(update, params, begin)
     close(result[0], trained(row)[0], row.tolerance)
     for leaf, expected in zip(jax.tree.leaves(result), jax.tree.leaves((shardings, of_state)), strict=True):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
     # What comes out goes in again as it is; only a random key that is handed through has its layout written otherwise.
     has_key = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
-    assert step._cache_size() == 1 + has_key
+    assert update._cache_size() == 1 + has_key
