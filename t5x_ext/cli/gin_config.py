@@ -76,6 +76,36 @@ def build_field(
     return _Builder(config).field(root or _default_root(), name)
 
 
+def build_parts(
+    name: str, gin_files: Sequence[str], bindings: Sequence[str | Source] = (), root: type | None = None
+) -> tuple[Any, tuple[str, ...]]:
+    """The root object, and for each element of one of its fields, a list, the configuration of that element alone.
+
+    Args:
+      name: the field.
+      gin_files: as for `build_run`, like the others.
+      bindings: see there.
+      root: see there.
+
+    Returns:
+      The object, and the elements' resolved configurations in their order; that of the field for each, where a
+      function makes the list.
+
+    Raises:
+      UserError: as `build_run`.
+    """
+    run, _ = build_run(gin_files, bindings, root)
+    config = _read(gin_files, bindings)
+    value = _Builder(config).plain(root or _default_root(), name)
+    elements = value if isinstance(value, list | tuple) else [value] * len(getattr(run, name))
+    parts = []
+    for element in elements:
+        builder = _Builder(config)
+        builder.built(element)
+        parts.append(resolved_text(config, builder.records))
+    return run, tuple(parts)
+
+
 def _read(gin_files: Sequence[str], bindings: Sequence[str | Source]) -> Config:
     config = Config()
     for name in gin_files:
@@ -120,6 +150,15 @@ class _Builder:
         """The value bound to one parameter, None if there is none."""
         binding = self._config.bindings.get(((), target, name))
         return self._arguments(target, (), {name: self._plain(binding)}, "")[name] if binding else None
+
+    def plain(self, target: Target, name: str) -> Any:
+        """The same without building what it refers to."""
+        binding = self._config.bindings.get(((), target, name))
+        return self._plain(binding).value if binding else None
+
+    def built(self, value: Any) -> Any:
+        """A value with what its references stand for in their place."""
+        return map_leaves(value, partial(self._built, scopes=(), where=""))
 
     def _bound(self, target: Target, scopes: Scopes) -> dict[str, Binding]:
         bound: dict[str, Binding] = {}

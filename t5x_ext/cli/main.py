@@ -18,12 +18,14 @@ from t5x_ext.cli.messages import UsageError, did_you_mean, one_line
 
 VERBS = {
     "train": "train a translation model from text files or a gin file; running it again resumes",
+    "clean": "filter raw text, parallel or of one language; prints what each rule dropped",
     "vocab": "train a SentencePiece vocabulary from text files",
     "cache": "tokenize the corpora of a run ahead of training; prints counts and disk space",
     "translate": "translate a file or standard input with a trained run",
     "score": "log-probabilities and perplexity of given translations",
     "evaluate": "BLEU, chrF and TER with signatures, paired tests, a score per domain",
     "average": "average several checkpoints of a run into a new run folder",
+    "pipeline": "run the stages of a pipeline, from raw text to scores; running it again goes on",
     "info": "describe a run folder, a model preset or a gin file: parameters, layers, FLOPs, sizes",
     "check": "compile a run for a TPU topology that is not here: memory, collectives, least step time; search",
     "doctor": "check this machine: versions, devices, gin path, write access",

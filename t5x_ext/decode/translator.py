@@ -112,7 +112,7 @@ class Translator:
             tags = TagPolicy(**record.tags)
         except TypeError:
             raise UserError(f"{run.model_json}: tags {record.tags} are not those of a TagPolicy") from None
-        params = _restore_weights(run, checkpoint)
+        params = restore_weights(run, checkpoint)
         return cls(model, params, vocabulary, tags, record.directions)
 
     @classmethod
@@ -375,7 +375,16 @@ def _fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
+def restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
+    """The weights that a run folder decodes with, as NumPy arrays: their moving average where the run kept one.
+
+    Args:
+      run: the folder.
+      checkpoint: `best`, `last` or a step.
+
+    Raises:
+      UserError: where there is no such checkpoint.
+    """
     which: Literal["best", "last"] | int
     if checkpoint in ("best", "last"):
         which = "best" if checkpoint == "best" else "last"

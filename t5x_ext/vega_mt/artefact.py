@@ -1,0 +1,200 @@
+"""What stages hand to each other: texts, models and scores, described in JSON beside the files themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from t5x_ext.checkpoints import RunFolder
+from t5x_ext.contracts import PyTree, UserError
+from t5x_ext.decode.ensemble import Combine
+from t5x_ext.decode.translator import restore_weights
+
+ARTEFACT_FILE = "artefact.json"
+RECORD_FILE = "record.json"
+FORMAT = 1
+
+Kind = Literal["corpora", "models", "scores"]
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Plain text, UTF-8, one sentence a line: a pair of aligned files, or one of monolingual text.
+
+    Attributes:
+      name: what it is called in tables and in the names of files made from it.
+      languages: of the files, two or one.
+      files: one a language, by paths below the pipeline's folder; a stage may point at files of an earlier one.
+      lines: of every file.
+      synthetic: which side a model has written; None where people wrote both.
+      one_way: whether it is to be learned from in the order of its languages only.
+      reference: of translations: the file with what people wrote in the second language.
+    """
+
+    name: str
+    languages: tuple[str, ...]
+    files: tuple[str, ...]
+    lines: int
+    synthetic: Literal["source", "target"] | None = None
+    one_way: bool = False
+    reference: str | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it has two sides."""
+        return len(self.files) == 2
+
+    def file_in(self, language: str) -> str | None:
+        """The file in that language; None where there is none."""
+        return dict(zip(self.languages, self.files)).get(language)
+
+
+class Weights(NamedTuple):
+    """A checkpoint of a run folder below the pipeline's folder."""
+
+    run_dir: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.run_dir}:{self.step}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, or several that decode as one.
+
+    Attributes:
+      directions: what it translates, as `en-de`; `en-en` alone of a language model.
+      members: its weights.
+      combine: how the predictions of several are averaged, see `decode.Ensemble`.
+    """
+
+    directions: tuple[str, ...]
+    members: tuple[Weights, ...]
+    combine: Combine = "log_prob"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a stage has made; it holds texts, models or scores.
+
+    Attributes:
+      kind: which of them.
+      corpora: the texts, in order.
+      models: the models: one for all directions, or one for each.
+      scores: numbers by name, for tables.
+      counts: what the stage has to say of its work, as lines dropped and their reasons.
+    """
+
+    kind: Kind
+    corpora: tuple[TextFiles, ...] = ()
+    models: tuple[Model, ...] = ()
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+    def model_for(self, direction: str) -> Model | None:
+        """The first model that translates in this direction."""
+        return next((model for model in self.models if direction in model.directions), None)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What its models translate, in their order, without repetition."""
+        return tuple(dict.fromkeys(direction for model in self.models for direction in model.directions))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the same for equal artefacts."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Artefact:
+        """The artefact that `to_json` described."""
+        corpora = (
+            TextFiles(**{**text, "languages": tuple(text["languages"]), "files": tuple(text["files"])})
+            for text in fields["corpora"]
+        )
+        models = (
+            Model(tuple(model["directions"]), tuple(Weights(*one) for one in model["members"]), model["combine"])
+            for model in fields["models"]
+        )
+        return cls(fields["kind"], tuple(corpora), tuple(models), fields["scores"], fields["counts"])
+
+
+def describe(output_dir: Path, stage: str, artefact: Artefact) -> dict[str, Any]:
+    """What `artefact.json` of a stage says: the artefact, and a digest of all that the stage has written for it."""
+    return {"format": FORMAT, "artefact": artefact.to_json(), "outputs": digests(output_dir, stage, artefact)}
+
+
+def read_artefact(output_dir: Path, stage: str) -> Artefact | None:
+    """What a stage has made; None where it has not finished.
+
+    Raises:
+      UserError: where the file is damaged or of another format.
+    """
+    record = read_record(output_dir / stage / ARTEFACT_FILE)
+    return None if record is None else Artefact.from_json(record["artefact"])
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON record of ours; None where there is none.
+
+    Raises:
+      UserError: where it is damaged or of another format.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: not JSON; was it changed by hand? Delete {path.parent} to make it anew") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path}: not a record of format {FORMAT}")
+    return record
+
+
+def digests(output_dir: Path, stage: str, artefact: Artefact) -> dict[str, str]:
+    """SHA-256 of everything that the artefact names below the stage's own folder, by its name.
+
+    Texts are hashed as they lie there. Of a run folder `run_dir:step` stands for the weights that decode (names, types
+    and numbers, since how they are stored is not the same twice), beside the files that say what model they are of.
+    """
+    own = f"{stage}/"
+    named = [*(file for text in artefact.corpora for file in text.files), *_tables(output_dir, stage)]
+    found = {file: file_digest(output_dir / file) for file in named if file.startswith(own)}
+    for weights in (weights for model in artefact.models for weights in model.members):
+        if weights.run_dir.startswith(own):
+            run = RunFolder(output_dir / weights.run_dir)
+            for path in (run.model_json, *sorted(run.vocabulary.iterdir())):
+                found[str(path.relative_to(output_dir))] = file_digest(Path(path))
+            found[str(weights)] = weights_digest(run, weights.step)
+    return dict(sorted(found.items()))
+
+
+def _tables(output_dir: Path, stage: str) -> list[str]:
+    return [path.relative_to(output_dir).as_posix() for path in sorted((output_dir / stage).glob("scores.*"))]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(run: RunFolder, step: int) -> str:
+    """SHA-256 of the weights of a checkpoint: names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_leaves(restore_weights(run, step)), key=lambda leaf: leaf[0]):
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _leaves(tree: PyTree, prefix: str = "") -> list[tuple[str, np.ndarray]]:
+    if not isinstance(tree, Mapping):
+        return [(prefix, np.asarray(tree))]
+    return [leaf for name, branch in tree.items() for leaf in _leaves(branch, f"{prefix}/{name}")]

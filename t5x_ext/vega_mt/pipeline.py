@@ -1,0 +1,299 @@
+"""Stages in order, each from named artefacts to one of its own, restartable and recorded.
+
+A pipeline's folder holds a folder for every stage:
+
+    OUT/manifest.json            every stage: configuration, inputs, outputs with their SHA-256, counts, versions
+    OUT/cache/                   token caches, which stages share; may be deleted
+    OUT/<stage>/record.json      written first: what the stage is made from
+    OUT/<stage>/NAME.LANG        plain aligned text, or run folders, or scores.json and scores.txt
+    OUT/<stage>/artefact.json    written last, atomically: what the stage has made; without it, it has not finished
+
+Killed anywhere, the same call goes on and ends with the same artefacts. A stage whose configuration or inputs have
+changed is refused by name with the difference, and so is nothing overwritten by accident; named in `only` (`--stages`
+on the command line) it is deleted and made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from t5x_ext.checkpoints import write_json
+from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data import ParallelText
+from t5x_ext.train.records import environment
+from t5x_ext.vega_mt.artefact import (
+    ARTEFACT_FILE,
+    FORMAT,
+    RECORD_FILE,
+    Artefact,
+    describe,
+    file_digest,
+    read_artefact,
+    read_record,
+)
+from t5x_ext.vega_mt.manifest import write_manifest
+from t5x_ext.vega_mt.workspace import SCRATCH, OpenModel, Workspace, open_model
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_RESERVED = ("cache",)
+
+_FREE = ("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules.", "Run.log_every", "Run.tensorboard")
+"""Settings that do not decide what a stage makes: devices may be others when it goes on, and so may its log."""
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A step of a pipeline: any object with these is one, wherever it comes from; gin names it.
+
+    What it writes must follow from its configuration, its inputs and its sources alone.
+    """
+
+    @property
+    def name(self) -> str:
+        """Names its folder and what later stages call its artefact; lower case, digits, `_` and `-`."""
+        ...
+
+    def inputs(self) -> tuple[str, ...]:
+        """The earlier stages whose artefacts it reads."""
+        ...
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """What it reads from outside the pipeline; their fingerprints are recorded."""
+        ...
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Makes the artefact, or goes on making it; all its files are below `workspace.own("")`.
+
+        Raises:
+          UserError: for whatever is wrong with the input.
+          Interrupted: where a signal asked it to stop; the next call goes on.
+        """
+        ...
+
+
+class Interrupted(Exception):
+    """A stage was asked to stop before it had finished; the same call goes on."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in the order in which they run.
+
+    Attributes:
+      stages: each reads artefacts of earlier ones only.
+
+    Raises:
+      UserError: for two stages of one name, and for one that reads what is not there before it.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise UserError("Pipeline.stages: there is no stage; give at least one")
+        known: list[str] = []
+        for stage in self.stages:
+            if not _NAME.fullmatch(stage.name) or stage.name in _RESERVED:
+                raise UserError(f"Pipeline.stages: the name {stage.name!r} must be lower case letters, digits, _ and -")
+            if stage.name in known:
+                raise UserError(f"Pipeline.stages: two stages are called {stage.name!r}")
+            for needed in stage.inputs():
+                if needed not in known:
+                    raise UserError(
+                        f"Pipeline.stages: {stage.name!r} reads {needed!r}, which is no stage before it; "
+                        f"before it there are: {', '.join(known) or 'none'}"
+                    )
+            known.append(stage.name)
+
+    def descendants(self, name: str) -> list[str]:
+        """A stage and all that are made from it, in order."""
+        found = [name]
+        for stage in self.stages:
+            if set(stage.inputs()) & set(found):
+                found.append(stage.name)
+        return found
+
+    def ancestors(self, names: Collection[str]) -> set[str]:
+        """All stages that these are made from."""
+        found: set[str] = set()
+        for stage in reversed(self.stages):
+            if stage.name in names or stage.name in found:
+                found |= set(stage.inputs())
+        return found
+
+
+State = Literal["finished", "unfinished", "changed", "new"]
+
+
+class Status(NamedTuple):
+    """How a stage stands: `unfinished` was begun, `changed` was made from something else than it would be now."""
+
+    stage: str
+    state: State
+    difference: str = ""
+
+
+def execute(
+    pipeline: Pipeline,
+    output_dir: str | Path,
+    *,
+    configurations: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    opener: OpenModel = open_model,
+) -> dict[str, Artefact]:
+    """Runs the stages that have not finished, in order.
+
+    Args:
+      pipeline: the stages.
+      output_dir: the pipeline's folder; made if there is none.
+      configurations: resolved gin text by stage. Compared with what a stage was begun with; where it is left out,
+        inputs and sources alone are.
+      only: names of stages to run, and to make anew where they have changed; all that they read must have finished.
+        Empty: all stages, none of which may have changed.
+      opener: opens models for decoding.
+
+    Returns:
+      The artefacts of the stages that ran or had finished, by name.
+
+    Raises:
+      UserError: for a stage that has changed, an unknown name, and whatever a stage raises.
+      Interrupted: where a signal asked a stage to stop.
+    """
+    folder, texts = Path(output_dir), configurations or {}
+    _check_names(pipeline, only)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, artefacts = [stage.name for stage in pipeline.stages], {}
+    for stage in _wanted(pipeline, only):
+        status = status_of(stage, folder, texts.get(stage.name, ""))
+        if status.state == "changed" and stage.name not in only:
+            raise UserError(_refusal(pipeline, folder, status))
+        if status.state != "finished":
+            if only and stage.name not in only:
+                raise UserError(f"stage {stage.name!r} has not finished; add it to --stages, or run it first")
+            _run(stage, folder, texts.get(stage.name, ""), opener, anew=status.state == "changed")
+            write_manifest(folder, names)
+        shutil.rmtree(folder / stage.name / SCRATCH, ignore_errors=True)
+        artefact = read_artefact(folder, stage.name)
+        assert artefact is not None
+        artefacts[stage.name] = artefact
+    # Once more: a process may have been killed between a stage's last file and the manifest.
+    write_manifest(folder, names)
+    return artefacts
+
+
+def _check_names(pipeline: Pipeline, only: Sequence[str]) -> None:
+    names = [stage.name for stage in pipeline.stages]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--stages: there is no stage {name!r}; there are {', '.join(names)}")
+
+
+def _wanted(pipeline: Pipeline, only: Sequence[str]) -> Iterator[Stage]:
+    """The stages asked for and those they are made from."""
+    names = {*only, *pipeline.ancestors(only)}
+    return (stage for stage in pipeline.stages if not only or stage.name in names)
+
+
+def status_of(stage: Stage, output_dir: Path, configuration: str = "") -> Status:
+    """How a stage stands against what it would be made from now; reads its sources, writes nothing.
+
+    Raises:
+      UserError: where a source cannot be read, or a record is damaged.
+    """
+    before = read_record(output_dir / stage.name / RECORD_FILE)
+    if before is None:
+        return Status(stage.name, "new")
+    now = _made_from(stage, output_dir, configuration)
+    difference = _difference(before, now)
+    if difference:
+        return Status(stage.name, "changed", difference)
+    artefact = read_artefact(output_dir, stage.name)
+    if artefact is None:
+        return Status(stage.name, "unfinished")
+    for text in artefact.corpora:
+        for file in text.files:
+            if not (output_dir / file).exists():
+                return Status(stage.name, "changed", f"its file {file} is missing")
+    return Status(stage.name, "finished")
+
+
+def _made_from(stage: Stage, output_dir: Path, configuration: str) -> dict[str, Any]:
+    """All that decides what a stage makes: settings, artefacts of earlier stages, sources."""
+    artefacts = {name: output_dir / name / ARTEFACT_FILE for name in stage.inputs()}
+    return {
+        "format": FORMAT,
+        "configuration": configuration,
+        # The digest of an artefact's description stands for its files, whose digests are in it.
+        "inputs": {name: file_digest(path) if path.exists() else "unfinished" for name, path in artefacts.items()},
+        "sources": [_source(corpus) for corpus in stage.sources()],
+    }
+
+
+def _source(corpus: Corpus) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": corpus.name, "languages": list(corpus.languages)}
+    # What an audit can read again; other corpora are known by their fingerprint only.
+    files = {"parallel_text": asdict(corpus)} if isinstance(corpus, ParallelText) else {}
+    return record | {"fingerprint": corpus.fingerprint()} | files
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a stage was made from that is another thing now, in a few words; empty where nothing is."""
+    parts = []
+    old, new = _settings(before["configuration"]), _settings(now["configuration"])
+    # A stage that was not built from gin has no text to compare.
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)] if old and new else []
+    if changed:
+        more = f" (and {len(changed) - 1} more settings)" if len(changed) > 1 else ""
+        name = changed[0]
+        parts.append(f"{name} = {old.get(name, 'unset')}, now {new.get(name, 'unset')}{more}")
+    for name, digest in now["inputs"].items():
+        if before["inputs"].get(name) != digest:
+            parts.append(f"another {name!r}")
+    for one in range(max(len(before["sources"]), len(now["sources"]))):
+        was, is_now = (dict(enumerate(record["sources"])).get(one, {}) for record in (before, now))
+        if was.get("fingerprint") != is_now.get("fingerprint"):
+            parts.append(f"another text {(is_now or was)['name']!r}")
+    return ", ".join(parts)
+
+
+def _settings(text: str) -> dict[str, str]:
+    lines = (line.split(" = ", 1) for line in text.splitlines() if " = " in line and not line.startswith("#"))
+    return {name: value for name, value in lines if not any(part in name for part in _FREE)}
+
+
+def _refusal(pipeline: Pipeline, output_dir: Path, status: Status) -> str:
+    begun = [name for name in pipeline.descendants(status.stage) if (output_dir / name).exists()]
+    return (
+        f"stage {status.stage!r} in {output_dir} was made from something else: {status.difference}; restore it, or "
+        f"make it anew, with all that was made from it, by --stages={','.join(begun)}"
+    )
+
+
+def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, anew: bool) -> None:
+    """Runs one stage and writes its records; what an unfinished one has left is gone on from."""
+    folder, start = output_dir / stage.name, time.monotonic()
+    record = _made_from(stage, output_dir, configuration)
+    if anew or not (folder / RECORD_FILE).exists():
+        # The description goes first: a folder without it is not taken for a finished stage.
+        (folder / ARTEFACT_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_json(folder / RECORD_FILE, record)
+    logger.info("stage %s", stage.name)
+    artefact = stage.make(Workspace(output_dir, stage.name, configuration, opener))
+    described = describe(output_dir, stage.name, artefact)
+    # Time and machine are not part of the artefact, which is the same wherever and however often it was interrupted.
+    write_json(
+        folder / RECORD_FILE,
+        record | {"seconds": round(time.monotonic() - start, 2), "environment": environment()},
+    )
+    write_json(folder / ARTEFACT_FILE, described)

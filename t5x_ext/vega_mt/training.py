@@ -1,0 +1,207 @@
+"""`Train`: a whole training run as a stage, its texts those of earlier stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from t5x_ext.checkpoints import CheckpointStore, RunFolder
+from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data import DataConfig, TextDirection, VocabularyConfig, text_directions
+from t5x_ext.train import InitFrom, Run, execute
+from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, Weights
+from t5x_ext.vega_mt.pipeline import Interrupted
+from t5x_ext.vega_mt.texts import corpus_of, reversed_corpus, sides_of
+from t5x_ext.vega_mt.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Train:
+    """A training run: pretraining, language models, retraining on what a model has written, fine-tuning.
+
+    It resumes as runs do, update by update; its run folder is `OUT/<stage>/run`, or one a direction.
+
+    Attributes:
+      name: of the stage.
+      run: a whole run of its own; what follows takes the place of parts of it.
+      corpora: stages whose texts take the place of `run.data.train`; none: that is trained on. A language model
+        (`encoder_layers=0`) learns from each side by itself.
+      valid: stages whose texts take the place of `run.data.valid`. The metrics decoded on it are means over corpora and
+        directions: with a corpus for each domain, stopping early by `valid/bleu` stops by the macro-average of domains.
+      init_from: the stage whose weights and vocabulary it starts from.
+      keep_optimizer: go on with the optimizer state of `init_from`, too.
+      vocabulary: the stage whose vocabulary it takes where it does not start from its weights; None: as `run` says.
+      per_direction: a model for each direction of the corpora, both of every pair where `run.data.bidirectional`.
+      directions: those that `per_direction` trains; empty: all.
+      languages: of a language model: the languages it learns; empty: all that the texts are in.
+      upsample: how many times the texts of a stage count, by its name; those that are not named count once.
+      provenance: mark what a model has written in the encoder's input, see `data.ParallelText.synthetic`.
+      checkpoint: which is handed on: the best by the run's metric, or the last.
+
+    Raises:
+      UserError: for settings that do not go together.
+    """
+
+    name: str
+    run: Run
+    corpora: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
+    init_from: str | None = None
+    keep_optimizer: bool = False
+    vocabulary: str | None = None
+    per_direction: bool = False
+    directions: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    upsample: Mapping[str, int] = field(default_factory=dict)
+    provenance: bool = False
+    checkpoint: Literal["best", "last"] = "best"
+
+    def __post_init__(self) -> None:
+        for stage, times in self.upsample.items():
+            if stage not in self.corpora or times < 1:
+                raise UserError(
+                    f"Train.upsample={dict(self.upsample)}: give stages of corpora and whole numbers from 1"
+                )
+        if self.init_from is not None and self.vocabulary is not None:
+            raise UserError("Train.vocabulary: init_from brings its own vocabulary; leave one of them out")
+        if self.keep_optimizer and self.init_from is None:
+            raise UserError("Train.keep_optimizer goes with init_from")
+        if self.directions and not self.per_direction:
+            raise UserError("Train.directions goes with per_direction")
+        if self.languages and not self._is_language_model:
+            raise UserError("Train.languages is for language models (encoder_layers=0)")
+
+    @property
+    def _is_language_model(self) -> bool:
+        return self.run.model.encoder_layers == 0
+
+    def inputs(self) -> tuple[str, ...]:
+        """Texts, weights and vocabulary."""
+        named = (*self.corpora, *self.valid, self.init_from, self.vocabulary)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Corpora of the run that no stage takes the place of."""
+        data = self.run.data
+        return (*(() if self.corpora else data.train), *(() if self.valid else data.valid), *data.test)
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Trains, or goes on training."""
+        data = self._data(workspace)
+        if not self.per_direction:
+            model, counts = self._trained(data, "run", None, workspace)
+            return Artefact("models", models=(model,), counts=counts)
+        trained = {
+            direction: self._trained(one, direction, direction, workspace)
+            for direction, one in self._by_direction(data).items()
+        }
+        counts = {direction: counts for direction, (_, counts) in trained.items()}
+        return Artefact("models", models=tuple(model for model, _ in trained.values()), counts=counts)
+
+    def _trained(
+        self, data: DataConfig, folder: str, direction: str | None, workspace: Workspace
+    ) -> tuple[Model, dict[str, Any]]:
+        run_dir = workspace.own(folder)
+        results = execute(
+            replace(self.run, data=data),
+            workspace.path(run_dir),
+            config_text=workspace.configuration,
+            cache_dir=workspace.cache_dir,
+            init_from=self._init_from(direction, workspace),
+        )
+        if not results:
+            raise Interrupted(f"stage {self.name!r}")
+        run = RunFolder(workspace.path(run_dir))
+        with CheckpointStore(run.checkpoints) as store:
+            best = store.best_step() if self.checkpoint == "best" else None
+            step = store.steps()[-1] if best is None else best
+        counts = {"steps": results["steps"], "checkpoint": step, "parameters": results["parameters"]}
+        return Model(run.read_model().directions, (Weights(run_dir, step),)), counts
+
+    def _init_from(self, direction: str | None, workspace: Workspace) -> InitFrom | None:
+        if self.init_from is None:
+            return None
+        artefact = workspace.models(self.init_from)
+        model = artefact.models[0] if direction is None else artefact.model_for(direction)
+        if model is None or len(model.members) > 1 or (direction is None and len(artefact.models) > 1):
+            raise UserError(
+                f"Train.init_from: {self.init_from!r} has no single model for {direction or 'all directions'}"
+            )
+        weights = model.members[0]
+        return InitFrom(workspace.path(weights.run_dir), weights.step, self.keep_optimizer)
+
+    def _data(self, workspace: Workspace) -> DataConfig:
+        """The run's data with the texts and the vocabulary of stages in it."""
+        data = self.run.data
+        if self.valid:
+            texts = self._pairs(self.valid, workspace)
+            data = replace(data, valid=tuple(corpus_of(text, workspace) for text in texts))
+        if self.vocabulary is not None:
+            weights = workspace.models(self.vocabulary).models[0].members[0]
+            data = replace(data, vocabulary=VocabularyConfig(path=f"{workspace.path(weights.run_dir)}/vocabulary"))
+        if not self.corpora:
+            return data
+        if self._is_language_model:
+            texts = [text for name in self.corpora for text in workspace.corpora([name]) * self._times(name)]
+            sides = [side for text in texts for side in sides_of(text, workspace, self.languages)]
+            return replace(data, train=tuple(sides), bidirectional=False)
+        texts = [text for name in self.corpora for text in self._pairs([name], workspace) * self._times(name)]
+        return self._learning_from(texts, data, workspace)
+
+    def _times(self, stage: str) -> int:
+        return self.upsample.get(stage, 1)
+
+    def _pairs(self, stages: Iterable[str], workspace: Workspace) -> list[TextFiles]:
+        texts = workspace.corpora(stages)
+        for text in texts:
+            if not text.is_pair:
+                raise UserError(
+                    f"stage {self.name!r}: {text.name!r} is monolingual, and a translation model needs pairs"
+                )
+        return texts
+
+    def _learning_from(self, texts: list[TextFiles], data: DataConfig, workspace: Workspace) -> DataConfig:
+        corpora = [corpus_of(text, workspace, mark=self.provenance) for text in texts]
+        if not data.bidirectional or not any(text.one_way for text in texts):
+            return replace(data, train=tuple(corpora))
+        # Some are for one direction only: each direction becomes a corpus of its own.
+        if data.bidirectional_steps is not None:
+            raise UserError(
+                f"stage {self.name!r}: bidirectional_steps changes the direction of every corpus, but some are for one "
+                "direction only (Synthesize with other settings forward than backward)"
+            )
+        ways = [corpus for text, one in zip(texts, corpora) for corpus in _both(one)[: 1 if text.one_way else 2]]
+        valid, test = (tuple(way for one in held_out for way in _both(one)) for held_out in (data.valid, data.test))
+        return replace(data, train=tuple(ways), valid=valid, test=test, bidirectional=False)
+
+    def _by_direction(self, data: DataConfig) -> dict[str, DataConfig]:
+        """Data of one direction each, read in that direction."""
+        found = text_directions(data.train, data.bidirectional)
+        names = dict.fromkeys(direction.name for direction in found)
+        for name in self.directions:
+            if name not in names:
+                raise UserError(f"Train.directions: the corpora have no direction {name}; they have {', '.join(names)}")
+        return {
+            name: replace(
+                data,
+                train=_in_direction(found, name),
+                valid=_in_direction(text_directions(data.valid, bidirectional=True), name),
+                test=_in_direction(text_directions(data.test, bidirectional=True), name),
+                bidirectional=False,
+                bidirectional_steps=None,
+            )
+            for name in self.directions or names
+        }
+
+
+def _both(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    return corpus, reversed_corpus(corpus)
+
+
+def _in_direction(directions: Iterable[TextDirection], name: str) -> tuple[Corpus, ...]:
+    return tuple(
+        reversed_corpus(direction.corpus) if direction.reverse else direction.corpus
+        for direction in directions
+        if direction.name == name
+    )

@@ -1,0 +1,210 @@
+"""Where a stage works: what earlier stages have made, its own folder, and models opened for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TextIO, TypeAlias
+
+from t5x_ext.contracts import UserError
+from t5x_ext.data import read_lines
+from t5x_ext.decode import DecodeConfig, Translator, translate_file
+from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, read_artefact
+
+SCRATCH = "work"
+"""Folder of a stage for what it need not keep; deleted once the stage has finished."""
+
+CHUNK_LINES = 4096
+"""Lines that are scored and written together."""
+
+OpenModel: TypeAlias = Callable[[Path, Model], Translator]
+"""From the pipeline's folder and a model in it to what translates."""
+
+
+def open_model(output_dir: Path, model: Model) -> Translator:
+    """The model from its run folders; several members as an ensemble."""
+    members = [Translator.from_run(output_dir / weights.run_dir, weights.step) for weights in model.members]
+    return members[0] if len(members) == 1 else Translator.ensemble(members, model.combine)
+
+
+class Workspace:
+    """What a stage is given to work with.
+
+    Everything that a stage writes is a pure function of its configuration and its inputs, which are recorded before it
+    begins. So whatever is there under its final name is whole and stays, when a stage that was killed is run again.
+
+    Attributes:
+      output_dir: the pipeline's folder.
+      stage: name of the stage.
+      configuration: its resolved gin text; empty where it was not built from gin.
+    """
+
+    def __init__(self, output_dir: Path, stage: str, configuration: str = "", opener: OpenModel = open_model):
+        """Nothing is read or written yet.
+
+        Args:
+          output_dir: see the attribute, like the next two.
+          stage: see there.
+          configuration: see there.
+          opener: how models are opened.
+        """
+        self.output_dir, self.stage, self.configuration = output_dir, stage, configuration
+        self._opener = opener
+        self._opened: dict[Model, Translator] = {}
+
+    @property
+    def cache_dir(self) -> str:
+        """The folder of token caches, which all stages share."""
+        return str(self.output_dir / "cache")
+
+    def artefact(self, stage: str) -> Artefact:
+        """What an earlier stage has made.
+
+        Raises:
+          UserError: where it has not finished.
+        """
+        artefact = read_artefact(self.output_dir, stage)
+        if artefact is None:
+            raise UserError(f"stage {self.stage!r} needs {stage!r}, which has not finished")
+        return artefact
+
+    def corpora(self, stages: Iterable[str]) -> list[TextFiles]:
+        """The texts of earlier stages, in order.
+
+        Raises:
+          UserError: where one of them has made something else.
+        """
+        found: list[TextFiles] = []
+        for stage in stages:
+            artefact = self.artefact(stage)
+            if artefact.kind != "corpora":
+                raise UserError(f"stage {self.stage!r} reads texts, but {stage!r} makes {artefact.kind}")
+            found += artefact.corpora
+        return found
+
+    def models(self, stage: str) -> Artefact:
+        """The artefact of an earlier stage, which must be models.
+
+        Raises:
+          UserError: where it is something else.
+        """
+        artefact = self.artefact(stage)
+        if artefact.kind != "models":
+            raise UserError(f"stage {self.stage!r} needs a model, but {stage!r} makes {artefact.kind}")
+        return artefact
+
+    def open(self, model: Model) -> Translator:
+        """The model, opened; the one that was opened last stays in memory, no other does."""
+        if model not in self._opened:
+            self._opened.clear()
+            self._opened[model] = self._opener(self.output_dir, model)
+        return self._opened[model]
+
+    def open_for(self, stage: str, direction: str) -> Translator:
+        """The model of an earlier stage for a direction.
+
+        Raises:
+          UserError: where it has none for it.
+        """
+        artefact = self.models(stage)
+        model = artefact.model_for(direction)
+        if model is None:
+            known = ", ".join(artefact.directions)
+            raise UserError(f"stage {self.stage!r}: {stage!r} has no model for {direction}; it has {known}")
+        return self.open(model)
+
+    # Files
+
+    def own(self, name: str) -> str:
+        """Path of a file of this stage, below the pipeline's folder."""
+        return f"{self.stage}/{name}"
+
+    def scratch(self, name: str) -> str:
+        """The same for a file that is deleted once the stage has finished."""
+        (self.output_dir / self.stage / SCRATCH).mkdir(parents=True, exist_ok=True)
+        return f"{self.stage}/{SCRATCH}/{name}"
+
+    def path(self, file: str) -> str:
+        """The whole path of a file below the pipeline's folder."""
+        return str(self.output_dir / file)
+
+    def lines(self, file: str) -> Iterator[str]:
+        """The lines of a text below the pipeline's folder."""
+        return read_lines(self.path(file))
+
+    def write_lines(self, file: str, lines: Iterable[str]) -> int:
+        """Writes a text whole or not at all; how many lines it has."""
+        return self.write_aligned((file,), ((line,) for line in lines))
+
+    def write_aligned(self, files: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
+        """Writes texts of equally many lines, whole or not at all; how many lines each has."""
+        drafts = [Path(self.path(f"{file}.draft")) for file in files]
+        count = 0
+        with ExitStack() as stack:
+            sinks = [stack.enter_context(draft.open("w", encoding="utf-8", newline="\n")) for draft in drafts]
+            stack.callback(_flush, sinks)
+            for row in rows:
+                count += 1
+                for sink, line in zip(sinks, row, strict=True):
+                    sink.write(f"{line}\n")
+        for draft, file in zip(drafts, files):
+            draft.replace(self.path(file))
+        return count
+
+    # Work of hours, which goes on where it was killed
+
+    def translate(
+        self, stage: str, input_file: str, output_file: str, direction: tuple[str, str], config: DecodeConfig
+    ) -> None:
+        """Translates a text with the model of an earlier stage, line for line; what is done already stays."""
+        output = self.path(output_file)
+        if not os.path.exists(output):
+            translator = self.open_for(stage, "-".join(direction))
+            translate_file(translator, self.path(input_file), output, *direction, config, show_progress=False)
+
+    def score(self, stage: str, input_file: str, language: str, config: DecodeConfig, output_file: str) -> list[float]:
+        """The length-normalised log-probability of every line to the language model of an earlier stage.
+
+        The sum over the tokens, tag and end of sentence included, over their number; in nats.
+
+        Args:
+          stage: the stage of the language model.
+          input_file: the text.
+          language: its language.
+          config: gives the size of batches.
+          output_file: keeps the numbers, one a line; what is there already is not computed again.
+        """
+        output, part = Path(self.path(output_file)), Path(self.path(f"{output_file}.part"))
+        if not output.exists():
+            done = _whole_chunks(part)
+            lines = islice(self.lines(input_file), done, None)
+            translator = self.open_for(stage, f"{language}-{language}")
+            with part.open("a", encoding="utf-8") as sink:
+                while chunk := list(islice(lines, CHUNK_LINES)):
+                    scores = translator.score(chunk, chunk, language, language, config)
+                    sink.write("".join(f"{score.log_prob / score.num_tokens!r}\n" for score in scores))
+                    sink.flush()
+                    os.fsync(sink.fileno())
+            part.replace(output)
+        return [float(line) for line in read_lines(str(output))]
+
+
+def _flush(sinks: Sequence[TextIO]) -> None:
+    """Down to the disk, so that a name does not stand for an empty file after a power cut."""
+    for sink in sinks:
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def _whole_chunks(part: Path) -> int:
+    """Cuts what a process that was killed has left to whole chunks; how many lines are in them."""
+    if not part.exists():
+        return 0
+    lines = part.read_bytes().splitlines(keepends=True)
+    whole = sum(line.endswith(b"\n") for line in lines) // CHUNK_LINES * CHUNK_LINES
+    with part.open("r+b") as file:
+        file.truncate(sum(map(len, lines[:whole])))
+    return whole

@@ -1,0 +1,103 @@
+"""`t5x_ext pipeline`: from gin to a folder of stages; mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from t5x_ext.cli.main import main
+
+GIN = """
+from __gin__ import dynamic_registration
+from t5x_ext import data
+from t5x_ext import vega_mt
+
+FIRST = 3
+vega_mt.Pipeline.stages = [@bitext/vega_mt.Texts(), @german/vega_mt.Texts()]
+bitext/vega_mt.Texts:
+    name = 'bitext'
+    corpora = [@data.ParallelText()]
+    stop = %FIRST
+german/vega_mt.Texts:
+    name = 'german'
+    corpora = [@data.ParallelText()]
+    start = %FIRST
+    side = 'target'
+data.ParallelText:
+    source_path = 'a.en'
+    target_path = 'a.de'
+    source_language = 'en'
+    target_language = 'de'
+"""
+RUN = ["pipeline", "--gin_file=p.gin", "--output_dir=out"]
+
+
+@pytest.fixture(autouse=True)
+def files(folder):
+    (folder / "p.gin").write_text(GIN)
+    (folder / "a.en").write_text("".join(f"line {number}\n" for number in range(5)))
+    (folder / "a.de").write_text("".join(f"Zeile {number}\n" for number in range(5)))
+
+
+def test_it_runs_and_runs_again_and_is_audited(folder, capsys):
+    assert main([*RUN, "--dry_run"]) == 0
+    assert not (folder / "out").exists()
+    assert "german" in capsys.readouterr().out
+    assert main([*RUN, "--json_out=made.json"]) == 0
+    assert (folder / "out/german/a.en-de.de").read_text() == "Zeile 3\nZeile 4\n"
+    made = json.loads((folder / "made.json").read_text())
+    assert made["bitext"]["corpora"][0]["lines"] == 3
+    assert "bitext           corpora  lines 3" in capsys.readouterr().out
+    assert main(RUN) == 0
+    capsys.readouterr()
+    assert main([*RUN, "--dry_run", "--json_out=-"]) == 0
+    assert [status["state"] for status in json.loads(capsys.readouterr().out)] == ["finished", "finished"]
+    assert main(["pipeline", "--output_dir=out", "--audit"]) == 0
+    assert "german (corpora): 3 digests, as recorded; from text a.en-de" in capsys.readouterr().out
+    (folder / "out/german/a.en-de.de").write_text("Zeile 3\n")
+    assert main(["pipeline", "--output_dir=out", "--audit", "--json_out=audit.json"]) == 1
+    assert "  german/a.en-de.de has changed" in capsys.readouterr().out
+    assert json.loads((folder / "audit.json").read_text())[0]["problems"] == ["german/a.en-de.de has changed"]
+
+
+def test_each_stage_has_its_own_configuration(folder, capsys):
+    assert main(RUN) == 0
+    stages = json.loads((folder / "out/manifest.json").read_text())["stages"]
+    assert "Texts.start = 3" in stages["german"]["configuration"]
+    assert "Texts.start = 3" not in stages["bitext"]["configuration"]
+    only_german = [*RUN, "--gin.german/Texts.start=2"]
+    assert main(only_german) == 2
+    assert "stage 'german' in out was made from something else: " in capsys.readouterr().err
+    assert main([*only_german, "--stages=german"]) == 0
+    assert (folder / "out/german/a.en-de.de").read_text() == "Zeile 2\nZeile 3\nZeile 4\n"
+    assert main(only_german) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stages=germn"], "there is no stage 'germn'; there are bitext, german"),
+        (["--gin.FIRST=9"], "a.en-de has no pair 9"),
+        (["--gin.german/Texts.side=left"], "not 'left'"),
+        (["--gin.Texts.nmae=x"], "did you mean"),
+        (["--gin.ParallelText.target_language=xx"], "xx"),
+        (["--audit", "--dry_run"], "--audit goes with neither"),
+        (["--audit"], "out: has no manifest.json"),
+        (["--output_dir=gs://b/o"], "--output_dir=gs://b/o: give a local path"),
+        (["--gin.ParallelText.source_path=none.en"], "none.en: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, flags, message):
+    assert main([*RUN, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    # Beside what says which stage it is in.
+    assert len([line for line in error.splitlines() if not line.startswith("stage ")]) == 1
+
+
+def test_what_it_needs(capsys):
+    assert main(["pipeline", "--output_dir=out"]) == 2
+    assert "--gin_file is missing" in capsys.readouterr().err
+    assert main(["pipeline", "--gin_file=p.gin"]) == 2
+    assert "--output_dir is missing" in capsys.readouterr().err
