@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
+from shaped_runs import full_batch, shaped_run
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from t5x_ext.contracts import Batch
     from t5x_ext.train import Run
 
 PARTS = ("compilation", "memory", "steps", "startup")
@@ -190,30 +190,20 @@ def _startup(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _run(sizes: Sizes, layers: int, batch: Sequence[int], **model: Any) -> Run:
-    """A run that only its shapes matter of: its texts are never opened."""
-    from t5x_ext.data import BatchConfig, DataConfig, ParallelText
     from t5x_ext.models import TransformerConfig
     from t5x_ext.optim import adam, linear_decay
-    from t5x_ext.train import Run
 
-    rows, length = batch
-    return Run(
-        data=DataConfig(
-            train=(ParallelText("never.en", "opened.de", "en", "de"),),
-            batch=BatchConfig(rows=rows, source_length=length, target_length=length),
-        ),
-        model=TransformerConfig(
-            vocab_size=4096,
-            embed_dim=sizes.embed_dim,
-            mlp_dim=4 * sizes.embed_dim,
-            num_heads=4,
-            encoder_layers=layers,
-            decoder_layers=layers,
-            **model,
-        ),
-        optimizer=adam(linear_decay(peak=1e-3, warmup_steps=10, total_steps=100)),
-        steps=100,
+    config = TransformerConfig(
+        vocab_size=4096,
+        embed_dim=sizes.embed_dim,
+        mlp_dim=4 * sizes.embed_dim,
+        num_heads=4,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        **model,
     )
+    rows, length = batch
+    return shaped_run(config, rows, length, adam(linear_decay(peak=1e-3, warmup_steps=10, total_steps=100)))
 
 
 def _mesh(devices: Sequence[Any]) -> Mesh:
@@ -267,28 +257,13 @@ def _training(run: Run) -> Iterator[float]:
     from t5x_ext.train.state import create_state
 
     program = make_program(run, run.model.vocab_size, _mesh(jax.devices()[:1]))
-    step, batch = program.compile(), _full_batch(program.batch, run.model.vocab_size)
+    step, batch = program.compile(), full_batch(program.batch, run.model.vocab_size)
     state = create_state(init_params(program.config, jax.random.key(0)), run.optimizer, with_ema=False)
     while True:
         start = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         yield time.perf_counter() - start
-
-
-def _full_batch(template: Batch, vocab_size: int) -> Batch:
-    """Rows of one example each that fills them."""
-    import jax
-    import numpy as np
-
-    def fill(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if name.endswith("segment_ids"):
-            return np.ones(leaf.shape, leaf.dtype)
-        if name.endswith("positions"):
-            return np.broadcast_to(np.arange(leaf.shape[1], dtype=leaf.dtype), leaf.shape)
-        return np.random.default_rng(0).integers(4, vocab_size, leaf.shape, leaf.dtype)
-
-    return {name: jax.device_put(fill(name, leaf), leaf.sharding) for name, leaf in template.items()}
 
 
 def _start(folder: str, steps: int) -> dict[str, Any]:
