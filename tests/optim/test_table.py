@@ -27,6 +27,7 @@ from table import run as run_steps
 from t5x_ext.checkpoints import CheckpointStore
 from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh, state_shardings, tree_shardings
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
@@ -41,15 +42,6 @@ def same(result, expected):
     """Bit for bit; random keys by their data."""
     data = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(data(a), data(b)), result, expected)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling takes most of the time here."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @cache
