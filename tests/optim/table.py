@@ -182,7 +182,7 @@ def network_params(dtype: Any = jnp.float32) -> Any:
     keys = jax.random.split(jax.random.key(1), len(leaves))
     draw = lambda key, axes: 0.4 * jax.random.normal(key, [SIZES[axis] for axis in axes], jnp.float32)
     params = structure.unflatten([draw(key, axes).astype(dtype) for key, axes in zip(keys, leaves, strict=True)])
-    return jax.device_put(params, jax.devices()[0])  # as what a checkpoint gives back, or it is all compiled again
+    return jax.device_put(params, jax.devices()[0])
 
 
 def rows_of_data(step: int, rows: int = 8) -> Rows:
@@ -247,6 +247,11 @@ def make_update(row: Row, optimizer: optax.GradientTransformation) -> Callable[.
         return optax.apply_updates(params, updates), state
 
     return update
+
+
+def begin(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The first state, placed as updates and checkpoints place it: for arrays anywhere all is compiled once more."""
+    return jax.device_put(jax.jit(optimizer.init)(params), jax.devices()[0])
 
 
 def step(update: Callable[..., Any], params: Any, state: Any, data: Rows, microbatches: int = 1) -> tuple[Any, Any]:

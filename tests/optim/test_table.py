@@ -14,6 +14,7 @@ from table import (
     MATRIX,
     ROWS,
     VALLEYS,
+    begin,
     make_update,
     minimize,
     network_params,
@@ -46,17 +47,17 @@ def same(result, expected):
 
 @cache
 def compiled(row):
-    """The optimizer, its `init` and the update of parameters, both compiled."""
+    """The optimizer and the update of parameters, compiled."""
     optimizer = row.make(row.learning_rate, AXES)
-    return optimizer, jax.jit(optimizer.init), jax.jit(make_update(row, optimizer))
+    return optimizer, jax.jit(make_update(row, optimizer))
 
 
 @cache
 def trained(row):
     """Parameters and state after the steps of the table, compiled, on one device."""
-    _, init, update = compiled(row)
+    optimizer, update = compiled(row)
     params = network_params()
-    return run_steps(update, params, init(params))
+    return run_steps(update, params, begin(optimizer, params))
 
 
 @each_row
@@ -74,8 +75,8 @@ def test_rosenbrocks_valley_is_followed(row):
 @each_row
 def test_compiled_updates_are_the_eager_ones(row):
     params = network_params()
-    optimizer, init, update = compiled(row)
-    result = step(update, params, init(params), rows_of_data(0))
+    optimizer, update = compiled(row)
+    result = step(update, params, begin(optimizer, params), rows_of_data(0))
     expected = step(make_update(row, optimizer), params, optimizer.init(params), rows_of_data(0))
     close(result[0], expected[0], row.tolerance)
     assert jax.tree.structure(result) == jax.tree.structure(expected)
@@ -88,7 +89,7 @@ def test_microbatches_are_one_large_batch_and_the_learning_rate_may_be_injected(
     make = optax.inject_hyperparams(lambda learning_rate: row.make(learning_rate, AXES))
     optimizer = make(learning_rate=row.learning_rate)
     update, params = jax.jit(make_update(row, optimizer)), network_params()
-    moved, state = run_steps(update, params, jax.jit(optimizer.init)(params), microbatches=2)
+    moved, state = run_steps(update, params, begin(optimizer, params), microbatches=2)
     close(moved, trained(row)[0], row.tolerance)
     state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
     stopped, _ = run_steps(update, moved, state, microbatches=2)
@@ -97,9 +98,9 @@ def test_microbatches_are_one_large_batch_and_the_learning_rate_may_be_injected(
 
 @each_row
 def test_training_goes_on_from_a_checkpoint_bit_for_bit(row, tmp_path):
-    optimizer, init, update = compiled(row)
+    optimizer, update = compiled(row)
     params = network_params()
-    halfway = run_steps(update, params, init(params), stop=2)
+    halfway = run_steps(update, params, begin(optimizer, params), stop=2)
     template = jax.eval_shape(lambda params: (params, optimizer.init(params)), params)
     with CheckpointStore(tmp_path) as store:
         store.save(2, dict(zip(("params", "state"), halfway, strict=True)))
@@ -109,9 +110,9 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(row, tmp_path):
 
 @each_row
 def test_parameters_in_bfloat16_keep_a_state_in_float32(row):
-    _, init, update = compiled(row)
+    optimizer, update = compiled(row)
     params = network_params(jnp.bfloat16)
-    state = init(params)
+    state = begin(optimizer, params)
     moved, after = run_steps(update, params, state)
     types = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
     assert types(moved) == types(params)
@@ -124,7 +125,7 @@ def test_parameters_in_bfloat16_keep_a_state_in_float32(row):
 def test_states_keep_their_types_where_64_bits_are_on(row):
     if not row.own:
         pytest.skip("Optax's own")
-    optimizer, _, _ = compiled(row)
+    optimizer, _ = compiled(row)
     shaped = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     params, pieces = shaped(network_params()), [shaped(rows_of_data(0))]
     with jax.enable_x64(True):
@@ -139,10 +140,10 @@ def test_states_keep_their_types_where_64_bits_are_on(row):
 def test_zero_gradients_move_nothing_from_the_start(row):
     if not row.own:
         pytest.skip("Optax's own: its sam divides by the norm")
-    _, init, update = compiled(row)
+    optimizer, update = compiled(row)
     params = jax.tree.map(jnp.zeros_like, network_params())
     zero = rows_of_data(0)._replace(targets=jnp.zeros((8, 8), jnp.float32))
-    moved, state = step(update, params, init(params), zero)
+    moved, state = step(update, params, begin(optimizer, params), zero)
     same(moved, params)
     moved, state = run_steps(update, moved, state, stop=2)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(moved))
@@ -151,9 +152,9 @@ def test_zero_gradients_move_nothing_from_the_start(row):
 @each_row
 def test_an_update_that_is_not_finite_can_be_left_out(row):
     """As the training step does it: the state of before is kept, and goes on as if nothing had been."""
-    _, init, update = compiled(row)
+    optimizer, update = compiled(row)
     params = network_params()
-    before = run_steps(update, params, init(params), stop=2)
+    before = run_steps(update, params, begin(optimizer, params), stop=2)
     bad = rows_of_data(9)._replace(targets=jnp.full((8, 8), jnp.nan, jnp.float32))
     after = step(update, *before, bad)
     assert jax.tree.structure(after) == jax.tree.structure(before)
@@ -165,15 +166,15 @@ def test_an_update_that_is_not_finite_can_be_left_out(row):
 @each_row
 def test_eight_devices_are_one_and_shardings_stay(row):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    optimizer, _, _ = compiled(row)
+    optimizer, _ = compiled(row)
     params = network_params()
     shardings = tree_shardings(mesh, fsdp_tensor(), AXES, params)
     state = jax.eval_shape(optimizer.init, params)
     of_state = state_shardings(mesh, state, params, shardings)
     params = jax.device_put(params, shardings)
     update = jax.jit(make_update(row, optimizer), out_shardings=(shardings, of_state))  # as training does it
-    begin = jax.jit(optimizer.init, out_shardings=of_state)(params)
-    result = run_steps(update, params, begin)
+    state = jax.jit(optimizer.init, out_shardings=of_state)(params)
+    result = run_steps(update, params, state)
     close(result[0], trained(row)[0], row.tolerance)
     for leaf, expected in zip(jax.tree.leaves(result), jax.tree.leaves((shardings, of_state)), strict=True):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
