@@ -1,6 +1,6 @@
 """What is kept: a verified store of checkpoints, averages of them, and the names of files in a run folder."""
 
-from t5x_ext.checkpoints.averaging import average_params
+from t5x_ext.checkpoints.averaging import average_params, average_run
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder, write_json
 from t5x_ext.checkpoints.store import CheckpointStore, SaveError
@@ -14,6 +14,7 @@ __all__ = [
     "SaveError",
     "StructureError",
     "average_params",
+    "average_run",
     "check_structure",
     "write_json",
 ]

@@ -1,12 +1,17 @@
-"""Averaging the parameters of several checkpoints."""
+"""Averaging the parameters of several checkpoints of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
 
+from t5x_ext.checkpoints.run_folder import RunFolder
+from t5x_ext.checkpoints.store import CheckpointStore
 from t5x_ext.checkpoints.trees import LeafSpec, specs
 from t5x_ext.contracts import Params, UserError
 
@@ -43,6 +48,36 @@ def average_params(checkpoints: Iterable[Params]) -> Params:
         _check_same(specs(params), first_specs, count)
         total = jax.tree.map(lambda old, new: np.add(old, new, out=old, dtype=np.float64), total, params)
     return jax.tree.map(lambda leaf, like: np.asarray(leaf / count, like.dtype), total, first)
+
+
+def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> None:
+    """Writes a run folder whose weights are the mean over checkpoints of another; it appears whole or not at all.
+
+    Args:
+      source: the run, local or remote.
+      steps: its checkpoints.
+      output: a local folder that does not exist, or is empty; its one checkpoint is called as the newest of `steps`.
+
+    Raises:
+      UserError: where a checkpoint is missing or damaged.
+    """
+    output = Path(output)
+    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        target = RunFolder(draft)
+        target.write_model(*source.read_model())
+        target.vocabulary.mkdir()
+        for path in source.vocabulary.iterdir():
+            path.copy(target.vocabulary / path.name)
+        with CheckpointStore(source.checkpoints) as store:
+            params = average_params(store.restore_params(step) for step in steps)
+        with CheckpointStore(target.checkpoints) as store:
+            store.save(max(steps), {"params": params}, {"averaged_steps": list(steps)})
+        if output.is_dir():
+            output.rmdir()
+        draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_same(these: Mapping[str, LeafSpec], first: Mapping[str, LeafSpec], number: int) -> None:

@@ -5,9 +5,6 @@ example: t5x_ext average --run_dir=out --last=5 --output=averaged
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -32,8 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Runs `t5x_ext average`."""
-    from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_params
-    from t5x_ext.data import Vocabulary
+    from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_run
 
     require(values, "run_dir", "output")
     if sum(map(bool, (values.last, values.best, values.steps))) != 1:
@@ -42,24 +38,10 @@ def main(values: flags.FlagValues) -> None:
     check_folder(values.output, "--output")
     check_writable(values.json_out, "--json_out")
     source = RunFolder(values.run_dir)
-    record = source.read_model()
-    vocabulary = Vocabulary.load(str(source.vocabulary))
+    source.read_model()
     with CheckpointStore(source.checkpoints) as store:
         steps = _steps(values, store)
-        params = average_params(store.restore_params(step) for step in steps)
-
-    draft = Path(values.output).with_name(f".{Path(values.output).name}.{os.getpid()}.tmp")
-    try:
-        target = RunFolder(draft)
-        target.write_model(*record)
-        vocabulary.save(str(target.vocabulary))
-        with CheckpointStore(target.checkpoints) as store:
-            store.save(max(steps), {"params": params}, {"averaged_steps": steps})
-        if Path(values.output).is_dir():
-            Path(values.output).rmdir()
-        draft.rename(values.output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    average_run(source, steps, values.output)
     result = {"output": values.output, "steps": steps}
     report(f"mean of the steps {', '.join(map(str, steps))}: {values.output}", result, values.json_out)
 

@@ -7,27 +7,47 @@ killed anywhere it goes on, and `audit` follows a score back to the texts it beg
 from __future__ import annotations
 
 from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, Weights
+from t5x_ext.vega_mt.augmentation import CycleTranslate, Synthesize
+from t5x_ext.vega_mt.cleaning import Clean
+from t5x_ext.vega_mt.combining import Average, Choice, GreedyEnsemble, choose_greedily
 from t5x_ext.vega_mt.manifest import StageAudit, audit
 from t5x_ext.vega_mt.pipeline import Interrupted, Pipeline, Stage, Status, execute, status_of
+from t5x_ext.vega_mt.postprocess import narrow_punctuation, widen_as_released, widen_punctuation
+from t5x_ext.vega_mt.scoring import Evaluate, Translate
+from t5x_ext.vega_mt.selection import Select, moore_lewis
 from t5x_ext.vega_mt.texts import Texts
 from t5x_ext.vega_mt.training import Train
 from t5x_ext.vega_mt.workspace import Workspace, open_model
 
 __all__ = [
     "Artefact",
+    "Average",
+    "Choice",
+    "Clean",
+    "CycleTranslate",
+    "Evaluate",
+    "GreedyEnsemble",
     "Interrupted",
     "Model",
     "Pipeline",
+    "Select",
     "Stage",
     "StageAudit",
     "Status",
+    "Synthesize",
     "TextFiles",
     "Texts",
     "Train",
+    "Translate",
     "Weights",
     "Workspace",
     "audit",
+    "choose_greedily",
     "execute",
+    "moore_lewis",
+    "narrow_punctuation",
     "open_model",
     "status_of",
+    "widen_as_released",
+    "widen_punctuation",
 ]

@@ -1,0 +1,229 @@
+"""Text that models write to learn from: self-training in both roles, and cycle translation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.decode import DecodeConfig
+from t5x_ext.evaluate.metrics import chrf_metric
+from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.texts import check_distinct, languages_of
+from t5x_ext.vega_mt.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Synthesize:
+    """One round of bidirectional self-training: one model translates real text, to learn from in both roles.
+
+    For every direction s-t of the model and every real text in s, its translation into t is learned from forward (s-t,
+    sequence distillation, the target being synthetic) and backward (t-s, back-translation, the source being synthetic).
+    Decoded alike, the two are one text, read in both directions by a run that is `bidirectional`. Decoded differently
+    they are two texts, each for one direction only.
+
+    Attributes:
+      name: of the stage.
+      model: the stage of the model, the same for all directions.
+      texts: stages of real text; each side of a pair is a text of its own.
+      directions: those that are decoded; empty: all of the model.
+      forward: how the targets of self-training are decoded; None: there are none.
+      backward: how the sources of back-translation are.
+
+    Raises:
+      UserError: where neither is wanted.
+
+    References:
+      Sennrich et al., arXiv 1511.06709 (back-translation); Edunov et al., arXiv 1808.09381 (sampling for it); Zan et
+      al., arXiv 2209.09444, whose text on self-training was not at hand: this is our formalisation.
+    """
+
+    name: str
+    model: str
+    texts: tuple[str, ...]
+    directions: tuple[str, ...] = ()
+    forward: DecodeConfig | None = field(default_factory=DecodeConfig)
+    backward: DecodeConfig | None = field(default_factory=DecodeConfig)
+
+    def __post_init__(self) -> None:
+        if self.forward is None and self.backward is None:
+            raise UserError("Synthesize.forward and Synthesize.backward are both None: nothing is to be decoded")
+
+    def inputs(self) -> tuple[str, ...]:
+        """The model and the texts."""
+        return (self.model, *self.texts)
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Nothing from outside."""
+        return ()
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Decodes direction by direction, and goes on where it was killed."""
+        texts = workspace.corpora(self.texts)
+        directions = self.directions or workspace.models(self.model).directions
+        found = [
+            made
+            for direction in directions
+            for text in texts
+            for made in self._written(text, *languages_of(direction), workspace)
+        ]
+        if not found:
+            raise UserError(f"stage {self.name!r}: no text is in a language of {', '.join(directions)} to translate")
+        check_distinct(text.name for text in found)
+        return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
+
+    def _written(self, text: TextFiles, source: str, target: str, workspace: Workspace) -> Iterator[TextFiles]:
+        real = text.file_in(source)
+        if real is None:
+            return
+        alike = self.forward == self.backward
+        for role, config in (("forward", self.forward), ("backward", None if alike else self.backward)):
+            if config is None:
+                continue
+            name = f"{text.name}.{role}.{source}-{target}"
+            translated = workspace.own(f"{name}.{target}")
+            workspace.translate(self.model, real, translated, (source, target), config)
+            if role == "forward":
+                yield TextFiles(name, (source, target), (real, translated), text.lines, "target", one_way=not alike)
+            else:
+                yield TextFiles(name, (target, source), (translated, real), text.lines, "source", one_way=True)
+
+
+@dataclass(frozen=True)
+class CycleTranslate:
+    """Back-translation of monolingual text in which what reads badly is first translated there and back.
+
+    For a line y in L and models f: L-P and g: P-L, z = f(y) and y' = g(z). The pair is (z, y), back-translation;
+    but where y is among the `tau` worst of its text by the language model and y' scores better, it is (z, y').
+    A score is the log-probability over the number of tokens. y' is refused where it has drifted: by its length in
+    characters over that of y, or by chrF with y.
+
+    Attributes:
+      name: of the stage.
+      model: the stage of the model that translates both ways.
+      language_model: the stage of the language model; not asked where `tau` is 0.
+      texts: stages of real text; each side of a pair is a text of its own.
+      directions: L-P of each language that is augmented, as `de-en` for German text through English.
+      tau: share of the lines that may be replaced, those of the lowest scores; 0: none, plain back-translation.
+      min_length_ratio: least length of y' over that of y.
+      max_length_ratio: greatest.
+      min_chrf: least chrF2 of y' with y, between 0 and 1.
+      decode: how both translations are decoded.
+
+    Raises:
+      UserError: for values outside their range.
+
+    References:
+      The method is named in arXiv 2209.09444 and goes back to the group's arXiv 1907.00494; the rule by which lines are
+      replaced, and the guards, are ours.
+    """
+
+    name: str
+    model: str
+    language_model: str
+    texts: tuple[str, ...]
+    directions: tuple[str, ...]
+    tau: float = 0.3
+    min_length_ratio: float = 0.7
+    max_length_ratio: float = 1.4
+    min_chrf: float = 0.3
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "min_chrf"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"CycleTranslate.{name}={getattr(self, name)}: must be 0 to 1")
+        if not 0 <= self.min_length_ratio <= self.max_length_ratio:
+            raise UserError(
+                f"CycleTranslate.min_length_ratio={self.min_length_ratio}, max_length_ratio={self.max_length_ratio}: "
+                "the first must be at most the second"
+            )
+
+    def inputs(self) -> tuple[str, ...]:
+        """The models and the texts."""
+        return (self.model, self.language_model, *self.texts)
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Nothing from outside."""
+        return ()
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Translates and scores step by step, each kept when it is done."""
+        found: list[TextFiles] = []
+        counts = {"lines": 0, "tried": 0, "replaced": 0, "by_length": 0, "by_chrf": 0, "by_score": 0}
+        for direction in self.directions:
+            language, pivot = languages_of(direction)
+            for text in workspace.corpora(self.texts):
+                real = text.file_in(language)
+                if real is not None:
+                    name = f"{text.name}.cycle.{pivot}-{language}"
+                    found.append(self._cycled(name, real, language, pivot, text.lines, counts, workspace))
+        if not found:
+            raise UserError(f"stage {self.name!r}: no text is in a language of {', '.join(self.directions)}")
+        check_distinct(text.name for text in found)
+        return Artefact("corpora", tuple(found), counts=counts)
+
+    def _cycled(
+        self, name: str, real: str, language: str, pivot: str, lines: int, counts: dict[str, int], workspace: Workspace
+    ) -> TextFiles:
+        there = workspace.own(f"{name}.{pivot}")
+        workspace.translate(self.model, real, there, (language, pivot), self.decode)
+        counts["lines"] += lines
+        low = self._low(name, real, language, lines, workspace)
+        if not low:
+            return TextFiles(name, (pivot, language), (there, real), lines, "source")
+        back = self._back(name, there, language, pivot, low, workspace)
+        kept = self._kept(name, real, back, language, low, counts, workspace)
+        better = workspace.own(f"{name}.{language}")
+        workspace.write_lines(better, (kept.get(number, line) for number, line in enumerate(workspace.lines(real))))
+        return TextFiles(name, (pivot, language), (there, better), lines, "source")
+
+    def _low(self, name: str, real: str, language: str, lines: int, workspace: Workspace) -> dict[int, float]:
+        """Numbers and scores of the lines that may be replaced, ascending."""
+        count = int(self.tau * lines)
+        if not count:
+            return {}
+        output = workspace.scratch(f"{name}.scores")
+        scores = workspace.score(self.language_model, real, language, self.decode, output)
+        order = sorted(range(lines), key=scores.__getitem__)
+        return {number: scores[number] for number in sorted(order[:count])}
+
+    def _back(
+        self, name: str, there: str, language: str, pivot: str, low: dict[int, float], workspace: Workspace
+    ) -> str:
+        """The file of y' of those lines."""
+        selected = workspace.scratch(f"{name}.there")
+        workspace.write_lines(selected, (line for number, line in enumerate(workspace.lines(there)) if number in low))
+        back = workspace.scratch(f"{name}.back")
+        workspace.translate(self.model, selected, back, (pivot, language), self.decode)
+        return back
+
+    def _kept(
+        self,
+        name: str,
+        real: str,
+        back: str,
+        language: str,
+        low: dict[int, float],
+        counts: dict[str, int],
+        workspace: Workspace,
+    ) -> dict[int, str]:
+        """The lines that take the place of real ones, by number; what speaks against the others is counted."""
+        output = workspace.scratch(f"{name}.back.scores")
+        scores = workspace.score(self.language_model, back, language, self.decode, output)
+        originals = (line for number, line in enumerate(workspace.lines(real)) if number in low)
+        kept = {}
+        for number, line, other, score in zip(low, originals, workspace.lines(back), scores):
+            counts["tried"] += 1
+            reason = self._reason_against(line, other, score > low[number])
+            counts[reason or "replaced"] += 1
+            if reason is None:
+                kept[number] = other
+        return kept
+
+    def _reason_against(self, line: str, other: str, is_better: bool) -> str | None:
+        if not self.min_length_ratio * len(line) <= len(other) <= self.max_length_ratio * len(line):
+            return "by_length"
+        if chrf_metric().sentence_score(other, [line]).score < 100 * self.min_chrf:
+            return "by_chrf"
+        return None if is_better else "by_score"

@@ -1,0 +1,161 @@
+"""`Translate` and `Evaluate`: what people read in the end, and what it is worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from t5x_ext.checkpoints import write_json
+from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.decode import DecodeConfig
+from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test
+from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.postprocess import POSTPROCESSORS
+from t5x_ext.vega_mt.texts import check_distinct
+from t5x_ext.vega_mt.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Translate:
+    """Translates both sides of test sets, in every direction of a model.
+
+    Attributes:
+      name: of the stage.
+      model: the stage of the model, or of one for each direction.
+      texts: stages of pairs, one side of which is translated and the other kept as its reference.
+      directions: those that are translated; empty: all of the model.
+      decode: how.
+      postprocess: how the punctuation of Chinese and Japanese is written, see `postprocess.POSTPROCESSORS`.
+    """
+
+    name: str
+    model: str
+    texts: tuple[str, ...]
+    directions: tuple[str, ...] = ()
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    postprocess: Literal["widths", "released", "none"] = "widths"
+
+    def inputs(self) -> tuple[str, ...]:
+        """The model and the texts."""
+        return (self.model, *self.texts)
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Nothing from outside."""
+        return ()
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Translates text by text, and goes on where it was killed."""
+        directions = self.directions or workspace.models(self.model).directions
+        found = [
+            self._translated(text, order, workspace)
+            for direction in directions
+            for text in workspace.corpora(self.texts)
+            for order in ((0, 1), (1, 0))
+            if text.is_pair and "-".join(text.languages[side] for side in order) == direction
+        ]
+        if not found:
+            raise UserError(f"stage {self.name!r}: there is no pair for {', '.join(directions)}")
+        check_distinct(text.name for text in found)
+        return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
+
+    def _translated(self, text: TextFiles, order: tuple[int, int], workspace: Workspace) -> TextFiles:
+        source, target = (text.languages[side] for side in order)
+        input_file, reference = (text.files[side] for side in order)
+        name = f"{text.name}.{source}-{target}"
+        raw, output = workspace.scratch(f"{name}.{target}"), workspace.own(f"{name}.{target}")
+        if not os.path.exists(workspace.path(output)):
+            workspace.translate(self.model, input_file, raw, (source, target), self.decode)
+            finish = POSTPROCESSORS[self.postprocess]
+            workspace.write_lines(output, (finish(line, target) for line in workspace.lines(raw)))
+        files = (input_file, output)
+        return TextFiles(name, (source, target), files, text.lines, "target", one_way=True, reference=reference)
+
+
+class _Row(NamedTuple):
+    """Translations of one stage of one text."""
+
+    stage: str
+    text: TextFiles
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}  {self.text.name}"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """BLEU, chrF and exact match of translations, a row for every stage, text and direction.
+
+    It writes `scores.txt`, a table with signatures, and `scores.json`. A text for each domain gives a row for each.
+
+    Attributes:
+      name: of the stage.
+      translations: stages of translations.
+      baseline: one of them, against which the others are tested by paired bootstrap on the same texts; None: no tests.
+      tokenizers: BLEU tokenizers by target language where they are not to be the usual ones, as WMT22's `char` for ja.
+      seed: of the bootstrap.
+    """
+
+    name: str
+    translations: tuple[str, ...]
+    baseline: str | None = None
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 12345
+
+    def __post_init__(self) -> None:
+        if self.baseline is not None and self.baseline not in self.translations:
+            raise UserError(f"Evaluate.baseline={self.baseline!r}: must be one of {', '.join(self.translations)}")
+
+    def inputs(self) -> tuple[str, ...]:
+        """The translations."""
+        return self.translations
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Nothing from outside."""
+        return ()
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Scores and tests."""
+        rows = [_Row(stage, text) for stage in self.translations for text in workspace.corpora([stage])]
+        scores = {row.name: self._scores(row, workspace) for row in rows}
+        tests = dict(self._tests(rows, workspace))
+        lines = [format_table(scores, label="translations")]
+        if tests:
+            lines += ["", f"against {self.baseline}, paired bootstrap:", *(_described(*test) for test in tests.items())]
+        workspace.write_lines(workspace.own("scores.txt"), "\n".join(lines).split("\n"))
+        found: dict[str, Any] = {}
+        for row in rows:
+            test = {"tests": tests[row.name]} if row.name in tests else {}
+            found.setdefault(row.stage, {})[row.text.name] = scores[row.name].to_json() | test
+        write_json(workspace.path(workspace.own("scores.json")), found)
+        return Artefact("scores", scores=found)
+
+    def _texts(self, row: _Row, workspace: Workspace) -> tuple[list[str], list[str], str, dict[str, Any]]:
+        """Translations, references, their language, and the tokenizer."""
+        if row.text.reference is None:
+            raise UserError(f"stage {self.name!r}: {row.stage!r} makes no translations of texts that have a reference")
+        language = row.text.languages[1]
+        options = {"tokenizer": self.tokenizers.get(language)}
+        return list(workspace.lines(row.text.files[1])), list(workspace.lines(row.text.reference)), language, options
+
+    def _scores(self, row: _Row, workspace: Workspace) -> Scores:
+        hypotheses, references, language, options = self._texts(row, workspace)
+        return evaluate_texts(hypotheses, references, language, **options)
+
+    def _tests(self, rows: list[_Row], workspace: Workspace) -> Iterator[tuple[str, dict[str, Any]]]:
+        baselines = {row.text.name: row for row in rows if row.stage == self.baseline}
+        for row in rows:
+            baseline = baselines.get(row.text.name)
+            if baseline is None or baseline is row:
+                continue
+            before = self._texts(baseline, workspace)[0]
+            after, references, language, options = self._texts(row, workspace)
+            tests = paired_test(before, after, references, language, seed=self.seed, **options)
+            yield row.name, {name: test.to_json() for name, test in tests.items()}
+
+
+def _described(name: str, tests: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = (f"{metric} {test['difference']:+.2f} (p = {test['p_value']:.4f})" for metric, test in tests.items())
+    return f"{name}: {', '.join(parts)}"

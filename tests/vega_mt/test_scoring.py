@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from stand_ins import Given, StandIn, opener, read
+
+from t5x_ext.contracts import UserError
+from t5x_ext.data.filters import FilterConfig
+from t5x_ext.evaluate import evaluate_texts, paired_test
+from t5x_ext.vega_mt import Clean, Evaluate, Pipeline, TextFiles, Translate, audit, execute
+
+ROWS = tuple((f"this is line number {n} of all", f"这 是 第 {n} 行 , 好 .") for n in range(8))
+TEST = Given("test", texts=(("t", ("en", "zh"), ROWS), ("m", ("zh",), (("x",),))))
+MODEL = Given("model", directions=("en-zh", "zh-en"))
+BACK = {pair[side]: pair[1 - side] for pair in ROWS for side in (0, 1)}
+
+
+def pipeline(*stages):
+    return Pipeline((TEST, MODEL, Given("other", directions=("en-zh", "zh-en")), *stages))
+
+
+def good(source, target, line):
+    return BACK[line]
+
+
+def bad(source, target, line):
+    return BACK[line] if line[-1] == "." else "坏 ."
+
+
+def test_both_sides_are_translated_and_finished_in_the_way_of_their_language(tmp_path):
+    stage = Translate("out", "model", ("test",))
+    made = execute(pipeline(stage), tmp_path, opener=opener(model=StandIn(good)))["out"]
+    assert made.corpora == (
+        TextFiles(
+            "t.en-zh", ("en", "zh"), ("test/t.en", "out/t.en-zh.zh"), 8, "target", one_way=True, reference="test/t.zh"
+        ),
+        TextFiles(
+            "t.zh-en", ("zh", "en"), ("test/t.zh", "out/t.zh-en.en"), 8, "target", one_way=True, reference="test/t.en"
+        ),
+    )
+    assert read(tmp_path, "out/t.en-zh.zh")[3] == "这 是 第 3 行，好。"
+    assert read(tmp_path, "out/t.zh-en.en") == [row[0] for row in ROWS]
+
+
+@pytest.mark.parametrize(("name", "line"), [("none", ROWS[0][1]), ("released", "这是第0行，好．")])
+def test_other_ways_to_finish(tmp_path, name, line):
+    stage = Translate("out", "model", ("test",), directions=("en-zh",), postprocess=name)
+    execute(pipeline(stage), tmp_path, opener=opener(model=StandIn(good)))
+    assert read(tmp_path, "out/t.en-zh.zh")[0] == line
+
+
+def test_scores_are_those_of_the_texts_and_tests_are_against_the_baseline(tmp_path):
+    stages = (
+        Translate("one", "model", ("test",)),
+        Translate("two", "other", ("test",)),
+        Evaluate("scores", ("one", "two"), baseline="one", tokenizers={"zh": "char"}),
+    )
+    made = execute(pipeline(*stages), tmp_path, opener=opener(model=StandIn(good), other=StandIn(bad)))["scores"]
+    hypotheses, references = read(tmp_path, "two/t.en-zh.zh"), read(tmp_path, "test/t.zh")
+    expected = evaluate_texts(hypotheses, references, "zh", tokenizer="char").to_json()
+    found = made.scores["two"]["t.en-zh"]
+    assert {name: found[name] for name in expected} == expected
+    test = paired_test(read(tmp_path, "one/t.en-zh.zh"), hypotheses, references, "zh", tokenizer="char")["BLEU"]
+    assert found["tests"]["BLEU"] == test.to_json()
+    assert found["tests"]["BLEU"]["difference"] < 0
+    assert made.scores["two"]["t.zh-en"]["bleu"] == pytest.approx(100)
+    assert "tests" not in made.scores["one"]["t.en-zh"]
+    assert json.loads((tmp_path / "scores/scores.json").read_text()) == made.scores
+    table = (tmp_path / "scores/scores.txt").read_text()
+    assert "one  t.en-zh" in table
+    assert "against one, paired bootstrap:\ntwo  t.en-zh: BLEU -" in table
+    assert audit(tmp_path)[0].stage == "scores"
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="baseline='three': must be one of one, two"):
+        Evaluate("scores", ("one", "two"), baseline="three")
+    with pytest.raises(UserError, match="there is no pair for en-cs"):
+        execute(pipeline(Translate("out", "model", ("test",), ("en-cs",))), tmp_path / "a", opener=opener())
+    with pytest.raises(UserError, match="'test' makes no translations of texts that have a reference"):
+        execute(pipeline(Evaluate("scores", ("test",))), tmp_path / "b", opener=opener())
+
+
+def test_cleaning_keeps_what_the_rules_keep_and_counts(tmp_path):
+    raw = (("one  line", "eine Zeile"), ("same", "same"), ("one line", "eine Zeile"), ("<b>x</b>", "y"))
+    config = FilterConfig(min_script_share=None, min_language_probability=None, near_duplicate_similarity=None)
+    texts = Given("raw", texts=(("a", ("en", "de"), raw), ("m", ("de",), (("Zeile",), ("Zeile",)))))
+    made = execute(Pipeline((texts, Clean("clean", texts=("raw",), config=config))), tmp_path)["clean"]
+    assert made.corpora == (
+        TextFiles("a", ("en", "de"), ("clean/a.en", "clean/a.de"), 1),
+        TextFiles("m", ("de",), ("clean/m.de",), 1),
+    )
+    assert read(tmp_path, "clean/a.en") == ["one line"]
+    counts = made.counts["a"]
+    assert (counts["read"], counts["kept"]) == (4, 1)
+    assert sum(value for name, value in counts.items() if name not in ("read", "kept")) == 3
