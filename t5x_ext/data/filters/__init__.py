@@ -10,7 +10,7 @@ from t5x_ext.data.filters.duplicates import DUPLICATE_RULES, near_duplicate_prob
 from t5x_ext.data.filters.report import CorpusReport, FilterReport
 from t5x_ext.data.filters.rules import PAIR_RULES
 from t5x_ext.data.filters.run import filter_corpora
-from t5x_ext.data.filters.text import duplicate_key, length, normalize_punctuation, plain_form
+from t5x_ext.data.filters.text import duplicate_key, length, normalize_punctuation, unescape_entities
 
 RULES = (*PAIR_RULES, *DUPLICATE_RULES)
 """Names of all rules, in the order in which they are tried."""
@@ -28,5 +28,5 @@ __all__ = [
     "length",
     "near_duplicate_probability",
     "normalize_punctuation",
-    "plain_form",
+    "unescape_entities",
 ]

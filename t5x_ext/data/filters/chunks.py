@@ -7,7 +7,7 @@ import io
 import pickle
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +19,14 @@ from t5x_ext.data.cleaning import clean_line
 from t5x_ext.data.filters.config import FilterConfig
 from t5x_ext.data.filters.duplicates import KeyMaker, sort_keys
 from t5x_ext.data.filters.rules import pair_rules
-from t5x_ext.data.filters.text import normalize_punctuation, plain_form
+from t5x_ext.data.filters.text import compose, normalize_punctuation, unescape_entities
 from t5x_ext.data.parallel_text import ParallelText
 
 CHUNK_PAIRS = 8192
 """Pairs of a chunk; what is kept does not depend on it."""
 
-TRANSFORMS = ("spaces", "unicode", "punctuation")
-"""What changes lines, in this order."""
+TRANSFORMS = ("spaces", "unicode", "entities", "punctuation")
+"""Names of what changes lines, in this order, again and again until nothing changes."""
 
 
 class FilteredChunk(NamedTuple):
@@ -46,8 +46,7 @@ class ChunkFilter:
         Raises:
           UserError: as `pair_rules` and `KeyMaker`.
         """
-        self._normalize_punctuation = config.normalize_punctuation
-        self._languages = languages
+        self._transforms = [_transforms(config, language) for language in languages]
         self._rules = pair_rules(config, languages)
         self.rule_names = tuple(rule.name for rule in self._rules)
         self.key_maker = KeyMaker(config, languages)
@@ -56,7 +55,7 @@ class ChunkFilter:
         """Filters pairs."""
         kept, dropped, changed = [], Counter[str](), Counter[str]()
         for pair in pairs:
-            lines = tuple(self._clean(line, language, changed) for line, language in zip(pair, self._languages))
+            lines = tuple(_transformed(line, transforms, changed) for line, transforms in zip(pair, self._transforms))
             against = next((rule.name for rule in self._rules if rule.speaks_against(lines)), None)
             if against is None:
                 kept.append(lines)
@@ -64,17 +63,29 @@ class ChunkFilter:
                 dropped[against] += 1
         return FilteredChunk(kept, dropped, changed)
 
-    def _clean(self, line: str, language: str, changed: Counter[str]) -> str:
-        spaced = clean_line(line)
-        plain = plain_form(spaced)
-        changed["spaces"] += spaced != line
-        changed["unicode"] += plain != spaced
-        if not self._normalize_punctuation:
-            return plain
-        # What replaces punctuation may leave double spaces, and a character that composes with its neighbour.
-        punctuated = plain_form(normalize_punctuation(plain, language))
-        changed["punctuation"] += punctuated != plain
-        return punctuated
+
+def _transforms(config: FilterConfig, language: str) -> dict[str, Callable[[str], str]]:
+    transforms: dict[str, Callable[[str], str]] = {"spaces": clean_line, "unicode": compose}
+    if config.unescape_entities:
+        transforms["entities"] = unescape_entities
+    if config.normalize_punctuation:
+        transforms["punctuation"] = functools.partial(normalize_punctuation, language=language)
+    return transforms
+
+
+def _transformed(line: str, transforms: Mapping[str, Callable[[str], str]], changed: Counter[str]) -> str:
+    changes = set()
+    # One transform may make work for another, as an entity that stands for an odd space: what comes out has none left.
+    before = None
+    while line != before:
+        before = line
+        for name, transform in transforms.items():
+            after = transform(line)
+            if after != line:
+                changes.add(name)
+                line = after
+    changed.update(changes)
+    return line
 
 
 def make_filter_task(

@@ -13,14 +13,15 @@ KEYS = ("pair", "source", "target")
 class FilterConfig:
     """The rules of a filtering. None switches a rule off.
 
-    Every line is first cleaned: control characters and odd spaces (`clean_line`), Unicode NFC, punctuation. Then rules
-    look at pairs, in the order of `RULES`, and the first that speaks against a pair is counted. Duplicates are sought
-    among the pairs that no other rule drops.
+    Every line is first cleaned: control characters and odd spaces (`clean_line`), Unicode NFC, entities, punctuation.
+    Then rules look at pairs, in the order of `RULES`, and the first that speaks against a pair is counted. Duplicates
+    are sought among the pairs that no other rule drops.
 
     Lengths are in words between spaces. Chinese and Japanese have none: their length is the number of characters over
     the characters that a word has on average (see `length`), so that one limit fits all languages.
 
     Attributes:
+      unescape_entities: `&amp;` and its like become the characters that they stand for.
       normalize_punctuation: quotes, dashes and the like become their plain forms, as the language writes them
         (`normalize_punctuation`); full-width punctuation of Chinese and Japanese stays.
       max_length: words of either side.
@@ -29,9 +30,10 @@ class FilterConfig:
       drop_markup: lines with tags, entities, templates or wiki links.
       max_repetition: share of a line's word pairs (character pairs in Chinese and Japanese) that have occurred in it
         before; lines of at least ten words. With it go lines in which one character stands ten times in a row.
-      min_script_share: share of a line's letters that belong to a script of its language.
-      min_language_probability: lines of some length (20 letters; 8 in Chinese and Japanese) that look more like another
-        language and are in theirs with less than this probability.
+      min_script_share: share of a line's letters that belong to a script of its language; against Chinese and Japanese
+        characters a word of other letters counts as one.
+      min_language_probability: lines of some length (24 bytes of letters: 8 Chinese characters) that look more like
+        another language and are in theirs with less than this probability.
       duplicates: what may occur once only: `pair`, `source`, `target`, several of them, or nothing. Letter case, width
         and compatibility forms (NFKC) make no difference. The first one is kept. In text of one language all of them
         mean its lines.
@@ -40,6 +42,7 @@ class FilterConfig:
         Chinese and Japanese.
     """
 
+    unescape_entities: bool = True
     normalize_punctuation: bool = True
     max_length: float | None = 250
     max_ratio: float | None = 3.0
@@ -47,7 +50,7 @@ class FilterConfig:
     drop_markup: bool = True
     max_repetition: float | None = 0.5
     min_script_share: float | None = 0.5
-    min_language_probability: float | None = 0.2
+    min_language_probability: float | None = 0.1
     duplicates: tuple[str, ...] = ("pair",)
     near_duplicate_similarity: float | None = 0.9
 

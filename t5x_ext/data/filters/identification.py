@@ -6,9 +6,10 @@ import functools
 from typing import Any
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.filters.text import base_language, is_unsegmented
+from t5x_ext.data.filters.text import base_language
 
-_LETTERS, _LETTERS_UNSEGMENTED = 20, 8
+# Of letters, in UTF-8: 24 Latin letters tell about as much as 12 Cyrillic ones and 8 Chinese characters.
+_ENOUGH_BYTES = 24
 # Members of ISO 639-3's macrolanguages that the model tells apart and corpora do not.
 _MEMBERS = {
     "ar": ("ary", "arz"),
@@ -47,7 +48,6 @@ class LanguageCheck:
         self._labels = frozenset({base, *_MEMBERS.get(base, ())})
         self._identifier = _identifier()
         self._min_probability = min_probability
-        self._letters = _LETTERS_UNSEGMENTED if is_unsegmented(language) else _LETTERS
         if not self._labels & set(self._identifier.labels):
             raise UserError(
                 f"FilterConfig.min_language_probability: language identification does not know {language!r};"
@@ -59,7 +59,8 @@ class LanguageCheck:
 
         False for lines with too few letters to tell.
         """
-        if sum(map(str.isalpha, line)) < self._letters or self._identifier.classify(line)[0] in self._labels:
+        letters = "".join(filter(str.isalpha, line)).encode("utf-8", "surrogatepass")
+        if len(letters) < _ENOUGH_BYTES or self._identifier.classify(line)[0] in self._labels:
             return False
         probabilities = dict(self._identifier.rank(line))
         return sum(probabilities.get(label, 0.0) for label in self._labels) < self._min_probability

@@ -13,7 +13,7 @@ from babel.core import get_global
 from t5x_ext.contracts import UserError
 from t5x_ext.data.filters.config import FilterConfig
 from t5x_ext.data.filters.identification import LanguageCheck
-from t5x_ext.data.filters.text import duplicate_key, length, units
+from t5x_ext.data.filters.text import duplicate_key, is_unsegmented, length, units
 
 PAIR_RULES = ("empty", "length", "ratio", "copy", "markup", "repetition", "script", "language")
 """Names of the rules for one pair, in the order in which they are tried."""
@@ -123,13 +123,14 @@ class _ScriptCheck:
         regex = _regex()
         scripts = scripts_of(language)
         within = "".join(rf"\p{{scx={script}}}" for script in scripts)
+        word = "+" if is_unsegmented(language) else ""
         try:
-            self._right = regex.compile(rf"[\p{{L}}&&[{within}]]+", regex.V1)
+            self._right = regex.compile(rf"[\p{{L}}&&[{within}]]", regex.V1)
+            self._other = regex.compile(rf"[\p{{L}}--[{within}]]{word}", regex.V1)
         except regex.error:
             raise UserError(
                 f"FilterConfig.min_script_share: Unicode has no script {'/'.join(scripts)} for {language!r}"
             ) from None
-        self._letters = regex.compile(r"\p{L}+")
         self._is_latin = scripts == ("Latn",)
         self._min_share = min_share
 
@@ -137,12 +138,11 @@ class _ScriptCheck:
         """False for a line without letters: nothing speaks against it."""
         if self._is_latin and line.isascii():
             return False
-        letters = _matched(self._letters, line)
-        return _matched(self._right, line) < self._min_share * letters
-
-
-def _matched(pattern: Any, line: str) -> int:
-    return sum(map(len, pattern.findall(line)))
+        other = len(self._other.findall(line))
+        if not other:
+            return False
+        right = len(self._right.findall(line))
+        return right < self._min_share * (right + other)
 
 
 def _regex() -> Any:
