@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from t5x_ext.parallel.mesh import batch_devices
-from t5x_ext.plan.estimate import Temporaries, estimate_temporaries
+from t5x_ext.plan.estimate import Temporaries, accumulated_bytes, estimate_temporaries
 from t5x_ext.plan.report import GIB, CheckReport
 from t5x_ext.train.program import Program
 
@@ -48,12 +48,14 @@ def scaled(estimate: Temporaries, temporaries: int) -> Temporaries:
 
 
 def _knobs(program: Program, report: CheckReport, estimate: Temporaries, excess: float) -> Iterator[_Knob]:
-    yield from _state_knobs(program, report, excess)
     run, config = program.run, program.config
+    yield from _state_knobs(program, report, estimate, excess)
     activations = estimate.residuals + estimate.recomputed
-    more = _microbatches(program, activations, excess)
-    if more > run.num_microbatches:
-        saving = activations * (1 - run.num_microbatches / more)
+    # The second microbatch brings a sum of gradients.
+    added = accumulated_bytes(program) if run.num_microbatches == 1 else 0
+    more = _microbatches(program, activations, excess + added)
+    saving = activations * (1 - run.num_microbatches / more) - added
+    if saving > 0:
         yield _Knob(saving, f"Run.num_microbatches = {more} (now {run.num_microbatches})")
     else:
         rows = run.data.batch.rows
@@ -70,15 +72,15 @@ def _knobs(program: Program, report: CheckReport, estimate: Temporaries, excess:
         )
 
 
-def _state_knobs(program: Program, report: CheckReport, excess: float) -> Iterator[_Knob]:
+def _state_knobs(program: Program, report: CheckReport, estimate: Temporaries, excess: float) -> Iterator[_Knob]:
     """What makes parameters and what follows them smaller on a device."""
     memory, mesh, run = report.memory, program.mesh, program.run
     state = memory.params + memory.optimizer + memory.ema
     pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
     devices = pieces * mesh.shape["data"]
     now = pieces if run.axis_rules.embed == "fsdp" else 1
-    # Gradients are cut as the parameters, and there are two sets of them.
-    cut = state + 2 * memory.params
+    # Gradients are cut as the parameters.
+    cut = state + estimate.gradients
     if now < devices:
         text = f"parameters and optimizer state cut over all {devices} devices of a slice (parallel/fsdp.gin)"
         yield _Knob(cut * (1 - now / devices), text)

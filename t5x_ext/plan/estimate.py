@@ -2,7 +2,7 @@
 
 Parameters, optimizer state, moving average and batch follow from shapes and shardings alone. Temporaries are a sum of
 
-- gradients: the accumulator's state and the gradient of one microbatch, cut as the parameters;
+- gradients: of one microbatch and, where there are several, the accumulator's state, cut as the parameters;
 - residuals: what the traced forward pass of one microbatch hands to its backward pass (`jax.vjp`), for the run's own
   remat policy. Weights cast and gathered that a policy keeps are among them. Arrays that are cut along `tensor`, told
   by their sizes (`mlp_dim`, `num_heads`, `vocab_size`), count by their part;
@@ -82,18 +82,24 @@ def estimate_temporaries(program: Program) -> Temporaries:
     shape = run.data.batch
     rows = max(1, shape.rows // (batch_devices(mesh) * run.num_microbatches))
     params = program.template.params
-    accumulator = jax.eval_shape(run.accumulator.init, params, program.template.step)
-    cut = device_bytes(params) / tree_bytes(params)
     residuals = partial(_residuals, run.objective, rows=rows, lengths=(shape.source_length, shape.target_length))
     one_layer = dataclasses.replace(config, encoder_layers=int(config.has_encoder), decoder_layers=1, remat="none")
     recomputed = 0 if config.remat == "none" else residuals(one_layer, parts=_parts(program, one_layer))
     return Temporaries(
-        gradients=int((tree_bytes(accumulator) + tree_bytes(params)) * cut),
+        # Compilers take a loop of one apart: its gradient is the sum.
+        gradients=device_bytes(params) + (accumulated_bytes(program) if run.num_microbatches > 1 else 0),
         residuals=residuals(config, parts=_parts(program, config)),
         recomputed=recomputed,
         gathered=_gathered(program),
         scores=2 * 4 * _chunk_tokens(program, rows) * config.vocab_size // _tensor(mesh, run.axis_rules.vocab),
     )
+
+
+def accumulated_bytes(program: Program) -> int:
+    """Estimated bytes on one device of the sum of the gradients of several microbatches: cut as the parameters."""
+    params = program.template.params
+    accumulator = jax.eval_shape(program.run.accumulator.init, params, program.template.step)
+    return int(tree_bytes(accumulator) * device_bytes(params) / tree_bytes(params))
 
 
 def tree_bytes(tree: PyTree) -> int:

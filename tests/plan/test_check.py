@@ -328,8 +328,9 @@ def test_gradients_and_scores_of_the_formula(make_run):
     run = make_run()
     params = 4 * dataclasses.replace(run.model, vocab_size=VOCAB_SIZE).num_params()
     estimate = estimate_on_one_device(run)
-    # The accumulator's sum and one microbatch's gradient; its count of labels on top.
+    # The accumulator's sum and one microbatch's gradient; its count of labels on top. A single gradient is the sum.
     assert estimate.gradients == pytest.approx(2 * params, abs=16)
+    assert estimate_on_one_device(make_run(num_microbatches=1)).gradients == params
     # 256 of the positions of a microbatch, and their gradient.
     assert estimate.scores == 2 * 4 * 256 * VOCAB_SIZE
     assert estimate.gathered == 0
