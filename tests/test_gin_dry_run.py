@@ -9,18 +9,20 @@ import jax
 import pytest
 
 from t5x_ext.cli.flags import parse
-from t5x_ext.cli.gin_config import build_run
+from t5x_ext.cli.gin_config import build_parts, build_run
 from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
 from t5x_ext.contracts import UserError
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.train import Run
 from t5x_ext.train.program import Program, make_program
+from t5x_ext.vega_mt import Pipeline, Train
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
-RUNS = [name for name in FILES if name.startswith("runs/")]
+PIPELINES = [name for name in FILES if "vega_mt.Pipeline.stages" in (gin_root() / name).read_text(encoding="utf-8")]
+RUNS = [name for name in FILES if name.startswith("runs/") and name not in PIPELINES]
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
-FRAGMENTS = [name for name in FILES if name not in (*RUNS, *OPTIMIZERS)]
+FRAGMENTS = [name for name in FILES if name not in (*RUNS, *PIPELINES, *OPTIMIZERS)]
 QUICKSTART = "runs/quickstart.gin"
 TWO_FILES = ["--train_source=a.en", "--train_target=a.de", "--source_language=en", "--target_language=de"]
 
@@ -67,6 +69,20 @@ def without_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_can_take_a_step(name):
     trace(build(name))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_run_of_a_pipeline_can_take_a_step(name):
+    pipeline, texts = build_parts("stages", [name], root=Pipeline)
+    assert len(texts) == len(pipeline.stages)
+    runs = {stage.name: stage.run for stage in pipeline.stages if isinstance(stage, Train)}
+    assert runs
+    for run in runs.values():
+        trace(run)
+    # A stage has no settings but its own: those of no other one, by whose name it would be in a scope of that.
+    for stage, text in zip(pipeline.stages, texts):
+        scopes = {line.split("/")[0] for line in text.splitlines() if "/" in line.split(" = ")[0]}
+        assert not scopes & {other.name for other in pipeline.stages if other is not stage} - {"dev", "test"}
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from t5x_ext.contracts import Corpus, UserError
@@ -11,6 +12,8 @@ from t5x_ext.evaluate.metrics import chrf_metric
 from t5x_ext.vega_mt.artefact import Artefact, TextFiles
 from t5x_ext.vega_mt.texts import check_distinct, languages_of
 from t5x_ext.vega_mt.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Synthesize:
             for made in self._written(text, *languages_of(direction), workspace)
         ]
         if not found:
-            raise UserError(f"stage {self.name!r}: no text is in a language of {', '.join(directions)} to translate")
+            raise _nothing(self.name, directions)
         check_distinct(text.name for text in found)
         return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
 
@@ -83,6 +86,8 @@ class Synthesize:
             name = f"{text.name}.{role}.{source}-{target}"
             translated = workspace.own(f"{name}.{target}")
             workspace.translate(self.model, real, translated, (source, target), config)
+            if not _says_anything(translated, workspace):
+                continue
             if role == "forward":
                 yield TextFiles(name, (source, target), (real, translated), text.lines, "target", one_way=not alike)
             else:
@@ -157,26 +162,29 @@ class CycleTranslate:
                 real = text.file_in(language)
                 if real is not None:
                     name = f"{text.name}.cycle.{pivot}-{language}"
-                    found.append(self._cycled(name, real, language, pivot, text.lines, counts, workspace))
+                    found += self._cycled(name, real, language, pivot, text.lines, counts, workspace)
         if not found:
-            raise UserError(f"stage {self.name!r}: no text is in a language of {', '.join(self.directions)}")
+            raise _nothing(self.name, self.directions)
         check_distinct(text.name for text in found)
         return Artefact("corpora", tuple(found), counts=counts)
 
     def _cycled(
         self, name: str, real: str, language: str, pivot: str, lines: int, counts: dict[str, int], workspace: Workspace
-    ) -> TextFiles:
+    ) -> Iterator[TextFiles]:
         there = workspace.own(f"{name}.{pivot}")
         workspace.translate(self.model, real, there, (language, pivot), self.decode)
+        if not _says_anything(there, workspace):
+            return
         counts["lines"] += lines
         low = self._low(name, real, language, lines, workspace)
         if not low:
-            return TextFiles(name, (pivot, language), (there, real), lines, "source")
+            yield TextFiles(name, (pivot, language), (there, real), lines, "source")
+            return
         back = self._back(name, there, language, pivot, low, workspace)
         kept = self._kept(name, real, back, language, low, counts, workspace)
         better = workspace.own(f"{name}.{language}")
         workspace.write_lines(better, (kept.get(number, line) for number, line in enumerate(workspace.lines(real))))
-        return TextFiles(name, (pivot, language), (there, better), lines, "source")
+        yield TextFiles(name, (pivot, language), (there, better), lines, "source")
 
     def _low(self, name: str, real: str, language: str, lines: int, workspace: Workspace) -> dict[int, float]:
         """Numbers and scores of the lines that may be replaced, ascending."""
@@ -227,3 +235,17 @@ class CycleTranslate:
         if chrf_metric().sentence_score(other, [line]).score < 100 * self.min_chrf:
             return "by_chrf"
         return None if is_better else "by_score"
+
+
+def _says_anything(file: str, workspace: Workspace) -> bool:
+    """Whether any line of a translation is not empty; a model that has learned little may end every line at once."""
+    found = any(line.strip() for line in workspace.lines(file))
+    if not found:
+        logger.warning("%s: every translation is empty; it is left out", file)
+    return found
+
+
+def _nothing(stage: str, directions: Sequence[str]) -> UserError:
+    return UserError(
+        f"stage {stage!r}: there is no text to translate in {', '.join(directions)}, or nothing comes of it"
+    )

@@ -90,17 +90,20 @@ class Train:
         """Trains, or goes on training."""
         data = self._data(workspace)
         if not self.per_direction:
-            model, counts = self._trained(data, "run", None, workspace)
+            model, counts = self._trained(data, "run", self._init_from(None, workspace), workspace)
             return Artefact("models", models=(model,), counts=counts)
+        data_of = self._by_direction(data)
+        # All of them before the first is trained: one that is missing is not to be noticed after days.
+        init_from = {direction: self._init_from(direction, workspace) for direction in data_of}
         trained = {
-            direction: self._trained(one, direction, direction, workspace)
-            for direction, one in self._by_direction(data).items()
+            direction: self._trained(one, direction, init_from[direction], workspace)
+            for direction, one in data_of.items()
         }
         counts = {direction: counts for direction, (_, counts) in trained.items()}
         return Artefact("models", models=tuple(model for model, _ in trained.values()), counts=counts)
 
     def _trained(
-        self, data: DataConfig, folder: str, direction: str | None, workspace: Workspace
+        self, data: DataConfig, folder: str, init_from: InitFrom | None, workspace: Workspace
     ) -> tuple[Model, dict[str, Any]]:
         run_dir = workspace.own(folder)
         results = execute(
@@ -108,7 +111,7 @@ class Train:
             workspace.path(run_dir),
             config_text=workspace.configuration,
             cache_dir=workspace.cache_dir,
-            init_from=self._init_from(direction, workspace),
+            init_from=init_from,
         )
         if not results:
             raise Interrupted(f"stage {self.name!r}")

@@ -69,11 +69,24 @@ def test_one_role_or_one_direction_alone(tmp_path):
     with pytest.raises(UserError, match="are both None"):
         Synthesize("round", "model", ("bitext",), forward=None, backward=None)
     none = Synthesize("round", "model", ("mono",), directions=("en-de",))
-    with pytest.raises(UserError, match="no text is in a language of en-de to translate"):
+    with pytest.raises(UserError, match="there is no text to translate in en-de, or nothing comes of it"):
         execute(Pipeline((MONO, MODEL, none)), tmp_path / "two", opener=model)
     other = Synthesize("round", "model", ("mono",), directions=("de-cs",))
     with pytest.raises(UserError, match="'model' has no model for de-cs; it has en-de, de-en"):
         execute(Pipeline((MONO, MODEL, other)), tmp_path / "three", opener=model)
+
+
+def test_what_says_nothing_is_left_out(tmp_path, caplog):
+    silent = StandIn(lambda source, target, line: "" if target == "en" else line)
+    stage = Synthesize("round", "model", ("bitext", "mono"), forward=GREEDY, backward=GREEDY)
+    made = execute(Pipeline((BITEXT, MONO, MODEL, stage)), tmp_path / "some", opener=opener(model=silent))["round"]
+    assert [text.name for text in made.corpora] == ["a.forward.en-de"]
+    assert "round/m.forward.de-en.en: every translation is empty; it is left out" in caplog.text
+    cycle = CycleTranslate("cycle", "model", "lm", ("mono",), ("de-en",), tau=0.0)
+    with pytest.raises(
+        UserError, match="stage 'cycle': there is no text to translate in de-en, or nothing comes of it"
+    ):
+        execute(Pipeline((MONO, MODEL, LM, cycle)), tmp_path / "none", opener=opener(model=silent))
 
 
 def test_texts_that_are_done_are_not_decoded_again(tmp_path):

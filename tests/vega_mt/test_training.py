@@ -182,6 +182,11 @@ def test_mistakes(run, asked, tmp_path):
         made(tmp_path, MONO, Train("p1", run, corpora=("mono",)))
     with pytest.raises(UserError, match="the corpora have no direction de-cs; they have en-de"):
         made(tmp_path, TEXTS, Train("p2", run, corpora=("texts",), per_direction=True, directions=("de-cs",)))
+    some = Train("p2", run, corpora=("texts",), per_direction=True, directions=("en-de",))
+    trained = len(asked)
+    with pytest.raises(UserError, match="'p2' has no single model for de-en"):
+        made(tmp_path / "some", TEXTS, some, Train("p3", run, corpora=("texts",), init_from="p2", per_direction=True))
+    assert len(asked) == trained + 1
     with pytest.raises(UserError, match="stage 'p3' needs a model, but 'texts' makes corpora"):
         made(tmp_path, TEXTS, Train("p3", run, corpora=("texts",), init_from="texts"))
     with pytest.raises(UserError, match="stage 'p5' reads texts, but 'p4' makes models"):

@@ -1,0 +1,80 @@
+"""The whole of Vega-MT at toy size, as a user starts it: every stage runs, and each can be made again as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from t5x_ext.cli.main import main
+from t5x_ext.data import Vocabulary
+
+STAGES = (
+    *("bitext", "english", "others", "dev", "test", "clean", "clean_mono", "pretrain", "lm", "cycle", "round1"),
+    *("retrain1", "finetune", "dev_lm", "near_dev", "generalise", "average", "best"),
+    *("pretrained_test", "best_test", "scores"),
+)
+# One of the four directions to the end.
+RUN = [
+    *("pipeline", "--gin_file=runs/vega_mt_tiny.gin", "--output_dir=out"),
+    *(f"--gin.{stage}/Train.directions=['en-zh']" for stage in ("finetune", "generalise")),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("vega_mt")
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def artefacts(folder: Path) -> dict[str, str]:
+    return {stage: (folder / f"out/{stage}/artefact.json").read_text() for stage in STAGES}
+
+
+def test_every_stage_runs_and_a_score_can_be_followed_to_its_texts(folder, capsys):
+    assert main([*RUN, "--stages=bitext,clean"]) == 0
+    assert main([*RUN, "--json_out=made.json"]) == 0
+    made = json.loads(Path("made.json").read_text())
+    assert tuple(made) == STAGES
+    # Three texts of 60 lines, from English in two directions, and in two roles; what a model has written is marked.
+    assert made["round1"]["counts"]["lines"] == 8 * 60
+    assert {text["synthetic"] for text in made["round1"]["corpora"]} == {"source", "target"}
+    assert {text["synthetic"] for text in made["cycle"]["corpora"]} == {"source"}
+    assert made["near_dev"]["counts"]["kept"] == pytest.approx(0.3 * made["near_dev"]["counts"]["read"], abs=2)
+    assert [model["directions"] for model in made["finetune"]["models"]] == [["en-zh"]]
+    assert Vocabulary.load("out/generalise/en-zh/vocabulary").markers == ("BT", "FT")
+    for choice in made["best"]["counts"].values():
+        assert choice["bleu"] == sorted(choice["bleu"])
+    assert set(made["scores"]["scores"]["best_test"]) == {"cldr_test.en-zh.en-zh"}
+    assert len(made["scores"]["scores"]["pretrained_test"]) == 4
+    assert "against pretrained_test, paired bootstrap" in capsys.readouterr().out
+    assert main(["pipeline", "--output_dir=out", "--audit", "--json_out=audit.json"]) == 0
+    assert [stage["stage"] for stage in json.loads(Path("audit.json").read_text())] == list(STAGES[::-1])
+
+
+def test_stages_that_are_lost_are_made_as_they_were(folder):
+    before = artefacts(folder)
+    # As a process leaves them that is killed in the midst of the first, and before the end of the others.
+    shutil.rmtree("out/round1")
+    for stage in ("cycle", "near_dev", "best_test", "scores"):
+        Path(f"out/{stage}/artefact.json").unlink()
+    Path("out/best_test/cldr_test.en-zh.en-zh.zh").unlink()
+    assert main(RUN) == 0
+    assert artefacts(folder) == before
+
+
+def test_a_changed_stage_is_refused_by_name(folder, capsys):
+    before = artefacts(folder)
+    assert main([*RUN, "--gin.CycleTranslate.tau=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "stage 'cycle' in out was made from something else: " in error
+    assert "CycleTranslate.tau" in error
+    assert "--stages=cycle,retrain1,finetune,generalise,average,best,best_test,scores" in error
+    assert artefacts(folder) == before
