@@ -9,10 +9,13 @@ trains one arm at a time, with one thread.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from absl import app, flags
 PARTS = ("sst2", "multi30k", "sharpness", "cost", "memory")
 
 _PARTS = flags.DEFINE_multi_enum("part", list(PARTS), PARTS, "what to measure")
+_ARMS = flags.DEFINE_list("arms", [], "names of the arms whose quality is measured; none: all")
 _DATA_DIR = flags.DEFINE_string("data_dir", "../shared/data", "folder with glue/SST-2-sentences and multi30k")
 _QUICK = flags.DEFINE_boolean("quick", False, "tiny sizes, made-up text: shows that everything runs, measures nothing")
 _JSON_OUT = flags.DEFINE_string(
@@ -34,11 +38,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    logging.getLogger("t5x_ext").setLevel(logging.WARNING)
     json_out = Path(_JSON_OUT.value) if _JSON_OUT.value else None
     figures = json.loads(json_out.read_text(encoding="utf-8")) if json_out and json_out.exists() else {}
     for part in _PARTS.value:
         machine = _machine()
-        figures[part] = {"machine": machine, **_measure(part)}
+        figures[part] = {"machine": machine, **_measure(part, figures)}
         machine["load_average"] = [machine["load_average"], round(os.getloadavg()[0], 1)]
         print_table(part, figures[part])
         if json_out:
@@ -47,19 +52,22 @@ def main(argv: Sequence[str]) -> None:
         draw(figures, Path(_FIGURE_OUT.value))
 
 
-def _measure(part: str) -> dict[str, Any]:
+def _measure(part: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """What a part found: JSON that at least holds `lines`, one a row of its table."""
-    import optim_arms
-
-    arms = optim_arms.ARMS
     if part in ("cost", "memory"):
         import optim_cost
 
-        # B2: cost(sizes, arms) and memory(sizes, arms), sizes being optim_cost.QUICK_SIZES or optim_cost.SIZES;
-        # optim_cost.draw(figures, folder) draws the parts that figures holds.
         sizes = optim_cost.QUICK_SIZES if _QUICK.value else optim_cost.SIZES
-        return getattr(optim_cost, part)(sizes, arms)
-    raise app.UsageError(f"{part} is not measured yet")
+        return getattr(optim_cost, part)(sizes)
+    import optim_arms
+    import optim_quality
+
+    arms = [optim_arms.by_name(name) for name in _ARMS.value] or optim_arms.ARMS
+    with tempfile.TemporaryDirectory() as folder:
+        if not _QUICK.value:
+            return optim_quality.measure(part, optim_quality.SIZES, arms, Path(_DATA_DIR.value), figures)
+        optim_quality.made_up_data(Path(folder))
+        return optim_quality.measure(part, optim_quality.QUICK_SIZES, arms, Path(folder), figures)
 
 
 def print_table(part: str, found: dict[str, Any]) -> None:
@@ -78,16 +86,17 @@ def draw(figures: dict[str, Any], folder: Path) -> None:
         import optim_cost
 
         optim_cost.draw(figures, folder)
+    import optim_pictures
+
+    optim_pictures.draw(figures, folder)
 
 
 def _machine() -> dict[str, Any]:
-    import jax
-
     return {
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),
         "python": sys.version.split()[0],
-        "jax": jax.__version__,
+        "jax": importlib.metadata.version("jax"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The optimizers that bench_optim.py compares, each with what it needs to stand in any of the parts."""
+"""The optimizers whose quality bench_optim.py compares."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import NamedTuple
 import optax
 
 from t5x_ext import optim
-from t5x_ext.contracts import Accumulator, PyTree
+from t5x_ext.contracts import PyTree, UserError
+from t5x_ext.optim.flora import Output
 
 MIN_DIM = 64
-"""Matrices with a shorter side stay whole: small enough for the models that train here, the width of a head in others."""
+"""Matrices with a shorter side stay whole. The models that train here are 64 and 128 wide."""
 
 RHO = 0.05
-MASK_UPDATE_INTERVAL = 10
-"""The paper's 100 would leave a run of some hundred updates with two masks."""
+"""Of SAM and FSAM, as in the papers."""
+
+INTERVAL = 50
+"""Updates between masks and between projections: runs here have some hundred, the papers' have thousands."""
 
 
 class Arm(NamedTuple):
@@ -24,71 +27,106 @@ class Arm(NamedTuple):
     Attributes:
       name: in tables and figures.
       make: `(learning_rate, axes) -> optimizer`, the rate a number or a schedule, the axes those of `logical_axes`.
-      family: arms of one family stand side by side, at several ranks.
+      rates: learning rates to choose from.
+      family: arms of one family stand side by side.
       rank: of what is compressed or approximated; None where nothing is.
-      pulls: the callable of the training step that its update evaluates, if any.
-      accumulator: how gradients of microbatches add up.
+      rate_of: the arm that it adds something to, whose learning rate it takes; None: it has one chosen for itself.
+      counterpart: the arm that a gap is measured to.
     """
 
     name: str
     make: Callable[[optax.ScalarOrSchedule, PyTree], optax.GradientTransformation]
+    rates: tuple[float, ...]
     family: str
     rank: int | None = None
-    pulls: str | None = None
-    accumulator: Callable[[], Accumulator] = optim.mean_accumulator
+    rate_of: str | None = None
+    counterpart: str | None = None
 
 
-def flora(rank: int, resample_every: int = 100) -> Arm:
-    """Flora; a run of some hundred updates changes the projection every 100 rather than every 1,000."""
+_ABSOLUTE = (1e-3, 3e-3, 1e-2)
+_RELATIVE = (1e-2, 3e-2, 1e-1)
+_MOMENTUM = "adafactor momentum"
+
+
+def flora(rank: int, variant: str = "", resample_every: int = INTERVAL, output: Output = "mixed") -> Arm:
+    """Flora, to be held against Adafactor with momentum: the same but for the compression."""
     return Arm(
-        f"flora {rank}",
+        f"flora {rank} {variant}".rstrip(),
         lambda rate, axes: optim.flora(
-            rate, rank, resample_every=resample_every, min_dim_size_to_compress=MIN_DIM, axes=axes
+            rate, rank, resample_every=resample_every, output=output, min_dim_size_to_compress=MIN_DIM, axes=axes
         ),
-        "flora",
+        _RELATIVE,
+        f"flora {variant}".rstrip(),
         rank,
+        rate_of=_MOMENTUM,
+        counterpart=_MOMENTUM,
     )
 
 
-def ginger(rank: int, curvature_every: int = 1) -> Arm:
-    """Ginger, by default with curvature every step."""
+def ginger(rank: int) -> Arm:
+    """Ginger with curvature every step and a damping that leaves room for it."""
     return Arm(
-        f"ginger {rank}" + (f" every {curvature_every}" if curvature_every > 1 else ""),
-        lambda rate, axes: optim.ginger(rate, rank, curvature_every=curvature_every, axes=axes),
+        f"ginger {rank}",
+        lambda rate, axes: optim.ginger(rate, rank, axes=axes),
+        (1e-2, 3e-2, 1e-1),
         "ginger",
         rank,
-        "curvature_grad_fn",
     )
 
 
-def adafactor(b1: float | None) -> Arm:
-    """The uncompressed counterpart of Flora: the same body around ordinary momentum, or around none."""
+def ginger_reference(rank: int) -> Arm:
+    """Ginger with the authors' settings, which cut nearly every entry of the update to the same size."""
     return Arm(
-        "adafactor" if b1 is None else "adafactor momentum",
-        lambda rate, axes: optim.flora(
-            rate, 1, b1 or 0.0, min_dim_size_to_compress=MIN_DIM, axes=axes, compressible=lambda name: False
-        ),
+        f"ginger reference {rank}",
+        lambda rate, axes: optim.ginger_reference(rate, rank, axes=axes),
+        (3e-4, 1e-3, 3e-3),
+        "ginger reference",
+        rank,
+        rate_of="ginger reference 4" if rank != 4 else None,
+    )
+
+
+def adafactor(name: str, b1: float | None) -> Arm:
+    """Adafactor, with momentum or without."""
+    return Arm(
+        name,
+        lambda rate, axes: optim.adafactor(rate, b1, min_dim_size_to_factor=MIN_DIM, axes=axes),
+        _RELATIVE,
         "adafactor",
     )
 
 
-ADAM = Arm("adam", lambda rate, axes: optim.adam(rate), "adam")
-SAM = Arm("sam", lambda rate, axes: optim.sam(optim.adam(rate), RHO), "sam", pulls="grad_fn")
+ADAM = Arm("adam", lambda rate, axes: optim.adam(rate), _ABSOLUTE, "adam")
+SAM = Arm("sam", lambda rate, axes: optim.sam(optim.adam(rate), RHO), _ABSOLUTE, "sam", rate_of="adam")
 FSAM = Arm(
     "fsam",
-    lambda rate, axes: optim.fsam(optim.adam(rate), RHO, mask_update_interval=MASK_UPDATE_INTERVAL),
+    lambda rate, axes: optim.fsam(optim.adam(rate), RHO, mask_update_interval=INTERVAL),
+    _ABSOLUTE,
     "sam",
-    pulls="grad_fn",
+    rate_of="adam",
 )
-FIXED = flora(16, resample_every=10**6)._replace(name="flora 16 fixed", family="fixed")
-"""One projection for the whole run: what drawing anew is worth."""
 
 ARMS = (
     ADAM,
-    adafactor(None),
-    adafactor(0.9),
+    adafactor("adafactor", None),
+    adafactor(_MOMENTUM, 0.9),
     SAM,
     FSAM,
     *map(flora, (4, 16, 32)),
-    *map(ginger, (1, 4, 16)),
+    flora(16, "fixed", resample_every=10**6),  # one projection for a whole run: what is drawing anew worth?
+    flora(16, "projected", output="projected"),  # as the paper has it
+    ginger(4),
+    *map(ginger_reference, (1, 4, 16)),
 )
+
+
+def by_name(name: str) -> Arm:
+    """The arm of this name.
+
+    Raises:
+      UserError: if there is none.
+    """
+    for arm in ARMS:
+        if arm.name == name:
+            return arm
+    raise UserError(f"no arm is called {name!r}; there are {', '.join(arm.name for arm in ARMS)}")
