@@ -15,11 +15,13 @@ on the command line) it is deleted and made anew.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -179,7 +181,8 @@ def execute(
         if status.state != "finished":
             if only and stage.name not in only:
                 raise UserError(f"stage {stage.name!r} has not finished; add it to --stages, or run it first")
-            _run(stage, folder, texts.get(stage.name, ""), opener, anew=status.state == "changed")
+            with _room(folder):
+                _run(stage, folder, texts.get(stage.name, ""), opener, anew=status.state == "changed")
             write_manifest(folder, names)
         shutil.rmtree(folder / stage.name / SCRATCH, ignore_errors=True)
         artefact = read_artefact(folder, stage.name)
@@ -188,6 +191,19 @@ def execute(
     # Once more: a process may have been killed between a stage's last file and the manifest.
     write_manifest(folder, names)
     return artefacts
+
+
+@contextmanager
+def _room(output_dir: Path) -> Iterator[None]:
+    """Says in one line that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{error.filename or output_dir}: {error.strerror}; make room, the same command goes on"
+        ) from error
 
 
 def _check_names(pipeline: Pipeline, only: Sequence[str]) -> None:

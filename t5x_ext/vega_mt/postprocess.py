@@ -10,6 +10,8 @@ import re
 import string
 from collections.abc import Callable
 
+from t5x_ext.data.filters.text import base_language
+
 _TO_FULL_WIDTH = 0xFEE0
 """From an ASCII character to its full-width form."""
 
@@ -41,7 +43,7 @@ def widen_punctuation(line: str, language: str) -> str:
     >>> widen_punctuation("Hello, world.", "zh")
     'Hello, world.'
     """
-    symbols = _SYMBOLS.get(_base(language))
+    symbols = _SYMBOLS.get(base_language(language))
     if symbols is None or not _CJK.search(line):
         return line
     line = _FINAL_STOP.sub(r"。\1", _BRACKETS.sub(_widened_brackets, line))
@@ -59,10 +61,6 @@ def _widened_brackets(match: re.Match[str]) -> str:
     line, inside = match.string, match[1]
     beside = line[: match.start()].rstrip(" ")[-1:], line[match.end() :].lstrip(" ")[:1], inside[:1], inside[-1:]
     return f"（{inside}）" if any(map(_CJK.match, beside)) else match[0]
-
-
-def _base(language: str) -> str:
-    return language.replace("_", "-").partition("-")[0].lower()
 
 
 def narrow_punctuation(line: str) -> str:
@@ -98,7 +96,7 @@ def widen_as_released(line: str) -> str:
 
 POSTPROCESSORS: dict[str, Callable[[str, str], str]] = {
     "widths": widen_punctuation,
-    "released": lambda line, language: widen_as_released(line) if _base(language) == "zh" else line,
+    "released": lambda line, language: widen_as_released(line) if base_language(language) == "zh" else line,
     "none": lambda line, language: line,
 }
 """By name, from a translation and its language to what readers get."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data.filters import normalize_punctuation, unescape_entities
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test
 from t5x_ext.vega_mt.artefact import Artefact, TextFiles
@@ -27,6 +28,8 @@ class Translate:
       texts: stages of pairs, one side of which is translated and the other kept as its reference.
       directions: those that are translated; empty: all of the model.
       decode: how.
+      normalize: whether the punctuation of what is translated gets the form that `Clean` gives to what is learned from
+        (`data.filters.normalize_punctuation`).
       postprocess: how the punctuation of Chinese and Japanese is written, see `postprocess.POSTPROCESSORS`.
     """
 
@@ -35,6 +38,7 @@ class Translate:
     texts: tuple[str, ...]
     directions: tuple[str, ...] = ()
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    normalize: bool = True
     postprocess: Literal["widths", "released", "none"] = "widths"
 
     def inputs(self) -> tuple[str, ...]:
@@ -66,11 +70,22 @@ class Translate:
         name = f"{text.name}.{source}-{target}"
         raw, output = workspace.scratch(f"{name}.{target}"), workspace.own(f"{name}.{target}")
         if not os.path.exists(workspace.path(output)):
-            workspace.translate(self.model, input_file, raw, (source, target), self.decode)
+            plain = self._normalized(input_file, workspace.scratch(f"{name}.{source}"), source, workspace)
+            workspace.translate(self.model, plain, raw, (source, target), self.decode)
             finish = POSTPROCESSORS[self.postprocess]
             workspace.write_lines(output, (finish(line, target) for line in workspace.lines(raw)))
         files = (input_file, output)
         return TextFiles(name, (source, target), files, text.lines, "target", one_way=True, reference=reference)
+
+    def _normalized(self, input_file: str, output_file: str, language: str, workspace: Workspace) -> str:
+        """The file that is translated."""
+        if not self.normalize:
+            return input_file
+        workspace.write_lines(
+            output_file,
+            (normalize_punctuation(unescape_entities(line), language) for line in workspace.lines(input_file)),
+        )
+        return output_file
 
 
 class _Row(NamedTuple):

@@ -142,14 +142,12 @@ class Workspace:
     def write_aligned(self, files: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
         """Writes texts of equally many lines, whole or not at all; how many lines each has."""
         drafts = [Path(self.path(f"{file}.draft")) for file in files]
-        count = 0
-        with ExitStack() as stack:
-            sinks = [stack.enter_context(draft.open("w", encoding="utf-8", newline="\n")) for draft in drafts]
-            stack.callback(_flush, sinks)
-            for row in rows:
-                count += 1
-                for sink, line in zip(sinks, row, strict=True):
-                    sink.write(f"{line}\n")
+        try:
+            count = _write(drafts, rows)
+        except Exception:
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
+            raise
         for draft, file in zip(drafts, files):
             draft.replace(self.path(file))
         return count
@@ -190,6 +188,18 @@ class Workspace:
                     os.fsync(sink.fileno())
             part.replace(output)
         return [float(line) for line in read_lines(str(output))]
+
+
+def _write(paths: Sequence[Path], rows: Iterable[Sequence[str]]) -> int:
+    count = 0
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths]
+        for row in rows:
+            count += 1
+            for sink, line in zip(sinks, row, strict=True):
+                sink.write(f"{line}\n")
+        _flush(sinks)
+    return count
 
 
 def _flush(sinks: Sequence[TextIO]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from t5x_ext.vega_mt import (
     audit,
     execute,
     status_of,
+    workspace,
 )
 
 
@@ -272,6 +274,19 @@ def test_what_a_stage_refuses_leaves_it_unfinished(corpus, tmp_path, monkeypatch
             execute(stages(corpus), tmp_path / "out")
     assert status_of(Upper("upper", "texts"), tmp_path / "out").state == "unfinished"
     assert list(json.loads((tmp_path / "out/manifest.json").read_text())["stages"]) == ["texts"]
+
+
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on(whole, corpus, tmp_path, monkeypatch):
+    def full(sinks):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "_flush", full)
+        with pytest.raises(UserError, match="out: No space left on device; make room, the same command goes on"):
+            execute(stages(corpus), tmp_path / "out", configurations=texts_for())
+    assert contents(tmp_path / "out") == {}
+    execute(stages(corpus), tmp_path / "out", configurations=texts_for())
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,18 @@ def test_both_sides_are_translated_and_finished_in_the_way_of_their_language(tmp
     assert read(tmp_path, "out/t.zh-en.en") == [row[0] for row in ROWS]
 
 
+def test_what_is_translated_gets_the_punctuation_of_what_was_learned_from(tmp_path):
+    quoted = Given("test", texts=(("t", ("en", "zh"), (("“one” – two &amp; …", "x"),)),))
+    seen = []
+    model = StandIn(lambda source, target, line: (seen.append(line), "y")[1])
+    for name, normalize in (("plain", True), ("raw", False)):
+        stage = Translate("out", "model", ("test",), directions=("en-zh",), normalize=normalize)
+        made = execute(Pipeline((quoted, MODEL, stage)), tmp_path / name, opener=opener(model=model))["out"]
+        # What is kept beside the translation is what there was.
+        assert read(tmp_path / name, made.corpora[0].files[0]) == ["“one” – two &amp; …"]
+    assert seen == ['"one" - two & ...', "“one” – two &amp; …"]
+
+
 @pytest.mark.parametrize(("name", "line"), [("none", ROWS[0][1]), ("released", "这是第0行，好．")])
 def test_other_ways_to_finish(tmp_path, name, line):
     stage = Translate("out", "model", ("test",), directions=("en-zh",), postprocess=name)
