@@ -14,6 +14,15 @@ from nbformat.v4 import new_code_cell
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MUST_HOLD = {
     "01_translate_in_ten_minutes": "scores.bleu.value > 80 and scores.num_lines == 100",
+    "04_fsam_flora_ginger": (
+        "curvature['gradient descent'] > 10 and all(c < 5 for name, c in curvature.items() if 'SAM' in name)"
+        " and abs(rank_8 / (65 / 8) - 1) < 0.15 and abs(slow[0] / exact[0] - 1) < 0.1"
+        " and curves['Ginger, rank 4'][-1] - least < 0.1 * (curves['Ginger, rank 1'][-1] - least)"
+        " and memory[2048]['flora, rank 128'] < 0.05 * memory[2048]['adam']"
+        " and max(sharpness[name, 'held out'] for name in ('SAM', 'FSAM')) < sharpness['Adam', 'held out']"
+        " and sum(chosen.values()) == sum(total.values()) // 10"
+        " and by_rank[2] > by_rank[8] > by_rank[32] > uncompressed"
+    ),
     "05_plan_a_tpu_run": (
         "small.fits and large.fits and best.fits and best.roofline.serial <= large.roofline.serial"
         " and min(memory, key=lambda name: sum(memory[name].values())) == f'fsdp {count}'"
