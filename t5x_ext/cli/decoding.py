@@ -34,6 +34,13 @@ def define_model_flags(values: flags.FlagValues) -> None:
     about = "code, as de or zh; may be left out where the model has one direction that fits"
     flags.DEFINE_string("source_language", None, about, flag_values=values)
     flags.DEFINE_string("target_language", None, about, flag_values=values)
+    flags.DEFINE_integer(
+        "mesh_fsdp", 1, "devices of this process among which the weights are cut along their width; what devices "
+        "are left decode lines of their own with weights of their own", lower_bound=1, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "mesh_tensor", 1, "devices among which single matrices are cut and stay cut", lower_bound=1, flag_values=values
+    )
     define_compile_cache_flag(values)
 
 
@@ -89,18 +96,26 @@ def decode_config(values: flags.FlagValues) -> DecodeConfig:
 
 
 def open_translator(values: flags.FlagValues) -> Translator:
-    """The model of `--run_dir`, after checking that it knows the direction asked for.
+    """The model of `--run_dir` on the devices of this process, after checking that it knows the direction asked for.
 
     Raises:
-      UserError: for a folder that holds no whole run, an unknown language, a direction that the model does not have.
+      UserError: for a folder that holds no whole run, an unknown language, a direction that the model does not have, or
+        a mesh that does not fit the devices.
     """
     keep_compiled_programs(values)
+    import jax
+
     from t5x_ext.decode import Translator
+    from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh
 
     for language in (values.source_language, values.target_language):
         if language:
             known_language(language)
-    translators = [Translator.from_run(run_dir, values.checkpoint) for run_dir in (values.run_dir, *values.ensemble)]
+    mesh = make_mesh(MeshConfig(fsdp=values.mesh_fsdp, tensor=values.mesh_tensor), jax.local_devices())
+    translators = [
+        Translator.from_run(run_dir, values.checkpoint, mesh, fsdp_tensor())
+        for run_dir in (values.run_dir, *values.ensemble)
+    ]
     translator = Translator.ensemble(translators, values.ensemble_average) if values.ensemble else translators[0]
     translator.resolve(values.source_language, values.target_language)
     return translator

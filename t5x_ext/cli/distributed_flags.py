@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
 
 from absl import flags
-
-if TYPE_CHECKING:
-    from t5x_ext.parallel import DistributedConfig
 
 _KINDS = ("none", "auto", "tpu", "gke", "slurm", "explicit")
 
@@ -30,14 +27,23 @@ def define_distributed_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
-def distributed_from_flags(values: flags.FlagValues) -> DistributedConfig:
-    """What the flags say."""
-    from t5x_ext.parallel import DistributedConfig
+def join_processes(values: flags.FlagValues) -> bool:
+    """Joins the other processes of the command, where there are any; whether this is the one that speaks for all.
 
-    return DistributedConfig(
-        values.distributed,
-        values.coordinator_address,
-        values.num_processes,
-        values.process_id,
-        values.initialization_timeout,
+    Raises:
+      UserError: for flags that describe no place among processes, or others that do not come.
+    """
+    from t5x_ext.parallel import DistributedConfig, initialize_distributed, is_primary
+
+    initialize_distributed(
+        DistributedConfig(
+            values.distributed,
+            values.coordinator_address,
+            values.num_processes,
+            values.process_id,
+            values.initialization_timeout,
+        )
     )
+    if not is_primary():
+        logging.getLogger("t5x_ext").setLevel(logging.WARNING)
+    return is_primary()

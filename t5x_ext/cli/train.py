@@ -11,7 +11,6 @@ example: t5x_ext train --gin_file=runs/multi30k_en_de.gin --run_dir=out --gin.Ru
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
-from t5x_ext.cli.distributed_flags import define_distributed_flags, distributed_from_flags
+from t5x_ext.cli.distributed_flags import define_distributed_flags, join_processes
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
@@ -70,7 +69,7 @@ def main(values: flags.FlagValues) -> int:
         raise UsageError("--keep_optimizer goes with --init_from")
     # Before anything touches a device: reading gin files may.
     _restore_environment(values)
-    primary = _join(values)
+    primary = join_processes(values)
     keep_compiled_programs(values)
     run, text = run_from_flags(values)
     init_from = _init_from(values, run)
@@ -109,16 +108,6 @@ def _restore_environment(values: flags.FlagValues) -> None:
     wanted = values.deterministic or _DETERMINISTIC in recorded.get("xla_flags", "")
     if wanted and _DETERMINISTIC not in given:
         os.environ["XLA_FLAGS"] = f"{given} {_DETERMINISTIC}".strip()
-
-
-def _join(values: flags.FlagValues) -> bool:
-    """Joins the other processes of the run, where there are any; whether this is the one that speaks for all."""
-    from t5x_ext.parallel import initialize_distributed, is_primary
-
-    initialize_distributed(distributed_from_flags(values))
-    if not is_primary():
-        logging.getLogger("t5x_ext").setLevel(logging.WARNING)
-    return is_primary()
 
 
 def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:

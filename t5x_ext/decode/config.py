@@ -35,7 +35,8 @@ class DecodeConfig:
     """Tokens of encoder input, tag and end included; longer lines are cut at their end, counted in the log."""
     batch_tokens: int | None = None
     """Padded source tokens of a batch: rows times the bucket's length. None: 512 on a CPU, where a large batch only
-    waits for its longest sentence, and 8192 on an accelerator, which needs many rows to be busy."""
+    waits for its longest sentence, and 8192 on an accelerator, which needs many rows to be busy. Every copy of the
+    model has so many, so that a batch of a mesh has them times its axes `slices` and `data`."""
     temperature: float = 1.0
     top_k: int = 0
     """Sampling keeps the k most probable tokens; 0 keeps all."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_ext.contracts import Params, PyTree
-from t5x_ext.models import EncoderDecoder, TransformerConfig
+from t5x_ext.models import EncoderDecoder, Placement, TransformerConfig
 
 Combine = Literal["log_prob", "probability"]
 
@@ -48,6 +48,11 @@ class Ensemble:
     def config(self) -> TransformerConfig:
         """Sizes and switches of a member."""
         return self.model.config
+
+    @property
+    def placement(self) -> Placement:
+        """Where a member's arrays lie."""
+        return self.model.placement
 
     def apply(self, variables: dict[str, Params], *arguments: Any, method: str) -> Any:
         """As `EncoderDecoder.apply`, deterministic, for the methods that decoding and scoring call.

@@ -5,38 +5,41 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
+import jax
 from tqdm import tqdm
 
-from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import UserError
 from t5x_ext.data.parallel_text import read_lines
 from t5x_ext.decode.config import DecodeConfig
+from t5x_ext.decode.parts import Parts
 from t5x_ext.decode.translator import Hypothesis, Translator
+from t5x_ext.parallel import is_primary
 
 CHUNK_LINES = 4096
 """Lines sorted by length together and finished together."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 class FileReport(NamedTuple):
-    """What a file translation did, this process alone."""
+    """What a file translation did, all its processes together."""
 
     lines: int
     """Lines translated."""
     resumed_lines: int
-    """Lines that an earlier, interrupted process had translated."""
+    """Lines that earlier, interrupted processes had translated."""
     target_tokens: int
     """Tokens of the best translations, ends of sentence and forced prefixes included."""
     seconds: float
-    """Wall time, compilation included."""
+    """Wall time of the slowest process, compilation included."""
+    processes: int
+    """How many processes translated."""
 
     @property
     def sentences_per_second(self) -> float:
@@ -62,10 +65,16 @@ def translate_file(
 ) -> FileReport:
     """Translates a file line by line; n lines in are n lines out, in order.
 
-    Finished chunks go to `<output>.part`, and `<output>.progress` says how much of it is whole and what it was made
-    from: input, options and model. A process that starts again on the same after being killed goes on where the other
-    stopped, and ends with the same bytes; one that starts on anything else starts over. `output_path` appears at the
-    end, whole, by one rename.
+    Finished chunks are kept in the folder `<output>.parts`, together with what they were made from: input, options and
+    model. Processes that start again on the same after being killed go on with the chunks that are missing, and end
+    with the same bytes; on anything else they start over. `output_path` appears at the end, whole, by one rename.
+
+    The processes of a run that `parallel.initialize_distributed` has joined share the chunks out among them; each needs
+    a translator on devices of its own (`make_mesh(config, jax.local_devices())`), and all of them one file system. They
+    exchange nothing while they translate, and may be more or fewer than those that were killed.
+
+    Where a line is cut from its neighbours depends on `chunk_lines` alone, and sampling draws by line numbers: neither
+    processes nor restarts change the output.
 
     Args:
       translator: opened model.
@@ -76,10 +85,11 @@ def translate_file(
       target_language: see there.
       config: see there.
       chunk_lines: at most so many lines are sorted, translated and written together.
-      show_progress: a progress bar on standard error.
+      show_progress: a progress bar on standard error, about the lines of process 0, which shows it.
 
     Raises:
-      UserError: for a missing or empty input, bytes that are not UTF-8, or an unknown direction; nothing is written.
+      UserError: for a missing or empty input, bytes that are not UTF-8, or an unknown direction, and nothing is
+        written; where processes do not agree about the work.
     """
     start = time.monotonic()
     config = config or DecodeConfig()
@@ -97,26 +107,20 @@ def translate_file(
         "model": translator.fingerprint(),
         "chunks": [num_lines, len(chunks)],
     }
-    part, sidecar = output.with_name(output.name + ".part"), output.with_name(output.name + ".progress")
-    done = _Progress.read(sidecar, part, work)
-    lines = itertools.islice(read_lines(source), done.lines, None)
-    tokens, finished = 0, done.lines
-    with (
-        part.open("r+b" if done.lines else "wb") as sink,
-        tqdm(total=num_lines, initial=done.lines, unit="line", disable=not show_progress) as bar,
-    ):
-        sink.truncate(done.bytes)
-        sink.seek(done.bytes)
-        for size in _remaining(chunks, done.lines):
-            chunk = list(itertools.islice(lines, size))
-            results = translator.translate_n_best(chunk, *direction, config, bar.update, first_line=finished)
+    parts = Parts(output, work, len(chunks))
+    missing = parts.missing()
+    own = missing[jax.process_index() :: jax.process_count()]
+    lines, tokens = sum(chunks[index] for index in own), 0
+    with tqdm(total=lines, unit="line", disable=not (show_progress and is_primary())) as bar:
+        for index, first, chunk in _read_chunks(source, chunks, set(own)):
+            results = translator.translate_n_best(chunk, *direction, config, bar.update, first_line=first)
             tokens += sum(hypotheses[0].num_tokens for hypotheses in results)
-            _append(sink, "".join(format_results(results, finished, config.n_best)))
-            finished += size
-            write_json(sidecar, _Progress(finished, sink.tell())._asdict() | {"work": work})
-    os.replace(part, output)
-    sidecar.unlink()
-    return FileReport(num_lines - done.lines, done.lines, tokens, time.monotonic() - start)
+            parts.write(index, "".join(format_results(results, first, config.n_best)))
+    told = parts.finish({"lines": lines, "tokens": tokens, "seconds": time.monotonic() - start})
+    total = lambda name: int(sum(counts[name] for counts in told))
+    resumed = num_lines - sum(chunks[index] for index in missing)
+    seconds = max(counts["seconds"] for counts in told)
+    return FileReport(total("lines"), resumed, total("tokens"), seconds, len(told))
 
 
 def translate_stream(
@@ -149,32 +153,6 @@ def format_results(results: Iterable[list[Hypothesis]], first_line: int, n_best:
             yield from (f"{number} ||| {found.text} ||| {found.score:.6f}\n" for found in hypotheses)
 
 
-class _Progress(NamedTuple):
-    """How much of the part file is whole."""
-
-    lines: int
-    bytes: int
-
-    @classmethod
-    def read(cls, sidecar: Path, part: Path, work: dict[str, Any]) -> _Progress:
-        """What an earlier process on the same work finished; nothing where there was none, or on other work."""
-        try:
-            record = json.loads(sidecar.read_text())
-            done = cls(int(record["lines"]), int(record["bytes"]))
-            if record["work"] == work and part.stat().st_size >= done.bytes:
-                return done
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return cls(0, 0)
-
-
-def _append(sink: BinaryIO, text: str) -> None:
-    """Writes down to the disk, so that what the progress file counts is there even after a power cut."""
-    sink.write(text.encode())
-    sink.flush()
-    os.fsync(sink.fileno())
-
-
 def decode_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
     """Lines of an open stream of UTF-8 bytes, without their ends; `name` is for the message.
 
@@ -203,6 +181,10 @@ def _equal_chunks(num_lines: int, chunk_lines: int) -> list[int]:
     return [num_lines // count + (index < num_lines % count) for index in range(count)]
 
 
-def _remaining(chunks: list[int], done_lines: int) -> list[int]:
-    starts = itertools.accumulate(chunks, initial=0)
-    return [size for start, size in zip(starts, chunks) if start >= done_lines]
+def _read_chunks(path: str, sizes: Sequence[int], wanted: Set[int]) -> Iterator[tuple[int, int, list[str]]]:
+    """Number, first line's number and lines of each chunk that is wanted, in order."""
+    lines, starts = read_lines(path), itertools.accumulate(sizes, initial=0)
+    for index, (start, size) in enumerate(zip(starts, sizes)):
+        chunk = list(itertools.islice(lines, size))
+        if index in wanted:
+            yield index, start, chunk

@@ -7,13 +7,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder, check_structure
 from t5x_ext.contracts import Params, UserError, path_name
@@ -24,7 +25,9 @@ from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
 from t5x_ext.decode.programs import decode_batch
 from t5x_ext.decode.scoring import Score, label_log_probs
-from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
+from t5x_ext.models import UNPLACED, EncoderDecoder, TransformerConfig, init_params, logical_axes
+from t5x_ext.parallel import AxisRules, MeshPlacement, tree_shardings
+from t5x_ext.parallel.batches import batch_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,9 @@ class Translator:
 
     Lines are sorted by length into batches of few shapes, and come back in their order, one for one. A line without
     tokens (empty, or white space) is not given to the model: its translation is the empty line.
+
+    Where the model has a `MeshPlacement`, rows of a batch are cut over `BATCH_AXES` of its mesh. Devices decide the
+    rounding of scores, and nothing else.
     """
 
     def __init__(
@@ -68,7 +74,8 @@ class Translator:
 
         Args:
           model: the module that computes, or an ensemble.
-          params: its parameters; NumPy arrays go to the default device, JAX arrays stay where they are.
+          params: its parameters; NumPy arrays go where the model's placement wants them, or else to the default
+            device; JAX arrays stay where they are.
           vocabulary: whose ids the model was trained on.
           tags: where language tags stand.
           directions: what the model was trained for, such as `("en-de", "de-en")`.
@@ -84,13 +91,19 @@ class Translator:
         one = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
         check_structure(params, member_shapes(model, one), where="the checkpoint")
         self.model = model
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.params = _placed(model, params)
         self.vocabulary = vocabulary
         self.tags = tags
         self.directions = tuple(directions)
 
     @classmethod
-    def from_run(cls, run_dir: epath.PathLike, checkpoint: str | int = "best") -> Translator:
+    def from_run(
+        cls,
+        run_dir: epath.PathLike,
+        checkpoint: str | int = "best",
+        mesh: Mesh | None = None,
+        axis_rules: AxisRules | None = None,
+    ) -> Translator:
         """Opens a run folder; reads its JSON, its vocabulary and the weights of one checkpoint, nothing else.
 
         The moving average of the weights is taken where the run kept one.
@@ -98,13 +111,16 @@ class Translator:
         Args:
           run_dir: local or remote folder.
           checkpoint: `best`, `last` or a step.
+          mesh: the devices to decode on, which may be others than those of the training; None: the default device.
+          axis_rules: how the weights are cut over the mesh; None: every device has all of them.
 
         Raises:
           UserError: where the folder is not that of a run, has no such checkpoint, or its parts do not fit.
         """
         run = RunFolder(run_dir)
         record = run.read_model()
-        model = EncoderDecoder(TransformerConfig.from_json(record.model))
+        placement = UNPLACED if mesh is None else MeshPlacement(mesh, axis_rules or AxisRules())
+        model = EncoderDecoder(TransformerConfig.from_json(record.model), placement=placement)
         vocabulary = Vocabulary.load(str(run.vocabulary))
         if vocabulary.fingerprint() != record.vocabulary:
             raise UserError(f"{run.vocabulary} is not the vocabulary that this model was trained with; restore it")
@@ -150,7 +166,8 @@ class Translator:
 
     @cached_property
     def _fingerprint(self) -> str:
-        parts = (repr(self.model), self.vocabulary.fingerprint(), repr(self.tags), repr(self.directions))
+        # Where arrays lie decides nothing.
+        parts = (repr(_unplaced(self.model)), self.vocabulary.fingerprint(), repr(self.tags), repr(self.directions))
         digest = hashlib.sha256("\n".join(parts).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             digest.update(path_name(path).encode())
@@ -209,7 +226,7 @@ class Translator:
         filled = [index for index, source in enumerate(sources) if source]
         if progress and len(filled) < len(lines):
             progress(len(lines) - len(filled))
-        for batch in plan_batches([len(sources[index]) for index in filled], config.batch_tokens):
+        for batch in plan_batches([len(sources[index]) for index in filled], config.batch_tokens, self._mesh):
             indices = [filled[member] for member in batch.indices]
             batch_sources = [sources[index] for index in indices]
             line_ids = [first_line + index for index in indices]
@@ -268,12 +285,15 @@ class Translator:
         """`score` on token ids: whole encoder inputs and whole decoder labels, tags and ends included."""
         results: list[Score] = [Score(())] * len(inputs)
         longest = [max(len(source), len(target)) for source, target in zip(inputs, labels)]
-        for batch in plan_batches(longest, batch_tokens):
+        for batch in plan_batches(longest, batch_tokens, self._mesh):
             source, source_lengths = pad([inputs[i] for i in batch.indices], batch.rows, batch.length)
             target, target_lengths = pad([labels[i] for i in batch.indices], batch.rows, batch.length)
             log_probs = _fetch(
                 label_log_probs(
-                    self.model, self.params, source, source_lengths, target, target_lengths, self.vocabulary.eos_id
+                    self.model,
+                    self.params,
+                    *self._cut(source, source_lengths, target, target_lengths),
+                    self.vocabulary.eos_id,
                 )
             )
             for row, index in enumerate(batch.indices):
@@ -303,11 +323,7 @@ class Translator:
         found = decode_batch(
             self.model,
             self.params,
-            tokens,
-            lengths,
-            np.tile(np.asarray(prefix, np.int32), (batch.rows, 1)),
-            max_lengths,
-            row_ids,
+            *self._cut(tokens, lengths, np.tile(np.asarray(prefix, np.int32), (batch.rows, 1)), max_lengths, row_ids),
             jax.random.key(config.seed),
             eos_id=self.vocabulary.eos_id,
             max_length=len(prefix) + config.max_target_length(batch.length),
@@ -316,6 +332,18 @@ class Translator:
         )
         token_ids, ends, scores = (_fetch(leaf)[: len(sources)] for leaf in found)
         return [self._hypotheses(token_ids[row], ends[row], scores[row], len(prefix)) for row in range(len(sources))]
+
+    def _cut(self, *arrays: np.ndarray) -> Sequence[Any]:
+        """Arrays of a batch, rows first, with their rows cut over the mesh, if there is one."""
+        if self._mesh is None:
+            return arrays
+        sharding = batch_sharding(self._mesh)
+        return [jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for array in arrays]
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        placement = self.model.placement
+        return placement.mesh if isinstance(placement, MeshPlacement) else None
 
     def _hypotheses(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, prefix: int) -> list[Hypothesis]:
         found = [rank for rank in range(len(lengths)) if lengths[rank] > 0]
@@ -366,6 +394,25 @@ class Translator:
         if len(splits) != 1 and len(known) != 1:
             raise UserError(f"direction {name!r}: cannot tell its two languages apart; write codes with '_', not '-'")
         return splits[0] if len(splits) == 1 else known[0]
+
+
+def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:
+    """Parameters as JAX arrays, NumPy arrays placed as the model wants them."""
+    placement = model.placement
+    if not isinstance(placement, MeshPlacement):
+        return jax.tree.map(jnp.asarray, params)
+    axes = logical_axes(model.config)
+    if isinstance(model, Ensemble):
+        axes = jax.tree.map(lambda names: (None, *names), axes, is_leaf=lambda node: isinstance(node, tuple))
+    shardings = tree_shardings(placement.mesh, placement.rules, axes, params)
+    place = lambda leaf, sharding: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, sharding)
+    return jax.tree.map(place, params, shardings)
+
+
+def _unplaced(model: EncoderDecoder | Ensemble) -> EncoderDecoder | Ensemble:
+    if isinstance(model, Ensemble):
+        return dataclasses.replace(model, model=model.model.clone(placement=UNPLACED))
+    return model.clone(placement=UNPLACED)
 
 
 def _fetch(array: jax.Array) -> np.ndarray:

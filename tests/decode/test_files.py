@@ -18,7 +18,10 @@ GREEDY = DecodeConfig(strategy="greedy", max_length_extra=2, max_length_ratio=1.
 
 
 class Reverser:
-    """Stands for a Translator: reverses lines, and kills its process in the chunk that starts at `dies_at`."""
+    """Stands for a Translator: reverses lines, and kills its process in the chunk that starts at `dies_at`.
+
+    Its hypotheses tell the line number that they were asked for.
+    """
 
     def __init__(self, dies_at: int | None = None):
         self.dies_at = dies_at
@@ -34,7 +37,10 @@ class Reverser:
         if first_line == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         self.chunks.append((first_line, len(lines)))
-        return [[Hypothesis(line[::-1] + str(n), -1.0 - n, 3) for n in range(config.n_best)] for line in lines]
+        return [
+            [Hypothesis(f"{line[::-1]}{n}", -1.0 - n - number, 3) for n in range(config.n_best)]
+            for number, line in enumerate(lines, first_line)
+        ]
 
 
 def translate(translator, folder, name="out.txt", config=GREEDY, source="in.txt", chunk_lines=4):
@@ -59,7 +65,7 @@ def test_a_file_gives_line_for_line_what_its_lines_give(translator, folder):
     lines = (folder / "in.txt").read_text().split("\n")[:-1]
     expected = translator.translate(lines, "en", "de", GREEDY)
     assert (folder / "out.txt").read_text() == "\n".join(expected) + "\n"
-    assert (report.lines, report.resumed_lines) == (12, 0)
+    assert (report.lines, report.resumed_lines, report.processes) == (12, 0, 1)
     assert report.sentences_per_second == pytest.approx(12 / report.seconds)
     assert report.target_tokens_per_second > 0
     assert names(folder) == ["in.txt", "out.txt"]
@@ -85,10 +91,10 @@ def test_a_killed_translation_goes_on_where_it_stopped(folder):
     translate(Reverser(), folder, "whole.txt")
     killed = subprocess.run([sys.executable, __file__, str(folder)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert names(folder) == ["in.txt", "out.txt.part", "out.txt.progress", "whole.txt"]
+    assert names(folder) == ["in.txt", "out.txt.parts", "whole.txt"]
     # What was being written when it was killed is not trusted.
-    with (folder / "out.txt.part").open("ab") as part:
-        part.write(b"half a li")
+    (folder / "out.txt.parts" / "00000002.draft").write_text("half a li")
+    (folder / "out.txt.parts" / "joined").write_text("half a fi")
     second = Reverser()
     report = translate(second, folder)
     assert second.chunks == [(8, 4)]
@@ -97,7 +103,7 @@ def test_a_killed_translation_goes_on_where_it_stopped(folder):
     assert names(folder) == ["in.txt", "out.txt", "whole.txt"]
 
 
-@pytest.mark.parametrize("change", ["input", "options", "part"])
+@pytest.mark.parametrize("change", ["input", "options", "record"])
 def test_other_work_starts_over(folder, change):
     subprocess.run([sys.executable, __file__, str(folder)], check=False)
     config = GREEDY
@@ -106,7 +112,7 @@ def test_other_work_starts_over(folder, change):
     elif change == "options":
         config = DecodeConfig(beam_size=2)
     else:
-        (folder / "out.txt.part").write_bytes(b"lost")
+        (folder / "out.txt.parts" / "work.json").write_bytes(b'{"format"')
     translator = Reverser()
     assert translate(translator, folder, config=config).resumed_lines == 0
     assert len(translator.chunks) == 3
@@ -116,7 +122,7 @@ def test_n_best_lines_are_numbered(folder):
     translate(Reverser(), folder, config=DecodeConfig(n_best=2))
     lines = (folder / "out.txt").read_text().splitlines()
     assert len(lines) == 24
-    assert lines[10:12] == ["5 ||| tac f dna god b0 ||| -1.000000", "5 ||| tac f dna god b1 ||| -2.000000"]
+    assert lines[10:12] == ["5 ||| tac f dna god b0 ||| -6.000000", "5 ||| tac f dna god b1 ||| -7.000000"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""Decoding on several devices: what one device gives, whatever is cut."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from t5x_ext.contracts import UserError
+from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.decode.batching import plan_batches
+from t5x_ext.models import EncoderDecoder
+from t5x_ext.parallel import MeshConfig, MeshPlacement, fsdp_tensor, make_mesh
+
+MESHES = {"copies": MeshConfig(), "cut": MeshConfig(data=2, fsdp=2, tensor=2)}
+# Eight rows are one for each device; with the empty line there are fewer lines than rows.
+LINES = ["a dog", "", "cat and dog", "here", "there are cats today", "x y z"]
+SETTINGS = {
+    "beam": DecodeConfig(beam_size=3, n_best=2, max_length_ratio=1.0, max_length_extra=0),
+    "sample": DecodeConfig(strategy="sample", n_best=2, max_length_ratio=1.0, max_length_extra=0, seed=4),
+}
+
+
+def on_mesh(translator: Translator, mesh: MeshConfig) -> Translator:
+    """The same weights, placed by the rules; NumPy arrays, as a checkpoint gives them."""
+    model = EncoderDecoder(translator.model.config, placement=MeshPlacement(make_mesh(mesh), fsdp_tensor()))
+    params = jax.tree.map(np.asarray, translator.params)
+    return Translator(model, params, translator.vocabulary, translator.tags, translator.directions)
+
+
+def check_equal(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [(h.text, h.num_tokens) for h in ours] == [(h.text, h.num_tokens) for h in theirs]
+        np.testing.assert_allclose([h.score for h in ours], [h.score for h in theirs], rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(("mesh", "settings"), [("copies", "sample"), ("cut", "beam")])
+def test_eight_devices_give_what_one_gives(translator, mesh, settings):
+    placed = on_mesh(translator, MESHES[mesh])
+    cut = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.params)]
+    assert all(cut) if mesh == "cut" else not any(cut)
+    assert placed.fingerprint() == translator.fingerprint()
+    config = SETTINGS[settings]
+    check_equal(
+        placed.translate_n_best(LINES, "en", "de", config, first_line=70),
+        translator.translate_n_best(LINES, "en", "de", config, first_line=70),
+    )
+
+
+@pytest.mark.devices(8)
+def test_eight_devices_score_as_one_does(translator):
+    both = (on_mesh(translator, MESHES["cut"]), translator)
+    scores, expected = ([score.log_prob for score in t.score(LINES, LINES[::-1], "en", "de")] for t in both)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+@pytest.mark.devices(8)
+def test_an_ensemble_on_a_mesh_keeps_its_members_where_they_are(translator):
+    placed = on_mesh(translator, MESHES["cut"])
+    both = Translator.ensemble([placed, placed])
+    for one, stacked in zip(jax.tree.leaves(placed.params), jax.tree.leaves(both.params)):
+        assert stacked.sharding.is_equivalent_to(
+            jax.sharding.NamedSharding(one.sharding.mesh, jax.P(None, *one.sharding.spec)), stacked.ndim
+        )
+    config = DecodeConfig(strategy="greedy", max_length_ratio=1.0, max_length_extra=0)
+    check_equal(
+        both.translate_n_best(LINES, "en", "de", config), translator.translate_n_best(LINES, "en", "de", config)
+    )
+
+
+@pytest.mark.devices(8)
+def test_batches_of_a_mesh_are_cut_evenly():
+    """Each copy of the model has the tokens of one device; rows divide among the devices that cut them."""
+    copies, cut = (make_mesh(mesh) for mesh in MESHES.values())
+    shapes = lambda lengths, mesh: {(b.rows, b.length) for b in plan_batches(lengths, 64, mesh)}
+    assert shapes([5] * 100, None) == {(4, 16)}
+    assert shapes([5] * 100, copies) == {(32, 16)}
+    assert shapes([5] * 100, cut) == {(8, 16)}
+    assert shapes([60] * 100, None) == {(1, 64)}
+    assert shapes([60] * 100, copies) == {(8, 64)}
+    assert shapes([60] * 100, cut) == {(4, 64)}
+    assert shapes([5], copies) == {(8, 16)}
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="does not fit 1 devices"):
+        make_mesh(MeshConfig(fsdp=2), jax.local_devices()[:1])
