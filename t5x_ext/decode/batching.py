@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from t5x_ext.parallel import batch_devices
+from t5x_ext.parallel import MeshPlacement, batch_devices
 
 SHORTEST_BUCKET = 16
 CPU_BATCH_TOKENS = 512
@@ -33,6 +33,12 @@ def bucket_length(length: int) -> int:
     [16, 16, 32, 128]
     """
     return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that a model is placed on; None where nobody has said where its arrays lie."""
+    placement = getattr(model, "placement", None)
+    return placement.mesh if isinstance(placement, MeshPlacement) else None
 
 
 def plan_batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -20,6 +21,8 @@ from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.parts import Parts
 from t5x_ext.decode.translator import Hypothesis, Translator
 from t5x_ext.parallel import is_primary
+
+logger = logging.getLogger(__name__)
 
 CHUNK_LINES = 4096
 """Lines sorted by length together and finished together."""
@@ -99,6 +102,8 @@ def translate_file(
         raise UserError(f"{output}: give the path of a file in a folder that exists")
     content, num_lines = _examine(source)
     chunks = _equal_chunks(num_lines, chunk_lines)
+    if len(chunks) < jax.process_count():
+        logger.warning("%d chunks for %d processes: smaller ones would keep all busy", len(chunks), jax.process_count())
     work = {
         "format": FORMAT,
         "input": content,

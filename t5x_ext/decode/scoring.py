@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Batch, Params
+from t5x_ext.decode.batching import mesh_of
 from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.search import log_prob_of
+from t5x_ext.parallel import batch_devices
 
 
 class Score(NamedTuple):
@@ -70,7 +72,8 @@ def label_log_probs(
 ) -> Float[Array, "rows length"]:
     """Log-probability of every label given the source and the labels before it, float32; 0 beyond a row's length.
 
-    The vocabulary projection is made for one row at a time, so that no [rows, length, vocab] array exists.
+    The vocabulary projection is made for one row of each device at a time, so that no [rows, length, vocab] array
+    exists.
 
     Args:
       model: any module with the methods `hidden` and `project`.
@@ -97,4 +100,9 @@ def label_log_probs(
     def row_log_probs(row: tuple[Float[Array, "length embed"], Int[Array, " length"]]) -> Float[Array, " length"]:
         return log_prob_of(jnp.asarray(model.apply({"params": params}, row[0], method="project")), row[1])
 
-    return jnp.where(segment_ids > 0, jax.lax.map(row_log_probs, (hidden, labels)), 0.0)
+    # What is mapped over must not be what the devices cut.
+    mesh = mesh_of(model)
+    devices = 1 if mesh is None else batch_devices(mesh)
+    split = lambda leaf: jnp.swapaxes(leaf.reshape(devices, -1, *leaf.shape[1:]), 0, 1)
+    log_probs = jax.lax.map(jax.vmap(row_log_probs), (split(hidden), split(labels)))
+    return jnp.where(segment_ids > 0, jnp.swapaxes(log_probs, 0, 1).reshape(labels.shape), 0.0)

@@ -20,7 +20,7 @@ from t5x_ext.checkpoints import CheckpointStore, RunFolder, check_structure
 from t5x_ext.contracts import Params, UserError, path_name
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
-from t5x_ext.decode.batching import LengthBatch, pad, plan_batches
+from t5x_ext.decode.batching import LengthBatch, mesh_of, pad, plan_batches
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
 from t5x_ext.decode.programs import decode_batch
@@ -342,8 +342,7 @@ class Translator:
 
     @property
     def _mesh(self) -> Mesh | None:
-        placement = self.model.placement
-        return placement.mesh if isinstance(placement, MeshPlacement) else None
+        return mesh_of(self.model)
 
     def _hypotheses(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, prefix: int) -> list[Hypothesis]:
         found = [rank for rank in range(len(lengths)) if lengths[rank] > 0]

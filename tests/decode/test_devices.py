@@ -8,9 +8,11 @@ import pytest
 
 from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig, Translator
-from t5x_ext.decode.batching import plan_batches
+from t5x_ext.decode.batching import mesh_of, plan_batches
+from t5x_ext.decode.scoring import label_log_probs
 from t5x_ext.models import EncoderDecoder
 from t5x_ext.parallel import MeshConfig, MeshPlacement, fsdp_tensor, make_mesh
+from t5x_ext.parallel.batches import batch_sharding
 
 MESHES = {"copies": MeshConfig(), "cut": MeshConfig(data=2, fsdp=2, tensor=2)}
 # Eight rows are one for each device; with the empty line there are fewer lines than rows.
@@ -61,6 +63,22 @@ def test_eight_devices_score_as_one_does(translator):
     both = (on_mesh(translator, MESHES["cut"]), translator)
     scores, expected = ([score.log_prob for score in t.score(LINES, LINES[::-1], "en", "de")] for t in both)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+@pytest.mark.devices(8)
+def test_a_device_works_on_its_own_rows_only(translator):
+    """The operations of one device of eight are those of an eighth of the rows, vocabulary projection included."""
+
+    def operations(model, rows):
+        arrays = np.ones((rows, 16), np.int32), np.ones(rows, np.int32)
+        mesh = mesh_of(model)
+        if mesh is not None:
+            arrays = jax.device_put(arrays, batch_sharding(mesh))
+        compiled = label_log_probs.lower(model, translator.params, *arrays, *arrays, 1).compile()
+        return compiled.cost_analysis()["flops"]
+
+    placed = on_mesh(translator, MESHES["copies"]).model
+    assert operations(placed, 16) == pytest.approx(operations(translator.model, 2), rel=0.01)
 
 
 @pytest.mark.devices(8)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.decode import DecodeConfig, Hypothesis, translate_file, translate_stream
+from t5x_ext.decode import DecodeConfig, Hypothesis, parts, translate_file, translate_stream
 from t5x_ext.decode.files import decode_lines
+from t5x_ext.decode.parts import Parts
 
 GREEDY = DecodeConfig(strategy="greedy", max_length_extra=2, max_length_ratio=1.0)
 
@@ -103,6 +109,71 @@ def test_a_killed_translation_goes_on_where_it_stopped(folder):
     assert names(folder) == ["in.txt", "out.txt", "whole.txt"]
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Runs a function of the process's number in so many threads, each of which takes itself for a process."""
+
+    def run(count, work):
+        this, meeting = threading.local(), threading.Barrier(count)
+
+        @contextmanager
+        def primary_first(name):
+            if this.index > 0:
+                meeting.wait()
+            yield
+            if this.index == 0:
+                meeting.wait()
+
+        def begin(index):
+            this.index = index
+            return work(index)
+
+        monkeypatch.setattr("jax.process_count", lambda: count)
+        monkeypatch.setattr("jax.process_index", lambda: this.index)
+        monkeypatch.setattr(parts, "barrier", lambda name: meeting.wait())
+        monkeypatch.setattr(parts, "primary_first", primary_first)
+        with ThreadPoolExecutor(count) as threads:
+            results = list(threads.map(begin, range(count)))
+        monkeypatch.undo()
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
+def test_any_number_of_processes_goes_on_where_another_number_stopped(folder, processes, count):
+    """Stopped after two of six chunks: the rest is shared evenly, and nothing is translated twice."""
+    config = DecodeConfig(n_best=2)
+    translate(Reverser(), folder, "whole.txt", config, chunk_lines=2)
+
+    class Stops(Reverser):
+        def translate_n_best(self, *arguments, first_line):
+            if first_line == 4:
+                raise InterruptedError
+            return super().translate_n_best(*arguments, first_line=first_line)
+
+    with pytest.raises(InterruptedError):
+        translate(Stops(), folder, config=config, chunk_lines=2)
+    translators = [Reverser() for _ in range(count)]
+    reports = processes(count, lambda index: translate(translators[index], folder, config=config, chunk_lines=2))
+    assert (folder / "out.txt").read_bytes() == (folder / "whole.txt").read_bytes()
+    assert names(folder) == ["in.txt", "out.txt", "whole.txt"]
+    chunks = [translator.chunks for translator in translators]
+    assert sorted(itertools.chain(*chunks)) == [(line, 2) for line in (4, 6, 8, 10)]
+    assert max(map(len, chunks)) == -(-4 // count)
+    assert {report[:3] for report in reports} == {(8, 4, 24)}
+    assert {report.processes for report in reports} == {count}
+
+
+def test_processes_about_other_work_are_told(folder, monkeypatch):
+    assert Parts(folder / "out.txt", {"options": 0, "chunks": 3}, 3).missing() == [0, 1, 2]
+    monkeypatch.setattr(parts, "is_primary", lambda: False)
+    with pytest.raises(UserError, match="has other work than process 0: options must agree"):
+        Parts(folder / "out.txt", {"options": 1, "chunks": 3}, 3).missing()
+    with pytest.raises(UserError, match="give an output in a folder that all processes share"):
+        Parts(folder / "elsewhere.txt", {"options": 0}, 3).missing()
+
+
 @pytest.mark.parametrize("change", ["input", "options", "record"])
 def test_other_work_starts_over(folder, change):
     subprocess.run([sys.executable, __file__, str(folder)], check=False)
@@ -156,6 +227,4 @@ def test_standard_input_is_checked_line_by_line():
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-
     translate(Reverser(dies_at=8), Path(sys.argv[1]))
