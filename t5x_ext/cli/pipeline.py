@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
+from t5x_ext.cli.environment import define_deterministic_flag, restore_environment
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.languages import known_language
@@ -42,6 +43,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("dry_run", False, "say how each stage stands, and do nothing", flag_values=values)
     flags.DEFINE_boolean("audit", False, "check every file against its recorded digest", flag_values=values)
     flags.DEFINE_string("json_out", None, "file for what was found as JSON; - is standard output", flag_values=values)
+    define_deterministic_flag(values)
     define_compile_cache_flag(values)
 
 
@@ -57,6 +59,8 @@ def main(values: flags.FlagValues) -> int:
             raise UsageError("--audit goes with neither --stages nor --dry_run: it reads what is there")
         return _audit(values)
     require(values, "gin_file")
+    # Before anything touches a device.
+    restore_environment(values.output_dir, values.deterministic)
     keep_compiled_programs(values)
     pipeline, texts = pipeline_from_flags(values)
 

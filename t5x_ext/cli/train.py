@@ -10,8 +10,6 @@ example: t5x_ext train --gin_file=runs/multi30k_en_de.gin --run_dir=out --gin.Ru
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from absl import flags
 
 from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
 from t5x_ext.cli.distributed_flags import define_distributed_flags, join_processes
+from t5x_ext.cli.environment import define_deterministic_flag, restore_environment
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
@@ -32,7 +31,6 @@ _SHAPE_FIELDS = (
     "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers", "encoder_sharing", "decoder_sharing",
     "norm", "use_bias", "final_norm", "tied_embeddings",
 )  # fmt: skip
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _INIT_FROM = re.compile(r"(?P<run_dir>.+?)(:(?P<checkpoint>best|last|\d+))?")
 
 
@@ -49,11 +47,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "cache_dir", None, "folder of token caches that runs share; by default in --run_dir", flag_values=values
     )
     flags.DEFINE_string("json_out", None, "file for the results as JSON; - is standard output", flag_values=values)
-    flags.DEFINE_boolean(
-        "deterministic", False, "on GPUs, only kernels that always give the same bits, so that a run that was "
-        "interrupted equals one that was not bit by bit, not only to rounding; slower; CPUs and TPUs need it not",
-        flag_values=values,
-    )  # fmt: skip
+    define_deterministic_flag(values)
     define_compile_cache_flag(values)
     define_distributed_flags(values)
 
@@ -68,7 +62,7 @@ def main(values: flags.FlagValues) -> int:
     if values.keep_optimizer and not values.init_from:
         raise UsageError("--keep_optimizer goes with --init_from")
     # Before anything touches a device: reading gin files may.
-    _restore_environment(values)
+    restore_environment(values.run_dir, values.deterministic)
     primary = join_processes(values)
     keep_compiled_programs(values)
     run, text = run_from_flags(values)
@@ -90,24 +84,6 @@ def main(values: flags.FlagValues) -> int:
         report(_summary(values.run_dir, results), results, values.json_out)
     barrier("end")  # the first to leave would wait for the last for seconds only
     return 0
-
-
-def _restore_environment(values: flags.FlagValues) -> None:
-    """Goes on with as many CPU threads as the run was started with, and with deterministic kernels if it was.
-
-    Sums depend on how they are cut among threads. XLA reads NPROC and XLA_FLAGS when its first client is made, which is
-    before anything is computed.
-    """
-    from etils import epath
-
-    path = epath.Path(values.run_dir) / "environment.json"
-    recorded = json.loads(path.read_text()) if path.exists() else {}
-    if "NPROC" not in os.environ and "cpu_threads" in recorded:
-        os.environ["NPROC"] = str(recorded["cpu_threads"])
-    given = os.environ.get("XLA_FLAGS", "")
-    wanted = values.deterministic or _DETERMINISTIC in recorded.get("xla_flags", "")
-    if wanted and _DETERMINISTIC not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {_DETERMINISTIC}".strip()
 
 
 def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:

@@ -2,6 +2,7 @@
 
 A pipeline's folder holds a folder for every stage:
 
+    OUT/environment.json         threads and devices that the first process had, for those that go on
     OUT/manifest.json            every stage: configuration, inputs, outputs with their SHA-256, counts, versions
     OUT/cache/                   token caches, which stages share; may be deleted
     OUT/<stage>/record.json      written first: what the stage is made from
@@ -22,13 +23,15 @@ import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import ParallelText
+from t5x_ext.parallel import AxisRules, MeshConfig
 from t5x_ext.train.records import environment
 from t5x_ext.vega_mt.artefact import (
     ARTEFACT_FILE,
@@ -45,6 +48,7 @@ from t5x_ext.vega_mt.workspace import SCRATCH, OpenModel, Workspace, open_model
 
 logger = logging.getLogger(__name__)
 
+ENVIRONMENT_FILE = "environment.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("cache",)
 
@@ -92,12 +96,16 @@ class Pipeline:
 
     Attributes:
       stages: each reads artefacts of earlier ones only.
+      mesh: how the devices of this process are laid out to decode and score; training has `Run.mesh`.
+      axis_rules: how weights are cut over it.
 
     Raises:
       UserError: for two stages of one name, and for one that reads what is not there before it.
     """
 
     stages: tuple[Stage, ...]
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    axis_rules: AxisRules = field(default_factory=AxisRules)
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -150,7 +158,7 @@ def execute(
     *,
     configurations: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
-    opener: OpenModel = open_model,
+    opener: OpenModel | None = None,
 ) -> dict[str, Artefact]:
     """Runs the stages that have not finished, in order.
 
@@ -161,7 +169,7 @@ def execute(
         inputs and sources alone are.
       only: names of stages to run, and to make anew where they have changed; all that they read must have finished.
         Empty: all stages, none of which may have changed.
-      opener: opens models for decoding.
+      opener: opens models for decoding; None: on all devices of this process, see `Pipeline.mesh`.
 
     Returns:
       The artefacts of the stages that ran or had finished, by name.
@@ -173,6 +181,10 @@ def execute(
     folder, texts = Path(output_dir), configurations or {}
     _check_names(pipeline, only)
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / ENVIRONMENT_FILE).exists():
+        # Whoever goes on elsewhere takes over what decides the last bits.
+        write_json(folder / ENVIRONMENT_FILE, environment())
+    opener = opener or partial(open_model, mesh=pipeline.mesh, axis_rules=pipeline.axis_rules)
     names, artefacts = [stage.name for stage in pipeline.stages], {}
     for stage in _wanted(pipeline, only):
         status = status_of(stage, folder, texts.get(stage.name, ""))

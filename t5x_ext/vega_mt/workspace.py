@@ -9,9 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
+import jax
+
 from t5x_ext.contracts import UserError
 from t5x_ext.data import read_lines
 from t5x_ext.decode import DecodeConfig, Translator, translate_file
+from t5x_ext.parallel import AxisRules, MeshConfig, make_mesh
 from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, read_artefact
 
 SCRATCH = "work"
@@ -24,9 +27,22 @@ OpenModel: TypeAlias = Callable[[Path, Model], Translator]
 """From the pipeline's folder and a model in it to what translates."""
 
 
-def open_model(output_dir: Path, model: Model) -> Translator:
-    """The model from its run folders; several members as an ensemble."""
-    members = [Translator.from_run(output_dir / weights.run_dir, weights.step) for weights in model.members]
+def open_model(
+    output_dir: Path, model: Model, mesh: MeshConfig | None = None, axis_rules: AxisRules | None = None
+) -> Translator:
+    """The model from its run folders; several members as an ensemble.
+
+    Args:
+      output_dir: the pipeline's folder.
+      model: what an artefact says of it.
+      mesh: how the devices of this process are laid out; None: one after the other, each decoding lines of its own.
+      axis_rules: how the weights are cut over the mesh; None: every device has all of them.
+    """
+    devices = make_mesh(mesh or MeshConfig(), jax.local_devices())
+    members = [
+        Translator.from_run(output_dir / weights.run_dir, weights.step, devices, axis_rules)
+        for weights in model.members
+    ]
     return members[0] if len(members) == 1 else Translator.ensemble(members, model.combine)
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from t5x_ext.cli import train
+from t5x_ext.cli import environment
 from t5x_ext.cli.flags import parse
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -24,10 +24,10 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
     ],
 )  # fmt: skip
 def test_threads_and_deterministic_kernels(recorded, given, flag, expected, tmp_path, monkeypatch):
-    environment = dict(given)
-    monkeypatch.setattr(train.os, "environ", environment)
+    variables = dict(given)
+    monkeypatch.setattr(environment.os, "environ", variables)
     if recorded is not None:
         (tmp_path / "environment.json").write_text(json.dumps(recorded))
-    values = parse(train.define_flags, [f"--run_dir={tmp_path}", *(["--deterministic"] if flag else [])])
-    train._restore_environment(values)
-    assert environment == expected
+    values = parse(environment.define_deterministic_flag, ["--deterministic"] if flag else [])
+    environment.restore_environment(str(tmp_path), values.deterministic)
+    assert variables == expected

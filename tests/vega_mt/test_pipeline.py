@@ -12,16 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from stand_ins import Given
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import ParallelText
+from t5x_ext.parallel import AxisRules, MeshConfig
 from t5x_ext.vega_mt import (
     Artefact,
     Interrupted,
+    Model,
     Pipeline,
     Stage,
     TextFiles,
     Texts,
+    Weights,
     Workspace,
     audit,
     execute,
@@ -94,11 +98,12 @@ def texts_for(**changes: str) -> dict[str, str]:
 
 
 NAMES = ("texts", "upper", "count")
+TIME_AND_MACHINE = ("record.json", "manifest.json", "environment.json")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything that a pipeline has made, but for time and machine."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("record.json", "manifest.json"))
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in TIME_AND_MACHINE)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -347,6 +352,37 @@ def test_the_audit_names_what_is_missing_or_was_made_from_another(whole, corpus,
     assert "a.de: no such file" in problems["texts"][1]
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         audit(tmp_path)
+
+
+# Models and devices
+
+
+def test_models_are_opened_on_the_devices_that_the_pipeline_names(tmp_path, monkeypatch):
+    opened = []
+
+    def from_run(run_dir, step, mesh, axis_rules):
+        opened.append((run_dir, step, dict(mesh.shape), axis_rules))
+        return f"{run_dir.name}:{step}"
+
+    monkeypatch.setattr(workspace.Translator, "from_run", from_run)
+    monkeypatch.setattr(workspace.Translator, "ensemble", lambda members, combine: (members, combine))
+    rules = AxisRules(mlp="tensor")
+    members = (Weights("a/run", 3), Weights("b/run", 5))
+
+    @dataclass(frozen=True)
+    class Opens(Count):
+        def make(self, workspace):
+            assert workspace.open(Model(("en-de",), members[:1])) == "run:3"
+            both = Model(("en-de",), members, "probability")
+            assert workspace.open(both) == workspace.open(both) == (["run:3", "run:5"], "probability")
+            return super().make(workspace)
+
+    texts = Given("texts", texts=(("a", ("en",), (("x",),)),))
+    execute(Pipeline((texts, Opens("opens", "texts")), MeshConfig(fsdp=1, data=1), rules), tmp_path)
+    shape = {"data": 1, "fsdp": 1, "tensor": 1, "slices": 1}
+    assert [(step, rules) for _, step, _, rules in opened] == [(3, rules), (3, rules), (5, rules)]
+    assert all(mesh.items() <= shape.items() for _, _, mesh, _ in opened)
+    assert opened[2][0] == tmp_path / "b/run"
 
 
 # Texts
