@@ -11,6 +11,7 @@ from t5x_ext.vega_mt.augmentation import CycleTranslate, Synthesize
 from t5x_ext.vega_mt.cleaning import Clean
 from t5x_ext.vega_mt.combining import Average, Choice, GreedyEnsemble, choose_greedily
 from t5x_ext.vega_mt.manifest import StageAudit, audit
+from t5x_ext.vega_mt.noising import NoisyDev, TypingNoise
 from t5x_ext.vega_mt.pipeline import Interrupted, Pipeline, Stage, Status, execute, status_of
 from t5x_ext.vega_mt.postprocess import narrow_punctuation, widen_as_released, widen_punctuation
 from t5x_ext.vega_mt.scoring import Evaluate, Translate
@@ -29,6 +30,7 @@ __all__ = [
     "GreedyEnsemble",
     "Interrupted",
     "Model",
+    "NoisyDev",
     "Pipeline",
     "Select",
     "Stage",
@@ -39,6 +41,7 @@ __all__ = [
     "Texts",
     "Train",
     "Translate",
+    "TypingNoise",
     "Weights",
     "Workspace",
     "audit",

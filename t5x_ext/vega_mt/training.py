@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import Corpus, UserError
@@ -14,6 +14,16 @@ from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, Weights
 from t5x_ext.vega_mt.pipeline import Interrupted
 from t5x_ext.vega_mt.texts import corpus_of, reversed_corpus, sides_of
 from t5x_ext.vega_mt.workspace import Workspace
+
+
+class _Way(NamedTuple):
+    """A corpus, and whether it may be read in its own direction only."""
+
+    corpus: Corpus
+    one_way: bool = False
+
+    def both(self) -> tuple[_Way, ...]:
+        return (self,) if self.one_way else (self, _Way(reversed_corpus(self.corpus)))
 
 
 @dataclass(frozen=True)
@@ -137,20 +147,25 @@ class Train:
     def _data(self, workspace: Workspace) -> DataConfig:
         """The run's data with the texts and the vocabulary of stages in it."""
         data = self.run.data
-        if self.valid:
-            texts = self._pairs(self.valid, workspace)
-            data = replace(data, valid=tuple(corpus_of(text, workspace) for text in texts))
         if self.vocabulary is not None:
             weights = workspace.models(self.vocabulary).models[0].members[0]
             data = replace(data, vocabulary=VocabularyConfig(path=f"{workspace.path(weights.run_dir)}/vocabulary"))
-        if not self.corpora:
-            return data
         if self._is_language_model:
-            texts = [text for name in self.corpora for text in workspace.corpora([name]) * self._times(name)]
-            sides = [side for text in texts for side in sides_of(text, workspace, self.languages)]
-            return replace(data, train=tuple(sides), bidirectional=False)
-        texts = [text for name in self.corpora for text in self._pairs([name], workspace) * self._times(name)]
-        return self._learning_from(texts, data, workspace)
+            return replace(data, train=self._sides(workspace) or data.train, bidirectional=False)
+        train = [_Way(corpus) for corpus in data.train]
+        if self.corpora:
+            texts = [text for name in self.corpora for text in self._pairs([name], workspace) * self._times(name)]
+            train = [_Way(corpus_of(text, workspace, mark=self.provenance), text.one_way) for text in texts]
+        valid = [_Way(corpus) for corpus in data.valid]
+        if self.valid:
+            texts = self._pairs(self.valid, workspace)
+            valid = [_Way(corpus_of(text, workspace), text.one_way) for text in texts]
+        return self._in_ways(data, train, valid)
+
+    def _sides(self, workspace: Workspace) -> tuple[Corpus, ...]:
+        """What a language model learns from, of the stages' texts."""
+        texts = [text for name in self.corpora for text in workspace.corpora([name]) * self._times(name)]
+        return tuple(side for text in texts for side in sides_of(text, workspace, self.languages))
 
     def _times(self, stage: str) -> int:
         return self.upsample.get(stage, 1)
@@ -164,19 +179,20 @@ class Train:
                 )
         return texts
 
-    def _learning_from(self, texts: list[TextFiles], data: DataConfig, workspace: Workspace) -> DataConfig:
-        corpora = [corpus_of(text, workspace, mark=self.provenance) for text in texts]
-        if not data.bidirectional or not any(text.one_way for text in texts):
-            return replace(data, train=tuple(corpora))
+    def _in_ways(self, data: DataConfig, train: list[_Way], valid: list[_Way]) -> DataConfig:
+        if not data.bidirectional or not any(way.one_way for way in (*train, *valid)):
+            return replace(data, train=_corpora(train), valid=_corpora(valid))
         # Some are for one direction only: each direction becomes a corpus of its own.
         if data.bidirectional_steps is not None:
             raise UserError(
                 f"stage {self.name!r}: bidirectional_steps changes the direction of every corpus, but some are for one "
-                "direction only (Synthesize with other settings forward than backward)"
+                "direction only (Synthesize with other settings forward than backward, NoisyDev)"
             )
-        ways = [corpus for text, one in zip(texts, corpora) for corpus in _both(one)[: 1 if text.one_way else 2]]
-        valid, test = (tuple(way for one in held_out for way in _both(one)) for held_out in (data.valid, data.test))
-        return replace(data, train=tuple(ways), valid=valid, test=test, bidirectional=False)
+        test = [_Way(corpus) for corpus in data.test]
+        both = [[other for way in ways for other in way.both()] for ways in (train, valid, test)]
+        return replace(
+            data, train=_corpora(both[0]), valid=_corpora(both[1]), test=_corpora(both[2]), bidirectional=False
+        )
 
     def _by_direction(self, data: DataConfig) -> dict[str, DataConfig]:
         """Data of one direction each, read in that direction."""
@@ -189,8 +205,8 @@ class Train:
             name: replace(
                 data,
                 train=_in_direction(found, name),
-                valid=_in_direction(text_directions(data.valid, bidirectional=True), name),
-                test=_in_direction(text_directions(data.test, bidirectional=True), name),
+                valid=_in_direction(text_directions(data.valid, data.bidirectional), name),
+                test=_in_direction(text_directions(data.test, data.bidirectional), name),
                 bidirectional=False,
                 bidirectional_steps=None,
             )
@@ -198,8 +214,8 @@ class Train:
         }
 
 
-def _both(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    return corpus, reversed_corpus(corpus)
+def _corpora(ways: Iterable[_Way]) -> tuple[Corpus, ...]:
+    return tuple(way.corpus for way in ways)
 
 
 def _in_direction(directions: Iterable[TextDirection], name: str) -> tuple[Corpus, ...]:

@@ -12,8 +12,8 @@ from t5x_ext.cli.main import main
 from t5x_ext.data import Vocabulary
 
 STAGES = (
-    *("bitext", "english", "others", "dev", "test", "clean", "clean_mono", "pretrain", "lm", "cycle", "round1"),
-    *("retrain1", "finetune", "dev_lm", "near_dev", "generalise", "average", "best"),
+    *("bitext", "english", "others", "past", "dev", "test", "clean", "clean_mono", "pretrain", "lm", "cycle", "round1"),
+    *("retrain1", "finetune", "past_lm", "near_past", "noisy", "generalise", "average", "best"),
     *("pretrained_test", "best_test", "scores"),
 )
 # One of the four directions to the end.
@@ -47,7 +47,7 @@ def test_every_stage_runs_and_a_score_can_be_followed_to_its_texts(folder, capsy
     assert made["round1"]["counts"]["lines"] == 8 * 60
     assert {text["synthetic"] for text in made["round1"]["corpora"]} == {"source", "target"}
     assert {text["synthetic"] for text in made["cycle"]["corpora"]} == {"source"}
-    assert made["near_dev"]["counts"]["kept"] == pytest.approx(0.3 * made["near_dev"]["counts"]["read"], abs=2)
+    assert made["near_past"]["counts"]["kept"] == pytest.approx(0.3 * made["near_past"]["counts"]["read"], abs=2)
     assert [model["directions"] for model in made["finetune"]["models"]] == [["en-zh"]]
     assert Vocabulary.load("out/generalise/en-zh/vocabulary").markers == ("BT", "FT")
     for choice in made["best"]["counts"].values():
@@ -63,7 +63,7 @@ def test_stages_that_are_lost_are_made_as_they_were(folder):
     before = artefacts(folder)
     # As a process leaves them that is killed in the midst of the first, and before the end of the others.
     shutil.rmtree("out/round1")
-    for stage in ("cycle", "near_dev", "best_test", "scores"):
+    for stage in ("cycle", "near_past", "best_test", "scores"):
         Path(f"out/{stage}/artefact.json").unlink()
     Path("out/best_test/cldr_test.en-zh.en-zh.zh").unlink()
     assert main(RUN) == 0

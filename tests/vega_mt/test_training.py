@@ -14,7 +14,19 @@ from t5x_ext.contracts import UserError
 from t5x_ext.data import BatchConfig, DataConfig, ParallelText, TagPolicy, VocabularyConfig
 from t5x_ext.models import TransformerConfig
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
-from t5x_ext.vega_mt import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
+from t5x_ext.vega_mt import (
+    Artefact,
+    Interrupted,
+    Model,
+    NoisyDev,
+    Pipeline,
+    TextFiles,
+    Train,
+    Weights,
+    audit,
+    execute,
+    training,
+)
 
 PAIRS = tuple((f"one two {number}", f"eins zwei {number}") for number in range(12))
 TEXTS = Given("texts", texts=(("a", ("en", "de"), PAIRS), ("b", ("en", "cs"), PAIRS[:4])))
@@ -110,6 +122,7 @@ def test_each_direction_gets_a_model_from_that_of_all(run, asked, tmp_path):
     assert list(backward.train[0].pairs()) == [pair[::-1] for pair in PAIRS]
     assert list(backward.valid[0].pairs()) == [pair[::-1] for pair in PAIRS[:2]]
     assert asked[3][0].data.valid == ()
+    assert asked[4][0].data.valid == ()
     assert artefacts["p4"].model_for("de-en") == Model(("de-en",), (Weights("p4/de-en", 2),))
     assert artefacts["p4"].directions == ("en-de", "de-en", "en-cs", "cs-en")
 
@@ -156,6 +169,25 @@ def test_texts_for_one_direction_are_not_read_in_the_other(run, asked, tmp_path)
     switching = replace(run, data=replace(run.data, bidirectional_steps=1))
     with pytest.raises(UserError, match="stage 'p3': bidirectional_steps changes the direction of every corpus"):
         made(tmp_path / "switching", TEXTS, written, replace(stage, run=switching))
+
+
+def test_noisy_text_is_translated_from_and_never_into(run, asked, tmp_path):
+    """Held out or learned from, for one model of all directions or one of each."""
+    noisy = NoisyDev("noisy", ("texts",))
+    held_out = Train("p1", run, corpora=("texts",), valid=("texts", "noisy"))
+    learned = Train("p5", run, corpora=("noisy",), valid=("noisy",), per_direction=True, directions=("de-en",))
+    made(tmp_path, TEXTS, noisy, held_out, learned)
+    data = asked[0][0].data
+    assert not data.bidirectional
+    assert [(corpus.name, "-".join(corpus.languages)) for corpus in data.valid] == [
+        *(("a", "en-de"), ("a", "de-en"), ("b", "en-cs"), ("b", "cs-en"), ("a.noisy.en-de", "en-de")),
+        *(("a.noisy.de-en", "de-en"), ("b.noisy.en-cs", "en-cs"), ("b.noisy.cs-en", "cs-en")),
+    ]
+    assert [name for name, _, _ in names(data)] == ["a", "a", "b", "b"]
+    data = asked[1][0].data
+    assert names(data) == [("a.noisy.de-en", "de-en", None)]
+    assert [corpus.name for corpus in data.valid] == ["a.noisy.de-en"]
+    assert [target for _, target in data.train[0].pairs()] == [pair[0] for pair in PAIRS]
 
 
 def test_a_reversed_pair_exchanges_its_marked_side(tmp_path):
