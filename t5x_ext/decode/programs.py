@@ -8,14 +8,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
 from t5x_ext.contracts import Cache, Params, TokensToLogits
+from t5x_ext.decode.batching import mesh_of
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.sampling import sample
 from t5x_ext.decode.scoring import encoder_inputs
-from t5x_ext.decode.search import Hypotheses, beam_search, greedy
+from t5x_ext.decode.search import Hypotheses, TopK, beam_search, greedy
+from t5x_ext.parallel import BATCH_AXES
 
 
 @partial(jax.jit, static_argnames=("model", "eos_id", "max_length", "config"))
@@ -35,7 +38,8 @@ def decode_batch(
 ) -> Hypotheses:
     """Decodes a padded batch by the strategy of `config`.
 
-    Compiled once for each model (compared by its fields, so that two equal models share), config and shape.
+    Compiled once for each model (compared by its fields, so that two equal models share), config and shape. Where the
+    model is placed on a mesh, the devices must divide the rows.
 
     Args:
       model: any module with the methods `encode`, `cross_memory`, `empty_cache` and `decode_step`.
@@ -64,6 +68,7 @@ def decode_batch(
             n_best=n_best,
             prefix=prefix,
             max_lengths=max_lengths,
+            top_k=_row_top_k(model),
             **options,
         )
     if config.strategy == "greedy":
@@ -80,6 +85,7 @@ def decode_batch(
         top_p=config.top_p,
         prefix=repeat(prefix),
         max_lengths=repeat(max_lengths),
+        find_top=_row_top_k(model),
         **options,
     )
     return _best_first(drawn, rows, n_best)
@@ -114,6 +120,19 @@ def step_function(
         return logits.reshape(rows * hypotheses, -1), joined
 
     return step if hypotheses == 1 else step_all
+
+
+def _row_top_k(model: nn.Module | Ensemble) -> TopK:
+    """`jax.lax.top_k` in which every device sees to its own rows.
+
+    Compilers for CPUs, at least, gather the logits of all devices for it, at every step. Where the vocabulary may be
+    cut, too, it is left to them: some find the best of each piece first.
+    """
+    mesh = mesh_of(model)
+    if mesh is None or mesh.shape["tensor"] > 1:
+        return jax.lax.top_k
+    rows = PartitionSpec(BATCH_AXES)
+    return lambda x, k: jax.shard_map(partial(jax.lax.top_k, k=k), mesh=mesh, in_specs=rows, out_specs=rows)(x)
 
 
 def _best_first(drawn: Hypotheses, rows: int, n_best: int) -> Hypotheses:

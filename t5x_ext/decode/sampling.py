@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Cache, TokensToLogits, UserError
-from t5x_ext.decode.search import Hypotheses, LengthPenalty, rollout
+from t5x_ext.decode.search import Hypotheses, LengthPenalty, TopK, rollout
 
 
 def sample(
@@ -25,6 +25,7 @@ def sample(
     prefix: Int[Array, "rows prefix"] | None = None,
     length_penalty: LengthPenalty | None = None,
     max_lengths: Int[Array, " rows"] | None = None,
+    find_top: TopK = jax.lax.top_k,
 ) -> Hypotheses:
     """Draws one sequence a row from the model's truncated distribution.
 
@@ -45,6 +46,7 @@ def sample(
       prefix: forced tokens.
       length_penalty: divides the score.
       max_lengths: a maximum for each row.
+      find_top: how the best are found, see `TopK`.
 
     Returns:
       `Hypotheses` with n_best 1; scores are log-probabilities of the whole model, at temperature 1 and untruncated.
@@ -53,7 +55,7 @@ def sample(
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
 
     def choose(logits: Float[Array, "rows vocab"], position: Int[Array, ""]) -> Int[Array, " rows"]:
-        kept = truncate_logits(logits.astype(jnp.float32) / temperature, top_k, top_p)
+        kept = truncate_logits(logits.astype(jnp.float32) / temperature, top_k, top_p, find_top)
         return jax.vmap(lambda k, row: jax.random.categorical(jax.random.fold_in(k, position), row))(keys, kept)
 
     return rollout(
@@ -69,13 +71,15 @@ def sample(
     )
 
 
-def truncate_logits(logits: Float[Array, "rows vocab"], top_k: int, top_p: float) -> Float[Array, "rows vocab"]:
+def truncate_logits(
+    logits: Float[Array, "rows vocab"], top_k: int, top_p: float, find_top: TopK = jax.lax.top_k
+) -> Float[Array, "rows vocab"]:
     """Puts -inf where a token is neither among the k best nor needed to reach probability `top_p` among those.
 
     The best token always stays. Tokens tied with the last one kept stay too.
     """
     if top_k:
-        worst = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        worst = find_top(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < worst, -jnp.inf, logits)
     if top_p < 1.0:
         ranked = jnp.sort(logits, axis=-1, descending=True)

@@ -22,6 +22,9 @@ LengthPenalty: TypeAlias = Callable[[Int[Array, "..."]], Float[Array, "..."]]
 Choose: TypeAlias = Callable[[Float[Array, "rows vocab"], Int[Array, ""]], Int[Array, " rows"]]
 """`(logits, position) -> tokens`: how a rollout picks the next token of each row."""
 
+TopK: TypeAlias = Callable[[Float[Array, "rows n"], int], tuple[Float[Array, "rows k"], Int[Array, "rows k"]]]
+"""The k largest of each row and where they stand, largest first: `jax.lax.top_k`, or a form of it for many devices."""
+
 
 def fairseq_penalty(alpha: float) -> LengthPenalty:
     """The divisor `length ** alpha`; `alpha=1` scores by the mean log-probability of a token, `alpha=0` by the sum.
@@ -94,6 +97,7 @@ def beam_search(
     length_penalty: LengthPenalty | None = None,
     n_best: int = 1,
     max_lengths: Int[Array, " rows"] | None = None,
+    top_k: TopK = jax.lax.top_k,
 ) -> Hypotheses:
     """Beam search close to fairseq's rules, with an early stop that cannot change its result.
 
@@ -122,6 +126,7 @@ def beam_search(
       length_penalty: `fairseq_penalty(1.0)` where left out.
       n_best: sequences to return for each row, at most `beam_size`.
       max_lengths: a maximum for each row, at most `max_length`, which stays the static size.
+      top_k: how the best are found, see `TopK`.
 
     Returns:
       `Hypotheses`, distinct within a row.
@@ -134,10 +139,10 @@ def beam_search(
     def advance(state: _Beam) -> _Beam:
         logits, cache = tokens_to_logits(state.inputs.reshape(-1), state.position, state.cache)
         at_end = state.position + 1 >= limits
-        live, ends = _expand(logits, state, eos_id, at_end)
+        live, ends = _expand(logits, state, eos_id, at_end, top_k)
         if prefix.shape[1]:
             live, ends = _force(prefix, logits, state, live, ends)
-        finished, num_admitted = _admit(state, live, ends, penalty)
+        finished, num_admitted = _admit(state, live, ends, penalty, top_k)
         num_finished = state.num_finished + num_admitted
         best_live, worst_kept = live.log_probs[:, 0], finished.scores[:, -1]
         behind = best_live / penalty(state.position + 1) <= worst_kept
@@ -180,7 +185,7 @@ def _start(cache: Cache, rows: int, beam_size: int, n_best: int, max_length: int
 
 
 def _expand(
-    logits: Float[Array, "rows_beam vocab"], state: _Beam, eos_id: int, at_end: Bool[Array, " rows"]
+    logits: Float[Array, "rows_beam vocab"], state: _Beam, eos_id: int, at_end: Bool[Array, " rows"], top_k: TopK
 ) -> tuple[_Candidates, Float[Array, "rows beam"]]:
     """The best continuations that do not end, best first, and the log-probability of ending each live hypothesis.
 
@@ -190,11 +195,11 @@ def _expand(
     rows, beam_size = state.live_log_probs.shape
     offsets = state.live_log_probs - _log_normaliser(logits).reshape(rows, beam_size)
     ends = offsets + logits[:, eos_id].reshape(rows, beam_size)
-    values, tokens = jax.lax.top_k(logits, min(beam_size + 1, logits.shape[-1]))
+    values, tokens = top_k(logits, min(beam_size + 1, logits.shape[-1]))
     log_probs = offsets[:, :, None] + values.reshape(rows, beam_size, -1)
     ending = (tokens == eos_id).reshape(log_probs.shape) | at_end[:, None, None]
     log_probs = jnp.where(ending, -jnp.inf, log_probs).reshape(rows, -1)
-    best, order = jax.lax.top_k(log_probs, beam_size)
+    best, order = top_k(log_probs, beam_size)
     best_tokens = jnp.take_along_axis(tokens.reshape(rows, -1), order, axis=1)
     return _Candidates(best, order // values.shape[-1], best_tokens), ends
 
@@ -216,11 +221,11 @@ def _force(
 
 
 def _admit(
-    state: _Beam, live: _Candidates, ends: Float[Array, "rows beam"], penalty: LengthPenalty
+    state: _Beam, live: _Candidates, ends: Float[Array, "rows beam"], penalty: LengthPenalty, top_k: TopK
 ) -> tuple[Hypotheses, Int[Array, " rows"]]:
     """Merges the endings that the beam admits into the n best; also their number in each row."""
     beam_size, n_best = ends.shape[1], state.finished.scores.shape[1]
-    log_probs, order = jax.lax.top_k(jnp.concatenate([live.log_probs, ends], axis=1), beam_size)
+    log_probs, order = top_k(jnp.concatenate([live.log_probs, ends], axis=1), beam_size)
     ending = (order >= beam_size) & (log_probs > -jnp.inf) & ~state.done[:, None]
     length = state.position + 1
     scores = jnp.where(ending, log_probs / penalty(length), -jnp.inf)
@@ -228,7 +233,7 @@ def _admit(
     tokens = jnp.take_along_axis(state.live_tokens, (order % beam_size)[:, :, None], axis=1)
     ended = Hypotheses(tokens, jnp.where(ending, length, 0), scores)
     merged = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.finished, ended)
-    scores, best = jax.lax.top_k(merged.scores, n_best)
+    scores, best = top_k(merged.scores, n_best)
     tokens = jnp.take_along_axis(merged.tokens, best[:, :, None], axis=1)
     lengths = jnp.take_along_axis(merged.lengths, best, axis=1)
     return Hypotheses(tokens, lengths, scores), ending.sum(axis=1, dtype=jnp.int32)

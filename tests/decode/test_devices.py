@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig, Translator
 from t5x_ext.decode.batching import mesh_of, plan_batches
+from t5x_ext.decode.programs import decode_batch
 from t5x_ext.decode.scoring import label_log_probs
 from t5x_ext.models import EncoderDecoder
 from t5x_ext.parallel import MeshConfig, MeshPlacement, fsdp_tensor, make_mesh
@@ -67,18 +70,36 @@ def test_eight_devices_score_as_one_does(translator):
 
 @pytest.mark.devices(8)
 def test_a_device_works_on_its_own_rows_only(translator):
-    """The operations of one device of eight are those of an eighth of the rows, vocabulary projection included."""
+    """Copies of the model exchange nothing while they score, and whether all are done while they search.
 
-    def operations(model, rows):
+    The operations of one device of eight are those of an eighth of the rows, vocabulary projection included.
+    """
+
+    def score(model, rows):
         arrays = np.ones((rows, 16), np.int32), np.ones(rows, np.int32)
         mesh = mesh_of(model)
         if mesh is not None:
             arrays = jax.device_put(arrays, batch_sharding(mesh))
-        compiled = label_log_probs.lower(model, translator.params, *arrays, *arrays, 1).compile()
-        return compiled.cost_analysis()["flops"]
+        return label_log_probs.lower(model, translator.params, *arrays, *arrays, 1).compile()
 
-    placed = on_mesh(translator, MESHES["copies"]).model
-    assert operations(placed, 16) == pytest.approx(operations(translator.model, 2), rel=0.01)
+    placed = on_mesh(translator, MESHES["copies"])
+    ours, alone = score(placed.model, 16), score(translator.model, 2)
+    assert ours.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"], rel=0.01)
+    assert not re.search("all-|permute", ours.as_text())
+
+    shapes = ((8, 16), (8,), (8, 1), (8,), (8,))
+    arrays = jax.device_put([np.ones(shape, np.int32) for shape in shapes], batch_sharding(mesh_of(placed.model)))
+    search = decode_batch.lower(
+        placed.model,
+        placed.params,
+        *arrays,
+        jax.random.key(0),
+        eos_id=1,
+        max_length=17,
+        config=DecodeConfig(beam_size=3, n_best=2),
+    )
+    exchanges = re.findall(r"= (.*) (all-\S+|\S+permute\S*)\(", search.compile().as_text())
+    assert [kind for _, kind in exchanges] == ["all-reduce"]
 
 
 @pytest.mark.devices(8)
