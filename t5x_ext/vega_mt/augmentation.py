@@ -10,7 +10,7 @@ from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate.metrics import chrf_metric
 from t5x_ext.vega_mt.artefact import Artefact, TextFiles
-from t5x_ext.vega_mt.texts import check_distinct, languages_of
+from t5x_ext.vega_mt.texts import languages_of
 from t5x_ext.vega_mt.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,6 @@ class Synthesize:
         ]
         if not found:
             raise _nothing(self.name, directions)
-        check_distinct(text.name for text in found)
         return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
 
     def _written(self, text: TextFiles, source: str, target: str, workspace: Workspace) -> Iterator[TextFiles]:
@@ -83,7 +82,7 @@ class Synthesize:
         for role, config in (("forward", self.forward), ("backward", None if alike else self.backward)):
             if config is None:
                 continue
-            name = f"{text.name}.{role}.{source}-{target}"
+            name = f"{_named(text, real)}.{role}.{source}-{target}"
             translated = workspace.own(f"{name}.{target}")
             workspace.translate(self.model, real, translated, (source, target), config)
             if not _says_anything(translated, workspace):
@@ -161,11 +160,10 @@ class CycleTranslate:
             for text in workspace.corpora(self.texts):
                 real = text.file_in(language)
                 if real is not None:
-                    name = f"{text.name}.cycle.{pivot}-{language}"
+                    name = f"{_named(text, real)}.cycle.{pivot}-{language}"
                     found += self._cycled(name, real, language, pivot, text.lines, counts, workspace)
         if not found:
             raise _nothing(self.name, self.directions)
-        check_distinct(text.name for text in found)
         return Artefact("corpora", tuple(found), counts=counts)
 
     def _cycled(
@@ -235,6 +233,11 @@ class CycleTranslate:
         if chrf_metric().sentence_score(other, [line]).score < 100 * self.min_chrf:
             return "by_chrf"
         return None if is_better else "by_score"
+
+
+def _named(text: TextFiles, file: str) -> str:
+    """The name behind that of its stage: parallel and monolingual text of one corpus are often called the same."""
+    return f"{file.partition('/')[0]}.{text.name}"
 
 
 def _says_anything(file: str, workspace: Workspace) -> bool:

@@ -52,16 +52,17 @@ class Translate:
     def make(self, workspace: Workspace) -> Artefact:
         """Translates text by text, and goes on where it was killed."""
         directions = self.directions or workspace.models(self.model).directions
-        found = [
-            self._translated(text, order, workspace)
+        jobs = [
+            (text, order)
             for direction in directions
             for text in workspace.corpora(self.texts)
             for order in ((0, 1), (1, 0))
             if text.is_pair and "-".join(text.languages[side] for side in order) == direction
         ]
-        if not found:
+        if not jobs:
             raise UserError(f"stage {self.name!r}: there is no pair for {', '.join(directions)}")
-        check_distinct(text.name for text in found)
+        check_distinct(f"{text.name}.{text.languages[order[0]]}" for text, order in jobs)
+        found = [self._translated(text, order, workspace) for text, order in jobs]
         return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
 
     def _translated(self, text: TextFiles, order: tuple[int, int], workspace: Workspace) -> TextFiles:

@@ -35,19 +35,40 @@ def test_decoded_alike_a_text_serves_both_roles(tmp_path):
     made = execute(Pipeline((BITEXT, MONO, MODEL, stage)), tmp_path, opener=opener(model=model))["round"]
     assert made.corpora == (
         TextFiles(
-            "a.forward.en-de", ("en", "de"), ("bitext/a.en", "round/a.forward.en-de.de"), lines=3, synthetic="target"
+            "bitext.a.forward.en-de",
+            ("en", "de"),
+            ("bitext/a.en", "round/bitext.a.forward.en-de.de"),
+            lines=3,
+            synthetic="target",
         ),
         TextFiles(
-            "a.forward.de-en", ("de", "en"), ("bitext/a.de", "round/a.forward.de-en.en"), lines=3, synthetic="target"
+            "bitext.a.forward.de-en",
+            ("de", "en"),
+            ("bitext/a.de", "round/bitext.a.forward.de-en.en"),
+            lines=3,
+            synthetic="target",
         ),
         TextFiles(
-            "m.forward.de-en", ("de", "en"), ("mono/m.de", "round/m.forward.de-en.en"), lines=2, synthetic="target"
+            "mono.m.forward.de-en",
+            ("de", "en"),
+            ("mono/m.de", "round/mono.m.forward.de-en.en"),
+            lines=2,
+            synthetic="target",
         ),
     )
-    assert read(tmp_path, "round/a.forward.en-de.de") == ["one>de", "two>de", ""]
-    assert read(tmp_path, "round/m.forward.de-en.en") == ["drei>en", "vier>en"]
+    assert read(tmp_path, "round/bitext.a.forward.en-de.de") == ["one>de", "two>de", ""]
+    assert read(tmp_path, "round/mono.m.forward.de-en.en") == ["drei>en", "vier>en"]
     assert model.calls == [("en", "de", 3), ("de", "en", 3), ("de", "en", 2)]
     assert made.counts == {"lines": 8}
+
+
+def test_parallel_and_monolingual_text_of_one_corpus_may_be_called_the_same(tmp_path):
+    mono = Given("mono", texts=(("a", ("de",), (("drei",),)),))
+    stage = Synthesize("round", "model", ("bitext", "mono"), forward=GREEDY, backward=GREEDY)
+    made = execute(Pipeline((BITEXT, mono, MODEL, stage)), tmp_path, opener=opener(model=StandIn(spelt)))["round"]
+    assert [text.lines for text in made.corpora] == [3, 3, 1]
+    assert read(tmp_path, made.corpora[1].files[1]) == ["eins>en", "zwei>en", "nichts>en"]
+    assert read(tmp_path, made.corpora[2].files[1]) == ["drei>en"]
 
 
 def test_decoded_differently_each_role_is_a_text_for_one_direction(tmp_path):
@@ -80,8 +101,8 @@ def test_what_says_nothing_is_left_out(tmp_path, caplog):
     silent = StandIn(lambda source, target, line: "" if target == "en" else line)
     stage = Synthesize("round", "model", ("bitext", "mono"), forward=GREEDY, backward=GREEDY)
     made = execute(Pipeline((BITEXT, MONO, MODEL, stage)), tmp_path / "some", opener=opener(model=silent))["round"]
-    assert [text.name for text in made.corpora] == ["a.forward.en-de"]
-    assert "round/m.forward.de-en.en: every translation is empty; it is left out" in caplog.text
+    assert [text.name for text in made.corpora] == ["bitext.a.forward.en-de"]
+    assert "round/mono.m.forward.de-en.en: every translation is empty; it is left out" in caplog.text
     cycle = CycleTranslate("cycle", "model", "lm", ("mono",), ("de-en",), tau=0.0)
     with pytest.raises(
         UserError, match="stage 'cycle': there is no text to translate in de-en, or nothing comes of it"
@@ -209,7 +230,7 @@ def test_scores_go_on_where_they_were_killed(tmp_path, monkeypatch):
 
     with pytest.raises(Killed):
         cycle(tmp_path / "out", StandIn(there_and_back), StandIn(log_prob=kills), rows)
-    part = tmp_path / "out/cycle/work/m.cycle.en-de.scores.part"
+    part = tmp_path / "out/cycle/work/mono.m.cycle.en-de.scores.part"
     assert len(part.read_text().splitlines()) == 8
     with part.open("a") as file:
         file.write("-0.5\n-0.2")  # a chunk that was being written

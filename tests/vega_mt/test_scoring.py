@@ -90,6 +90,9 @@ def test_mistakes(tmp_path):
         Evaluate("scores", ("one", "two"), baseline="three")
     with pytest.raises(UserError, match="there is no pair for en-cs"):
         execute(pipeline(Translate("out", "model", ("test",), ("en-cs",))), tmp_path / "a", opener=opener())
+    twice = (Given("again", texts=TEST.texts), Translate("out", "model", ("test", "again")))
+    with pytest.raises(UserError, match=r"two texts are called 't\.en'"):
+        execute(pipeline(*twice), tmp_path / "c", opener=opener())
     with pytest.raises(UserError, match="'test' makes no translations of texts that have a reference"):
         execute(pipeline(Evaluate("scores", ("test",))), tmp_path / "b", opener=opener())
 
