@@ -29,6 +29,7 @@ from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.run_flags import define_run_flags, run_from_flags
 
 if TYPE_CHECKING:
+    from t5x_ext.decode import DecodeConfig
     from t5x_ext.plan.topology import Target
     from t5x_ext.train import Run
 
@@ -45,8 +46,9 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "decode_rows", None, "sentences of a batch to decode; by default the source tokens that the run decodes at "
-        "once, in sentences of --decode_length", lower_bound=1, flag_values=values,
+        "decode_rows", None, "sentences of a batch to decode, over all devices; by default the source tokens that the "
+        "run decodes at once on each copy of the model, in sentences of --decode_length", lower_bound=1,
+        flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("decode_length", 64, "source tokens of a sentence", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
@@ -106,16 +108,25 @@ def _examine(values: flags.FlagValues, run: Run, vocab_size: int, target: Target
 def _check(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> Any:
     import dataclasses
 
-    from t5x_ext.plan.check import check, check_decoding
+    from t5x_ext.plan.check import check, check_decoding, on_slices
 
     if values.program == "train":
         return check(run, vocab_size, target, values.mean_length)
     decode = run.evaluation.test_decode
     if values.beam_size:
         decode = dataclasses.replace(decode, beam_size=values.beam_size)
-    devices = len(target.devices)
-    rows = values.decode_rows or -(-(decode.batch_tokens or 8192) // values.decode_length // devices) * devices
+    rows = values.decode_rows or _decode_rows(on_slices(run, target), decode, len(target.devices), values.decode_length)
     return check_decoding(run, vocab_size, target, decode, rows, values.decode_length)
+
+
+def _decode_rows(run: Run, decode: DecodeConfig, devices: int, length: int) -> int:
+    """The rows of the batch that `t5x_ext translate` makes of sentences of one length."""
+    from t5x_ext.decode.batching import ACCELERATOR_BATCH_TOKENS
+
+    slices, data, fsdp, _ = run.mesh.sizes(devices)
+    pieces = slices * data * fsdp
+    rows = max(1, (decode.batch_tokens or ACCELERATOR_BATCH_TOKENS) * slices * data // length)
+    return -(-rows // pieces) * pieces
 
 
 def _search(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> int:

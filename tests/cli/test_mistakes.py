@@ -118,6 +118,8 @@ MISTAKES = {
     f"{DECODE} --input=tset.en": "tset.en: no such file",
     f"{DECODE} --input=empty.en": "empty.en: ",
     f"{DECODE} --input=latin.en": "latin.en, line 3: not UTF-8",
+    "translate --run_dir=out --distributed=auto --input=test.en": "--distributed: processes share the lines of a file",
+    f"{DECODE} --input=test.en --mesh_fsdp=2": "MeshConfig(data=-1, fsdp=2, tensor=1, slices=1) does not fit 1 devices",
     "translate --run_dir=out --input=latin.en": "latin.en, line 3: not UTF-8",
     "translate --run_dir=out --input=test.en --output=nowhere/x": "--output=nowhere/x: there is no folder",
     "score --run_dir=out --source=test.en": "--target is missing: ",
