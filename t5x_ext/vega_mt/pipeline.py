@@ -310,11 +310,15 @@ def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, 
     """Runs one stage and writes its records; what an unfinished one has left is gone on from."""
     folder, start = output_dir / stage.name, time.monotonic()
     record = _made_from(stage, output_dir, configuration)
-    if anew or not (folder / RECORD_FILE).exists():
-        # The description goes first: a folder without it is not taken for a finished stage.
-        (folder / ARTEFACT_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    deleted = folder.with_name(f".{stage.name}.deleted")
+    if anew:
+        # Under its name a stage is there wholly or not at all.
+        shutil.rmtree(deleted, ignore_errors=True)
+        folder.rename(deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
+    if not (folder / RECORD_FILE).exists():
+        _check_free(folder)
+        folder.mkdir(exist_ok=True)
         write_json(folder / RECORD_FILE, record)
     logger.info("stage %s", stage.name)
     artefact = stage.make(Workspace(output_dir, stage.name, configuration, opener))
@@ -325,3 +329,9 @@ def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, 
         record | {"seconds": round(time.monotonic() - start, 2), "environment": environment()},
     )
     write_json(folder / ARTEFACT_FILE, described)
+
+
+def _check_free(folder: Path) -> None:
+    """Raises UserError where something lies that no stage has written; drafts of a record do not count."""
+    if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
+        raise UserError(f"{folder}: is there already and is not of a pipeline; name another --output_dir")

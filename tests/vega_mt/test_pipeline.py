@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,32 @@ def test_what_a_stage_refuses_leaves_it_unfinished(corpus, tmp_path, monkeypatch
             execute(stages(corpus), tmp_path / "out")
     assert status_of(Upper("upper", "texts"), tmp_path / "out").state == "unfinished"
     assert list(json.loads((tmp_path / "out/manifest.json").read_text())["stages"]) == ["texts"]
+
+
+def test_a_folder_that_is_not_of_a_pipeline_is_left_alone(corpus, tmp_path):
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "upper/mine.txt").write_text("dear to me")
+    with pytest.raises(UserError, match="upper: is there already and is not of a pipeline; name another --output_dir"):
+        execute(stages(corpus), tmp_path)
+    with pytest.raises(UserError, match="upper: is there already"):
+        execute(stages(corpus), tmp_path, only=["upper"])
+    assert (tmp_path / "upper/mine.txt").read_text() == "dear to me"
+
+
+def test_killed_while_a_stage_is_deleted_it_is_made_anew(whole, corpus, tmp_path, monkeypatch):
+    def half(folder, **options):
+        if folder.name == ".upper.deleted" and folder.exists():
+            (folder / "record.json").unlink()
+            raise Killed
+
+    changed = {"configurations": texts_for(upper="2"), "only": ["upper", "count"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            execute(stages(corpus, "!"), whole, **changed)
+    execute(stages(corpus, "!"), whole, **changed)
+    execute(stages(corpus, "!"), tmp_path / "other", configurations=texts_for(upper="2"))
+    assert contents(whole) == contents(tmp_path / "other")
 
 
 def test_a_full_disk_is_one_line_and_the_same_call_goes_on(whole, corpus, tmp_path, monkeypatch):
