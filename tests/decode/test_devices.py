@@ -110,7 +110,7 @@ def test_an_ensemble_on_a_mesh_keeps_its_members_where_they_are(translator):
         assert stacked.sharding.is_equivalent_to(
             jax.sharding.NamedSharding(one.sharding.mesh, jax.P(None, *one.sharding.spec)), stacked.ndim
         )
-    config = DecodeConfig(strategy="greedy", max_length_ratio=1.0, max_length_extra=0)
+    config = SETTINGS["beam"]
     check_equal(
         both.translate_n_best(LINES, "en", "de", config), translator.translate_n_best(LINES, "en", "de", config)
     )

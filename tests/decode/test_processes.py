@@ -29,13 +29,18 @@ def folder(translator, tmp_path, monkeypatch):
     """The current folder, with the run `run` and the text `in.txt`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    # Compiled quickly, and everywhere alike.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
     run, tags = RunFolder("run"), dataclasses.asdict(translator.tags)
     run.write_model(translator.model.config.to_json(), tags, translator.directions, translator.vocabulary.fingerprint())
     translator.vocabulary.save(str(run.vocabulary))
     with CheckpointStore(run.checkpoints) as store:
         store.save(3, {"params": translator.params})
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in LINES))
-    return tmp_path
+    yield tmp_path
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def translate_alone(output: str, chunk_lines: int) -> bytes:
