@@ -76,8 +76,8 @@ def translate_file(
     a translator on devices of its own (`make_mesh(config, jax.local_devices())`), and all of them one file system. They
     exchange nothing while they translate, and may be more or fewer than those that were killed.
 
-    Where a line is cut from its neighbours depends on `chunk_lines` alone, and sampling draws by line numbers: neither
-    processes nor restarts change the output.
+    Chunks depend on `chunk_lines` and the input alone, and sampling draws by line numbers: neither the number of
+    processes nor restarts change the output. Another mesh, or other devices, may round scores differently.
 
     Args:
       translator: opened model.
