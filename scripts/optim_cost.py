@@ -159,17 +159,27 @@ def memory(sizes: Sizes) -> dict[str, Any]:
     measured = arms(sizes.rank, min_dim)
     halves = partial(optim.flora, _RATE, 2 * sizes.rank, mu_dtype=jnp.bfloat16, min_dim_size_to_compress=min_dim)
     halved = Arm(f"flora {2 * sizes.rank}, bfloat16", lambda axes: halves(axes=axes))
-    lines = []
+    states: dict[str, Callable[[PyTree, PyTree], PyTree]] = {}
     for arm in (*measured, halved):
         if arm.num_microbatches == 1:
-            lines.append(_state_line(arm.name, lambda params, axes, arm=arm: arm.make(axes).init(params), sizes))
-    adam = lines[0]
-    for arm in measured:
-        if arm.num_microbatches > 1:
-            state = lambda params, axes, arm=arm: arm.accumulate(axes).init(params, 0)
-            lines.append(_state_line(f"accumulator: {arm.name}", state, sizes))
-    for line in lines:
-        line |= {"planned_to_adam": line["planned_bytes"] / adam["planned_bytes"]}
+            states[arm.name] = lambda params, axes, arm=arm: arm.make(axes).init(params)
+        else:
+            states[f"accumulator: {arm.name}"] = lambda params, axes, arm=arm: arm.accumulate(axes).init(params, 0)
+    params = init_params(sizes.model, jax.random.key(0))
+    planned = jax.eval_shape(partial(init_params, sizes.planned), jax.random.key(0))
+    lines = []
+    for name, state in states.items():
+        live = jax.block_until_ready(
+            jax.jit(lambda params, state=state: state(params, logical_axes(sizes.model)))(params)
+        )
+        shapes = jax.eval_shape(lambda params, state=state: state(params, logical_axes(sizes.planned)), planned)
+        lines.append({
+            "state": name,
+            "bytes": tree_bytes(live),
+            "to_params": tree_bytes(live) / tree_bytes(params),
+            "planned_bytes": tree_bytes(shapes),
+            "planned_to_adam": tree_bytes(shapes) / (lines[0]["planned_bytes"] if lines else tree_bytes(shapes)),
+        })  # fmt: skip
     return {"lines": lines}
 
 
@@ -224,18 +234,6 @@ def _comparison(arm: Arm, other: str, bar: float | None, means: dict[str, list[f
         "most": max(ratios),
         "bar": bar,
         "seconds": statistics.median(means[arm.name]),
-    }
-
-
-def _state_line(name: str, state: Callable[[PyTree, PyTree], PyTree], sizes: Sizes) -> dict[str, Any]:
-    params = init_params(sizes.model, jax.random.key(0))
-    live = jax.block_until_ready(jax.jit(lambda params: state(params, logical_axes(sizes.model)))(params))
-    planned = jax.eval_shape(partial(init_params, sizes.planned), jax.random.key(0))
-    return {
-        "state": name,
-        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(live)),
-        "to_params": sum(leaf.nbytes for leaf in jax.tree.leaves(live)) / tree_bytes(params),
-        "planned_bytes": tree_bytes(jax.eval_shape(lambda params: state(params, logical_axes(sizes.planned)), planned)),
     }
 
 
