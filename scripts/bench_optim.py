@@ -3,8 +3,8 @@
 
   taskset -c 2,3 scripts/bench_optim.py --json_out=optim.json --figure_out=scripts/figures
 
-Quality needs SST-2 sentences and Multi30k in `--data_dir`; nothing needs more than a CPU. Every core that may be used
-trains one arm at a time, with one thread.
+Quality needs SST-2 sentences and Multi30k in `--data_dir`, and some two hours of a core; nothing needs more than a CPU.
+Every core that may be used trains one arm at a time, with one thread.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
 from t5x_ext import optim
 from t5x_ext.contracts import PyTree, UserError
-from t5x_ext.optim.flora import Output
 
 MIN_DIM = 64
 """Matrices with a shorter side stay whole. The models that train here are 64 and 128 wide."""
@@ -44,21 +43,21 @@ class Arm(NamedTuple):
 
 
 _ABSOLUTE = (1e-3, 3e-3, 1e-2)
-_RELATIVE = (1e-2, 3e-2, 1e-1)
+_RELATIVE = (1e-2, 3e-2, 1e-1, 3e-1)
 _MOMENTUM = "adafactor momentum"
 
 
-def flora(rank: int, variant: str = "", resample_every: int = INTERVAL, output: Output = "mixed") -> Arm:
+def flora(rank: int, variant: str = "", resample_every: int = INTERVAL, **options: Any) -> Arm:
     """Flora, to be held against Adafactor with momentum: the same but for the compression."""
     return Arm(
         f"flora {rank} {variant}".rstrip(),
         lambda rate, axes: optim.flora(
-            rate, rank, resample_every=resample_every, output=output, min_dim_size_to_compress=MIN_DIM, axes=axes
+            rate, rank, resample_every=resample_every, min_dim_size_to_compress=MIN_DIM, axes=axes, **options
         ),
-        _RELATIVE,
+        (1e-2, 3e-2, 1e-1),
         f"flora {variant}".rstrip(),
         rank,
-        rate_of=_MOMENTUM,
+        rate_of=f"flora {rank}" if variant else None,
         counterpart=_MOMENTUM,
     )
 
@@ -79,7 +78,7 @@ def ginger_reference(rank: int) -> Arm:
     return Arm(
         f"ginger reference {rank}",
         lambda rate, axes: optim.ginger_reference(rate, rank, axes=axes),
-        (3e-4, 1e-3, 3e-3),
+        (3e-4, 1e-3, 3e-3, 1e-2),
         "ginger reference",
         rank,
         rate_of="ginger reference 4" if rank != 4 else None,
@@ -93,6 +92,7 @@ def adafactor(name: str, b1: float | None) -> Arm:
         lambda rate, axes: optim.adafactor(rate, b1, min_dim_size_to_factor=MIN_DIM, axes=axes),
         _RELATIVE,
         "adafactor",
+        counterpart=_MOMENTUM if b1 is None else None,
     )
 
 
@@ -112,9 +112,11 @@ ARMS = (
     adafactor(_MOMENTUM, 0.9),
     SAM,
     FSAM,
-    *map(flora, (4, 16, 32)),
+    *map(flora, (4, 16, 32, 64)),
     flora(16, "fixed", resample_every=10**6),  # one projection for a whole run: what is drawing anew worth?
     flora(16, "projected", output="projected"),  # as the paper has it
+    flora(16, "reset", transfer="reset"),
+    flora(16, "orthogonal", projection=optim.orthogonal),
     ginger(4),
     *map(ginger_reference, (1, 4, 16)),
 )

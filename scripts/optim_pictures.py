@@ -18,6 +18,8 @@ _COLOURS = {
     "flora": "C2",
     "flora fixed": "C8",
     "flora projected": "C9",
+    "flora reset": "C6",
+    "flora orthogonal": "C5",
     "ginger": "C4",
     "ginger reference": "C1",
 }
@@ -60,7 +62,8 @@ def _draw_sst2(figure: Figure, runs: Mapping[str, Mapping[str, Sequence[float]]]
     accuracy.set_ylabel("accuracy on SST-2 dev, %")
     difference.set_ylabel("accuracy minus Adam's, points")
     difference.axhline(0, color="black", linewidth=0.8)
-    difference.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    handles, labels = accuracy.get_legend_handles_labels()
+    difference.legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("SST-2 sentences, trained from scratch: mean and standard error over seeds", fontsize=10.5)
 
 
@@ -76,14 +79,16 @@ def _draw_multi30k(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]
     losses.set_xlabel("validation loss, nats a token")
     losses.set_title("Multi30k en-de, one short run a seed", fontsize=10.5)
     compared = [arm for arm in map(optim_arms.by_name, found) if arm.counterpart in found]
-    for family in dict.fromkeys(arm.family for arm in compared):
+    gap_of = lambda arm: moments(np.subtract(found[arm.name], found[arm.counterpart]))
+    for family in dict.fromkeys(arm.family for arm in compared if arm.rank):
         arms = [arm for arm in compared if arm.family == family]
-        pairs = [moments(np.subtract(found[arm.name], found[str(arm.counterpart)])) for arm in arms]
-        gaps.errorbar(
-            [arm.rank for arm in arms], *zip(*pairs), fmt="o-", color=_COLOURS[family], label=family, capsize=3
-        )
-    if compared:
-        ranks = sorted({arm.rank for arm in compared})
+        style = {"color": _COLOURS[family], "label": family, "capsize": 3}
+        gaps.errorbar([arm.rank for arm in arms], *zip(*map(gap_of, arms)), fmt="o-", **style)
+    for arm in compared:
+        if not arm.rank:
+            gaps.axhline(gap_of(arm)[0], color=_colour(arm.name), linestyle="--", label=f"{arm.name}, no momentum")
+    ranks = sorted({arm.rank for arm in compared if arm.rank})
+    if ranks:
         gaps.set_xscale("log", base=2)
         gaps.set_xticks(ranks, ranks)
         gaps.legend(frameon=False, fontsize=9)
@@ -93,19 +98,20 @@ def _draw_multi30k(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, Any]
     gaps.set_title("The gap to no compression, by rank", fontsize=10.5)
 
 
-def _draw_sharpness(figure: Figure, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """A panel a measure, a dot a seed."""
-    measures = [measure for measure in next(iter(runs.values()))[0] if measure != "training loss"]
-    for axes, measure in zip(figure.subplots(1, len(measures)), measures):
-        for place, (name, each) in enumerate(runs.items()):
+def _draw_sharpness(figure: Figure, runs: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> None:
+    """Two measures a task, a dot a seed."""
+    measures = [("largest eigenvalue", "largest eigenvalue"), (f"uphill {optim_arms.RHO:g}", "loss rise uphill")]
+    panels = [(task, measure, title) for task in runs for measure, title in measures]
+    for axes, (task, measure, title) in zip(figure.subplots(1, len(panels)), panels):
+        for place, (name, each) in enumerate(runs[task].items()):
             values = [run[measure] for run in each]
             axes.plot([place] * len(values), values, "o", color=_colour(name), alpha=0.4, markersize=4)
             axes.errorbar(place, *moments(values), fmt="_", color=_colour(name), capsize=5, markersize=16)
-        axes.set_xticks(range(len(runs)), list(runs), fontsize=8, rotation=45, ha="right")
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.set_xticks(range(len(runs[task])), list(runs[task]))
+        axes.set_ylim(bottom=0)
         axes.margins(x=0.2)
-        axes.set_title(measure if "eigenvalue" in measure else f"loss rise, {measure}", fontsize=9)
-    figure.suptitle("Sharpness of the training loss where SST-2 runs end: mean and standard error", fontsize=10.5)
+        axes.set_title(f"{task}: {title}", fontsize=9.5)
+    figure.suptitle("Sharpness of the training loss where runs end: mean and standard error over seeds", fontsize=10.5)
 
 
 def _colour(name: str) -> str:

@@ -42,6 +42,9 @@ from t5x_ext.optim import linear_decay, mean_accumulator
 from t5x_ext.train.state import create_state
 from t5x_ext.train.step import make_evaluation_step, make_train_step
 
+LANCZOS_STEPS = 20
+"""Enough for three digits of the largest eigenvalue."""
+
 LABELS = ("bad", "good")
 """What the model is to say of a sentence: words that both are one piece of the vocabulary."""
 
@@ -61,7 +64,6 @@ class ClassificationSizes(NamedTuple):
       tuning_examples: size of their training sets, one of `num_examples`.
       held_out: sentences of the training file that nobody trains on; they choose the learning rate.
       curvature_examples: training sentences of the loss whose sharpness is measured.
-      lanczos_steps: for its largest eigenvalue.
     """
 
     model: TransformerConfig
@@ -75,7 +77,6 @@ class ClassificationSizes(NamedTuple):
     tuning_examples: int = 300
     held_out: int = 1500
     curvature_examples: int = 256
-    lanczos_steps: int = 20
 
 
 class TranslationSizes(NamedTuple):
@@ -87,9 +88,9 @@ class TranslationSizes(NamedTuple):
       rows: of a batch.
       length: of a row in tokens, on both sides.
       updates: of a run.
-      tuning_updates: of the runs that choose the learning rate.
+      tuning_updates: of the runs that choose the learning rate; much shorter ones choose too large a rate.
       seeds: of initial weights and batches.
-      gap_seeds: likewise of arms that a gap is measured of, and of those that it is measured to.
+      gap_seeds: likewise of arms that a gap is measured of or to, and of those whose sharpness is measured.
       tuning_seed: of the runs that choose the learning rate; none of the others.
       decoded_lines: for BLEU.
     """
@@ -99,7 +100,7 @@ class TranslationSizes(NamedTuple):
     rows: int = 12
     length: int = 80
     updates: int = 400
-    tuning_updates: int = 100
+    tuning_updates: int = 200
     seeds: tuple[int, ...] = (0,)
     gap_seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 1000
@@ -121,8 +122,8 @@ SIZES = Sizes(
 )
 _TINY = TransformerConfig(embed_dim=64, mlp_dim=64, num_heads=2, encoder_layers=1, decoder_layers=1)
 QUICK_SIZES = Sizes(
-    ClassificationSizes(_TINY, 300, 16, 8, (8, 16), (4, 4), (0, 1), (1000,), 8, 20, 8, 3),
-    TranslationSizes(_TINY, 300, 4, 32, 4, 2, (0,), (0, 1), 1000, 4),
+    ClassificationSizes(_TINY, 300, 16, 8, (8, 16), (4, 4), (0, 1), (1000,), 8, 20, 8),
+    TranslationSizes(_TINY, 300, 4, 32, 8, 4, (0,), (0, 1), 1000, 4),
 )
 
 
@@ -170,17 +171,18 @@ def measure(part: str, sizes: Sizes, arms: Sequence[Arm], data_dir: Path, figure
     """One part; `figures` holds those that were measured before it.
 
     Raises:
-      UserError: for sharpness without the learning rates that `sst2` chose.
+      UserError: for sharpness without the learning rates that the other two chose.
     """
     if part == "sst2":
         return sst2(sizes, arms, data_dir)
     if part == "multi30k":
         return multi30k(sizes, arms, data_dir)
-    if "sst2" not in figures:
+    missing = [task for task in ("sst2", "multi30k") if task not in figures]
+    if missing:
         raise UserError(
-            "sharpness needs the learning rates that part sst2 chooses: measure both, or give its --json_out"
+            f"sharpness needs the learning rates that {missing[0]} chooses: measure it, or give its --json_out"
         )
-    return sharpness(sizes, arms, data_dir, figures["sst2"]["rates"])
+    return sharpness(sizes, arms, data_dir, {task: figures[task]["rates"] for task in ("sst2", "multi30k")})
 
 
 def sst2(sizes: Sizes, arms: Sequence[Arm], data_dir: Path) -> dict[str, Any]:
@@ -209,26 +211,36 @@ def sst2(sizes: Sizes, arms: Sequence[Arm], data_dir: Path) -> dict[str, Any]:
     return {"lines": lines, "runs": runs, "rates": rates, "tuning": tuning}
 
 
-def sharpness(sizes: Sizes, arms: Sequence[Arm], data_dir: Path, rates: Mapping[str, float]) -> dict[str, Any]:
-    """How sharp the minima are that Adam, SAM and FSAM reach on the largest training set, dropout off.
+def sharpness(
+    sizes: Sizes, arms: Sequence[Arm], data_dir: Path, rates: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """How sharp the training loss is where Adam, SAM and FSAM end, dropout off, on both tasks.
+
+    Classifiers are those of the largest training set. They fit it, and where a loss is nearly zero so are its
+    curvatures: of arms whose losses differ, only those of translation can be compared.
 
     Args:
       sizes: as those of `sst2`.
       arms: of which Adam and the family of SAM are measured.
       data_dir: as that of `sst2`.
-      rates: the learning rates that `sst2` chose.
+      rates: by task, the learning rates that were chosen.
 
     Returns:
-      `lines`, an arm each: the largest eigenvalue of the Hessian of the training loss, and by how much that loss rises
-      at weights moved by RHO (and ten times that) in random directions and uphill; `runs`: the same by seed.
+      `lines`, one a task and arm: the largest eigenvalue of the Hessian of the training loss, and by how much that loss
+      rises at weights moved by RHO (and ten times that) in random directions and uphill; `runs`: the same by seed.
     """
-    task, size = _classification(sizes.classification, data_dir), sizes.classification
-    chosen = [arm.name for arm in arms if arm.family in ("adam", "sam")]
-    jobs = [(name, size, task, rates[name]) for name in chosen]
-    runs = dict(zip(chosen, _side_by_side(_sharpness, jobs)))
+    names = [arm.name for arm in arms if arm.family in ("adam", "sam")]
+    sentences = _classification(sizes.classification, data_dir)
+    jobs = [(name, sizes.classification, sentences, rates["sst2"][name]) for name in names]
+    runs = {"sst2": dict(zip(names, _side_by_side(_classifier_sharpness, jobs)))}
+    with tempfile.TemporaryDirectory() as folder:
+        captions = _translation(sizes.translation, data_dir, folder)
+        jobs = [(name, sizes.translation, captions, rates["multi30k"][name]) for name in names]
+        runs["multi30k"] = dict(zip(names, _side_by_side(_translator_sharpness, jobs)))
     lines = [
-        {"arm": name, **{key: _mean_and_error([run[key] for run in each], ".3g") for key in each[0]}}
-        for name, each in runs.items()
+        {"task": task, "arm": name} | {key: _mean_and_error([run[key] for run in each], ".3g") for key in each[0]}
+        for task, by_name in runs.items()
+        for name, each in by_name.items()
     ]
     return {"lines": lines, "runs": runs}
 
@@ -284,6 +296,7 @@ class Training:
         self.objective = LabelSmoothedCrossEntropy(EncoderDecoder(config), label_smoothing=0.0)
         self.evaluate = jax.jit(make_evaluation_step(self.objective))
         self.first_scores = jax.jit(lambda params, batch: self.objective.logits(params, batch, Context(step=0))[:, 0])
+        self._curvature = jax.jit(functools.partial(_curvature, self.objective))
         self._start = jax.jit(self._create_state)
         self._advance = jax.jit(self._scan, donate_argnums=0)
 
@@ -312,6 +325,10 @@ class Training:
             state, loss = self._advance(state, seed, rates, chunk)
             losses.append(loss)
         return state.params, np.concatenate(losses)
+
+    def curvature(self, params: Params, batch: Batch, seed: int) -> dict[str, float]:
+        """Sharpness of the loss of a batch; random directions follow the seed."""
+        return {name: float(value) for name, value in self._curvature(params, batch, seed).items()}
 
     def _optimizer(self, rates: Float[Array, " updates"]) -> Any:
         return self._arm.make(lambda count: rates[count], logical_axes(self._config))
@@ -403,20 +420,32 @@ def _accuracy(
     return 100 * float(np.mean(np.asarray(says_one) == sentences.labels))
 
 
-def _sharpness(name: str, size: ClassificationSizes, task: Classification, rate: float) -> list[dict[str, float]]:
+def _classifier_sharpness(
+    name: str, size: ClassificationSizes, task: Classification, rate: float
+) -> list[dict[str, float]]:
     """Measures of one arm, a dictionary a seed."""
-    objective = Training.of(name, task.config, max(size.updates)).objective
-    measure = jax.jit(functools.partial(_curvature, objective, size.lanczos_steps))
+    training = Training.of(name, task.config, max(size.updates))
     found = []
     for seed in size.seeds:
         params, examples = _train_classifier(name, size, task, rate, seed, max(size.num_examples))
         batch = task.batch(examples.take(slice(size.curvature_examples)))
-        found.append({key: float(value) for key, value in measure(params, batch, seed).items()})
-    print(f"{name}: {found}", flush=True)
+        found.append(training.curvature(params, batch, seed))
+    print(f"{name}, sst2: {found}", flush=True)
     return found
 
 
-def _curvature(objective: Objective, steps: int, params: Params, batch: Batch, seed: Array) -> dict[str, Array]:
+def _translator_sharpness(name: str, size: TranslationSizes, task: Translation, rate: float) -> list[dict[str, float]]:
+    """The same of translation, on the first batch of the training."""
+    training = Training.of(name, task.config, size.updates)
+    found = []
+    for seed in size.gap_seeds:
+        params, _ = training(rate, seed, task.batches[seed], size.tuning_updates // 4)
+        found.append(training.curvature(params, jax.tree.map(lambda array: array[0], task.batches[seed]), seed))
+    print(f"{name}, multi30k: {found}", flush=True)
+    return found
+
+
+def _curvature(objective: Objective, params: Params, batch: Batch, seed: Array) -> dict[str, Array]:
     """The largest eigenvalue of the Hessian of the mean loss, and rises of that loss around the weights."""
     weights, unravel = ravel_pytree(params)
 
@@ -429,7 +458,7 @@ def _curvature(objective: Objective, steps: int, params: Params, batch: Batch, s
     directions = jax.random.normal(jax.random.key(seed), (10, weights.size))
     directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
     hessian = lambda vector: jax.jvp(gradient, (weights,), (vector,))[1]
-    found = {"training loss": here, "largest eigenvalue": largest_eigenvalue(hessian, directions[0], steps)}
+    found = {"training loss": here, "largest eigenvalue": largest_eigenvalue(hessian, directions[0], LANCZOS_STEPS)}
     for radius in (optim_arms.RHO, 10 * optim_arms.RHO):
         found[f"random {radius:g}"] = jnp.mean(jax.lax.map(loss, weights + radius * directions)) - here
         found[f"uphill {radius:g}"] = loss(weights + radius * uphill / jnp.linalg.norm(uphill)) - here
@@ -499,7 +528,7 @@ def _tune_translation(name: str, size: TranslationSizes, task: Translation) -> d
     training = Training.of(name, task.config, size.updates)
     losses = {}
     for rate in optim_arms.by_name(name).rates:
-        params, _ = training(rate, size.tuning_seed, task.batches[size.tuning_seed], size.tuning_updates // 2)
+        params, _ = training(rate, size.tuning_seed, task.batches[size.tuning_seed], size.tuning_updates // 4)
         losses[rate] = _valid_loss(training, params, task)
         print(f"{name}: learning rate {rate:g} gives {losses[rate]:.3f}", flush=True)
     return losses
@@ -508,7 +537,7 @@ def _tune_translation(name: str, size: TranslationSizes, task: Translation) -> d
 def _translate(name: str, size: TranslationSizes, task: Translation, rate: float, seed: int) -> dict[str, Any]:
     """One reported run."""
     training = Training.of(name, task.config, size.updates)
-    params, losses = training(rate, seed, task.batches[seed], size.tuning_updates // 2)
+    params, losses = training(rate, seed, task.batches[seed], size.tuning_updates // 4)
     translator = Translator(
         EncoderDecoder(task.config), params, Vocabulary.load(task.vocabulary), TagPolicy(), ("en-de",)
     )

@@ -41,7 +41,7 @@ def test_small_form(tmp_path):
         assert found[part]["rates"]["adam"] in optim_arms.ADAM.rates
     assert all(0 <= value <= 100 for value in found["sst2"]["runs"]["adam"]["16"])
     assert np.isfinite(found["multi30k"]["runs"]["adam"][0]["loss"])
-    for seed in found["sharpness"]["runs"]["adam"]:
+    for seed in (seed for runs in found["sharpness"]["runs"].values() for seed in runs["adam"]):
         # Uphill is the worst of all directions, for steps as short as this.
         assert seed["uphill 0.05"] > abs(seed["random 0.05"])
     for part in ("sst2", "multi30k", "sharpness"):
@@ -86,7 +86,7 @@ def test_curvature_of_a_known_loss():
             value = jnp.sum(jnp.array([1.0, 4.0]) * params["w"] ** 2) / 2
             return Loss(3 * value, jnp.float32(3), {})
 
-    found = optim_quality._curvature(Quadratic(), 3, {"w": jnp.array([1.0, 0.0])}, {}, 0)
+    found = optim_quality._curvature(Quadratic(), {"w": jnp.array([1.0, 0.0])}, {}, 0)
     assert float(found["training loss"]) == 0.5
     assert float(found["largest eigenvalue"]) == pytest.approx(4, rel=1e-5)
     for radius in (0.05, 0.5):
