@@ -15,57 +15,61 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+from launch_common import run_script
 
 PARTS = ("sst2", "multi30k", "sharpness", "cost", "memory")
 
-_PARTS = flags.DEFINE_multi_enum("part", list(PARTS), PARTS, "what to measure")
-_ARMS = flags.DEFINE_list("arms", [], "names of the arms whose quality is measured; none: all")
-_DATA_DIR = flags.DEFINE_string("data_dir", "../shared/data", "folder with glue/SST-2-sentences and multi30k")
-_QUICK = flags.DEFINE_boolean("quick", False, "tiny sizes, made-up text: shows that everything runs, measures nothing")
-_JSON_OUT = flags.DEFINE_string(
-    "json_out", None, "file for the figures as JSON; parts that it holds and that are not measured now stay"
-)
-_FIGURE_OUT = flags.DEFINE_string("figure_out", None, "folder for the pictures")
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Declares the flags of the script."""
+    flags.DEFINE_multi_enum("part", list(PARTS), PARTS, "what to measure", flag_values=values)
+    flags.DEFINE_list("arms", [], "names of the arms whose quality is measured; none: all", flag_values=values)
+    flags.DEFINE_string("data_dir", "../shared/data", "folder with glue/SST-2-sentences and multi30k",
+                        flag_values=values)  # fmt: skip
+    flags.DEFINE_boolean("quick", False, "tiny sizes, made-up text: shows that everything runs, measures nothing",
+                         flag_values=values)  # fmt: skip
+    flags.DEFINE_string("json_out", None, "file for the figures as JSON; parts that it holds and that are not measured "
+                        "now stay", flag_values=values)  # fmt: skip
+    flags.DEFINE_string("figure_out", None, "folder for the pictures", flag_values=values)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(values: flags.FlagValues) -> int:
     """Measures the parts, prints their tables, and writes JSON and pictures."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.getLogger("t5x_ext").setLevel(logging.WARNING)
-    json_out = Path(_JSON_OUT.value) if _JSON_OUT.value else None
+    json_out = Path(values.json_out) if values.json_out else None
     figures = json.loads(json_out.read_text(encoding="utf-8")) if json_out and json_out.exists() else {}
-    for part in _PARTS.value:
+    for part in values.part:
         machine = _machine()
-        figures[part] = {"machine": machine, **_measure(part, figures)}
+        figures[part] = {"machine": machine, **_measure(values, part, figures)}
         machine["load_average"] = [machine["load_average"], round(os.getloadavg()[0], 1)]
         print_table(part, figures[part])
         if json_out:
             json_out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if _FIGURE_OUT.value:
-        draw(figures, Path(_FIGURE_OUT.value))
+    if values.figure_out:
+        draw(figures, Path(values.figure_out))
+    return 0
 
 
-def _measure(part: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _measure(values: flags.FlagValues, part: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """What a part found: JSON that at least holds `lines`, one a row of its table."""
     if part in ("cost", "memory"):
         import optim_cost
 
-        sizes = optim_cost.QUICK_SIZES if _QUICK.value else optim_cost.SIZES
+        sizes = optim_cost.QUICK_SIZES if values.quick else optim_cost.SIZES
         return getattr(optim_cost, part)(sizes)
     import optim_arms
     import optim_quality
 
-    arms = [optim_arms.by_name(name) for name in _ARMS.value] or optim_arms.ARMS
+    arms = [optim_arms.by_name(name) for name in values.arms] or optim_arms.ARMS
     with tempfile.TemporaryDirectory() as folder:
-        if not _QUICK.value:
-            return optim_quality.measure(part, optim_quality.SIZES, arms, Path(_DATA_DIR.value), figures)
+        if not values.quick:
+            return optim_quality.measure(part, optim_quality.SIZES, arms, Path(values.data_dir), figures)
         optim_quality.made_up_data(Path(folder))
         return optim_quality.measure(part, optim_quality.QUICK_SIZES, arms, Path(folder), figures)
 
@@ -105,4 +109,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(run_script(define_flags, main, "bench_optim.py", __doc__ or "", sys.argv[1:]))
