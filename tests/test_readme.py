@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -107,6 +108,22 @@ def test_commands_with_gin_files_run(command, folder):
 def test_the_check_of_the_readme_says_whether_it_fits(folder):
     (command,) = commands("t5x_ext check")
     assert "fits: " in shell(short(command), folder).stdout
+
+
+def test_the_scores_of_the_readme_reproduce_what_was_claimed(folder):
+    for name, lines in {
+        "sources/generaltest2022.en-de.src.en": "a red house\ntwo dogs\n",
+        "references/generaltest2022.en-de.ref.A.de": "ein rotes Haus steht hier\nzwei Hunde laufen dort\n",
+        "system-outputs/generaltest2022.en-de.hyp.JDExploreAcademy.de": "ein rotes Haus steht dort\nzwei Hunde laufen\n",
+        "system-outputs/generaltest2022.en-de.hyp.Online-B.de": "ein Haus\nHunde laufen dort weg\n",
+    }.items():
+        path = folder / "wmt22" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines, encoding="utf-8")
+    (command,) = commands("scripts/score_wmt22.py")
+    assert "claims reproduced" in shell(f"{REPOSITORY}/{command}", folder).stdout
+    rows = json.loads((folder / "wmt22.json").read_text())
+    assert [(row["system"], row["rank"]) for row in rows] == [("JDExploreAcademy", 1), ("Online-B", 2)]
 
 
 @pytest.mark.parametrize("script", ["launch_tpu_vm", "launch_gke", "launch_slurm"])
