@@ -275,17 +275,17 @@ def _draw_cost(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
         axes.text(line["most"], row, f"  {line['ratio']:.2f}", va="center", fontsize=9)
     axes.set_yticks(range(len(to_adam)), to_adam, fontsize=9)
     axes.margins(x=0.12)
-    axes.set_xlabel("time of an update relative to Adam's")
-    axes.set_title("Time: a pulled gradient is what costs", fontsize=10.5)
+    axes.set_xlabel("time of an update, relative to Adam's")
+    axes.set_title("Time: what costs is a second gradient", fontsize=10.5)
 
 
 def _draw_memory(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
-    lines = [line for line in lines if not line["state"].startswith("accumulator")]
+    lines = [line for line in lines if not line["state"].startswith("accumulator") and "every" not in line["state"]]
     for row, line in enumerate(lines):
         axes.barh(row, line["planned_bytes"] / 1e9, 0.65, color=_color(line["state"]))
-        label = f"  {line['planned_bytes'] / 1e9:.3g} GB, {line['planned_to_adam']:.1%}"
+        label = f"  {line['planned_bytes'] / 1e9:.3g} GB, {100 * line['planned_to_adam']:.3g} %"
         axes.text(line["planned_bytes"] / 1e9, row, label, va="center", fontsize=9)
     axes.set_yticks(range(len(lines)), [line["state"] for line in lines], fontsize=9)
-    axes.margins(x=0.35)
-    axes.set_xlabel("state of the optimizer for 4.7B parameters, GB, and relative to Adam's")
-    axes.set_title("Memory: what Flora is for", fontsize=10.5)
+    axes.margins(x=0.42)
+    axes.set_xlabel("state of the optimizer, GB, and relative to Adam's")
+    axes.set_title("Memory of vega_4b7: what Flora is for", fontsize=10.5)
