@@ -139,7 +139,7 @@ def run_script(
     description: str,
     arguments: Sequence[str],
 ) -> int:
-    """Parses a launcher's flags and runs it; a mistake is one line on standard error.
+    """Parses a script's flags and runs it; a mistake is one line on standard error.
 
     Returns:
       The exit code: what `main` returns, 2 after a mistake, 130 when interrupted.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -15,23 +15,31 @@ DIGESTS = "digests.json"
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON so that a reader finds the old file or the new one, never a part of it."""
+    """Writes JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes UTF-8 so that a reader finds the old file or the new one, never a part of it, even after a power cut."""
     path = epath.Path(path)
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     if "://" in str(path):
         path.write_text(text)  # an object in a bucket appears whole or not at all
         return
     draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with draft.open("w") as file:
-            file.write(text)
-            file.flush()
-            # Without it a power cut could leave the new name on an empty file.
-            os.fsync(file.fileno())
+        with draft.open("wb") as file:
+            file.write(text.encode())
+            to_disk(file)
         draft.replace(path)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def to_disk(file: IO[Any]) -> None:
+    """Waits until what was written is on the disk: else a power cut could leave a new name on an empty file."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_part_of_digests(folder: epath.Path, index: int, count: int) -> None:

@@ -72,6 +72,8 @@ class DataConfig:
             object.__setattr__(self, role, tuple(corpora))
         if not self.train:
             raise UserError("DataConfig.train: there is no training corpus; give at least one")
+        if self.bidirectional_steps is not None and self.bidirectional_steps < 0:
+            raise UserError(f"DataConfig.bidirectional_steps={self.bidirectional_steps}: must be 0 or more, or None")
         if self.bidirectional_steps is not None and not self.bidirectional:
             raise UserError("DataConfig.bidirectional_steps is set but bidirectional is False; set it to True")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from t5x_ext.contracts import UserError
 from t5x_ext.data.plan import BatchPlan, RowExamples, SkippingPlan
 
 
@@ -34,13 +33,8 @@ class SwitchingPlan(SkippingPlan):
           first: see the attribute, like the others.
           second: see there.
           switch: see there.
-
-        Raises:
-          UserError: for a negative switch.
         """
         super().__init__()
-        if switch < 0:
-            raise UserError(f"DataConfig.bidirectional_steps={switch}: must be 0 or more, or None")
         self.first, self.second, self.switch = first, second, switch
         self.streams = first.streams
         self.config = first.config

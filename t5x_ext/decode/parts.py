@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 
-from t5x_ext.checkpoints import write_json
+from t5x_ext.checkpoints import to_disk, write_json, write_text
 from t5x_ext.contracts import UserError
 from t5x_ext.parallel import barrier, is_primary, primary_first
 
@@ -51,11 +51,7 @@ class Parts:
 
     def write(self, index: int, text: str) -> None:
         """Keeps a finished chunk, down to the disk: it is there even after a power cut."""
-        draft = self._chunk(index).with_suffix(".draft")
-        with draft.open("wb") as sink:
-            sink.write(text.encode())
-            _flush(sink)
-        os.replace(draft, self._chunk(index))
+        write_text(self._chunk(index), text)
 
     def finish(self, counts: Mapping[str, float]) -> list[dict[str, float]]:
         """Waits for all processes; process 0 makes the output, whole, by one rename, and removes the folder.
@@ -108,7 +104,7 @@ class Parts:
             for index in range(self._count):
                 with self._chunk(index).open("rb") as chunk:
                     shutil.copyfileobj(chunk, sink)
-            _flush(sink)
+            to_disk(sink)
         os.replace(draft, self._output)
 
     def _chunk(self, index: int) -> Path:
@@ -116,8 +112,3 @@ class Parts:
 
     def _counts(self, process: int) -> Path:
         return self._folder / f"process-{process}.json"
-
-
-def _flush(sink: BinaryIO) -> None:
-    sink.flush()
-    os.fsync(sink.fileno())

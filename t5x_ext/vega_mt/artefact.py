@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from t5x_ext.checkpoints import RunFolder
-from t5x_ext.contracts import PyTree, UserError
+from t5x_ext.contracts import UserError, path_name
 from t5x_ext.decode.ensemble import Combine
 from t5x_ext.decode.translator import restore_weights
 
@@ -188,13 +189,9 @@ def file_digest(path: Path) -> str:
 def weights_digest(run: RunFolder, step: int) -> str:
     """SHA-256 of the weights of a checkpoint: names, types, shapes and numbers."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(_leaves(restore_weights(run, step)), key=lambda leaf: leaf[0]):
+    leaves = jax.tree_util.tree_leaves_with_path(restore_weights(run, step))
+    named = [(f"/{path_name(path)}", np.asarray(leaf)) for path, leaf in leaves]
+    for name, leaf in sorted(named, key=lambda named: named[0]):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _leaves(tree: PyTree, prefix: str = "") -> list[tuple[str, np.ndarray]]:
-    if not isinstance(tree, Mapping):
-        return [(prefix, np.asarray(tree))]
-    return [leaf for name, branch in tree.items() for leaf in _leaves(branch, f"{prefix}/{name}")]

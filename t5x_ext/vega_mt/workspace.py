@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import TypeAlias
 
 import jax
 
+from t5x_ext.checkpoints import to_disk
 from t5x_ext.contracts import UserError
 from t5x_ext.data import read_lines
 from t5x_ext.decode import DecodeConfig, Translator, translate_file
@@ -200,8 +201,7 @@ class Workspace:
                 while chunk := list(islice(lines, CHUNK_LINES)):
                     scores = translator.score(chunk, chunk, language, language, config)
                     sink.write("".join(f"{score.log_prob / score.num_tokens!r}\n" for score in scores))
-                    sink.flush()
-                    os.fsync(sink.fileno())
+                    to_disk(sink)
             part.replace(output)
         return [float(line) for line in read_lines(str(output))]
 
@@ -214,15 +214,9 @@ def _write(paths: Sequence[Path], rows: Iterable[Sequence[str]]) -> int:
             count += 1
             for sink, line in zip(sinks, row, strict=True):
                 sink.write(f"{line}\n")
-        _flush(sinks)
+        for sink in sinks:
+            to_disk(sink)
     return count
-
-
-def _flush(sinks: Sequence[TextIO]) -> None:
-    """Down to the disk, so that a name does not stand for an empty file after a power cut."""
-    for sink in sinks:
-        sink.flush()
-        os.fsync(sink.fileno())
 
 
 def _whole_chunks(part: Path) -> int:

@@ -13,6 +13,7 @@ from stand_ins import Given, StandIn, opener, read
 from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.vega_mt import CycleTranslate, Pipeline, Synthesize, TextFiles, execute, workspace
+from t5x_ext.vega_mt.workspace import SCRATCH
 
 GREEDY, SAMPLING = DecodeConfig(strategy="greedy"), DecodeConfig(strategy="sample", top_k=10)
 PAIRS = (("one", "eins"), ("two", "zwei"), ("", "nichts"))
@@ -230,7 +231,7 @@ def test_scores_go_on_where_they_were_killed(tmp_path, monkeypatch):
 
     with pytest.raises(Killed):
         cycle(tmp_path / "out", StandIn(there_and_back), StandIn(log_prob=kills), rows)
-    part = tmp_path / "out/cycle/work/mono.m.cycle.en-de.scores.part"
+    part = tmp_path / "out" / "cycle" / SCRATCH / "mono.m.cycle.en-de.scores.part"
     assert len(part.read_text().splitlines()) == 8
     with part.open("a") as file:
         file.write("-0.5\n-0.2")  # a chunk that was being written

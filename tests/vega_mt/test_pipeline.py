@@ -33,6 +33,7 @@ from t5x_ext.vega_mt import (
     status_of,
     workspace,
 )
+from t5x_ext.vega_mt.workspace import SCRATCH
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def test_killed_by_the_system_inside_a_stage_it_goes_on(whole, corpus, tmp_path)
             Workspace, "write_lines", lambda self, file, lines: (seen.append(file), write(self, file, lines))[1]
         )
         execute(stages(corpus), out, configurations=texts_for())
-    assert "upper/work/a.en-de.en" not in seen
+    assert f"upper/{SCRATCH}/a.en-de.en" not in seen
     assert contents(out) == contents(whole)
 
 
@@ -309,11 +310,11 @@ def test_killed_while_a_stage_is_deleted_it_is_made_anew(whole, corpus, tmp_path
 
 
 def test_a_full_disk_is_one_line_and_the_same_call_goes_on(whole, corpus, tmp_path, monkeypatch):
-    def full(sinks):
+    def full(sink):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace, "_flush", full)
+        patch.setattr(workspace, "to_disk", full)
         with pytest.raises(UserError, match="out: No space left on device; make room, the same command goes on"):
             execute(stages(corpus), tmp_path / "out", configurations=texts_for())
     assert contents(tmp_path / "out") == {}
