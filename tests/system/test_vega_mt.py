@@ -23,22 +23,20 @@ RUN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("vega_mt")
+def artefacts() -> dict[str, str]:
+    return {stage: Path(f"out/{stage}/artefact.json").read_text() for stage in STAGES}
 
 
-@pytest.fixture(autouse=True)
-def there(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_every_stage_runs_and_a_score_can_be_followed_to_its_texts(tmp_path, monkeypatch, capsys):
+    """One test: what follows the whole run needs what it has made, wherever tests are run."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    all_stages_run(capsys)
+    stages_that_are_lost_are_made_as_they_were()
+    a_changed_stage_is_refused_by_name(capsys)
 
 
-def artefacts(folder: Path) -> dict[str, str]:
-    return {stage: (folder / f"out/{stage}/artefact.json").read_text() for stage in STAGES}
-
-
-def test_every_stage_runs_and_a_score_can_be_followed_to_its_texts(folder, capsys):
+def all_stages_run(capsys):
     assert main([*RUN, "--stages=bitext,clean"]) == 0
     assert main([*RUN, "--json_out=made.json"]) == 0
     made = json.loads(Path("made.json").read_text())
@@ -59,22 +57,22 @@ def test_every_stage_runs_and_a_score_can_be_followed_to_its_texts(folder, capsy
     assert [stage["stage"] for stage in json.loads(Path("audit.json").read_text())] == list(STAGES[::-1])
 
 
-def test_stages_that_are_lost_are_made_as_they_were(folder):
-    before = artefacts(folder)
+def stages_that_are_lost_are_made_as_they_were():
+    before = artefacts()
     # As a process leaves them that is killed in the midst of the first, and before the end of the others.
     shutil.rmtree("out/round1")
     for stage in ("cycle", "near_past", "best_test", "scores"):
         Path(f"out/{stage}/artefact.json").unlink()
     Path("out/best_test/cldr_test.en-zh.en-zh.zh").unlink()
     assert main(RUN) == 0
-    assert artefacts(folder) == before
+    assert artefacts() == before
 
 
-def test_a_changed_stage_is_refused_by_name(folder, capsys):
-    before = artefacts(folder)
+def a_changed_stage_is_refused_by_name(capsys):
+    before = artefacts()
     assert main([*RUN, "--gin.CycleTranslate.tau=0.5"]) == 2
     error = capsys.readouterr().err
     assert "stage 'cycle' in out was made from something else: " in error
     assert "CycleTranslate.tau" in error
     assert "--stages=cycle,retrain1,finetune,generalise,average,best,best_test,scores" in error
-    assert artefacts(folder) == before
+    assert artefacts() == before
