@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.tags import Side, check_language
+from t5x_ext.data.special_pieces import Side, check_language
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"

@@ -18,9 +18,10 @@ from t5x_ext.data.cleaning import CleaningConfig
 from t5x_ext.data.encoding import SubwordSampling
 from t5x_ext.data.parallel_text import ParallelText
 from t5x_ext.data.plan import BatchConfig, BatchPlan
+from t5x_ext.data.special_pieces import MARKERS, Side
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
 from t5x_ext.data.switching import SwitchingPlan
-from t5x_ext.data.tags import MARKERS, Side, TagPolicy
+from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import (
     DESCRIPTION_FILE,
     Vocabulary,

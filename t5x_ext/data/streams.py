@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from t5x_ext.contracts import Corpus
 from t5x_ext.data.cache import TokenCache
-from t5x_ext.data.tags import MARKERS, Side
+from t5x_ext.data.special_pieces import MARKERS, Side
 
 
 def direction_name(source_language: str, target_language: str) -> str:
