@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.data.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate.metrics import chrf_metric
 from t5x_ext.vega_mt.artefact import Artefact, TextFiles
@@ -22,8 +23,8 @@ class Synthesize:
 
     For every direction s-t of the model and every real text in s, its translation into t is learned from forward (s-t,
     sequence distillation, the target being synthetic) and backward (t-s, back-translation, the source being synthetic).
-    Decoded alike, the two are one text, read in both directions by a run that is `bidirectional`. Decoded differently
-    they are two texts, each for one direction only.
+    Decoded alike and without noise, the two are one text, read in both directions by a run that is `bidirectional`.
+    Otherwise they are two texts, each for one direction only.
 
     Attributes:
       name: of the stage.
@@ -31,14 +32,17 @@ class Synthesize:
       texts: stages of real text; each side of a pair is a text of its own.
       directions: those that are decoded; empty: all of the model.
       forward: how the targets of self-training are decoded; None: there are none.
-      backward: how the sources of back-translation are.
+      backward: how the sources of back-translation are: by beam search, greedily, or by sampling, restricted to the
+        most probable tokens (`top_k`, `top_p`) or not.
+      noise: what happens to the sources of back-translation after they are decoded, in a file of its own; neither text
+        that people wrote nor a target of training has any. With beam search it is "beam + noise".
 
     Raises:
-      UserError: where neither is wanted.
+      UserError: where neither role is wanted, and for noise without back-translation.
 
     References:
-      Sennrich et al., arXiv 1511.06709 (back-translation); Edunov et al., arXiv 1808.09381 (sampling for it); Zan et
-      al., arXiv 2209.09444, whose text on self-training was not at hand: this is our formalisation.
+      Sennrich et al., arXiv 1511.06709 (back-translation); Edunov et al., arXiv 1808.09381 (sampling and noise for it);
+      Zan et al., arXiv 2209.09444, whose text on self-training was not at hand: this is our formalisation.
     """
 
     name: str
@@ -47,10 +51,13 @@ class Synthesize:
     directions: tuple[str, ...] = ()
     forward: DecodeConfig | None = field(default_factory=DecodeConfig)
     backward: DecodeConfig | None = field(default_factory=DecodeConfig)
+    noise: WordNoise | None = None
 
     def __post_init__(self) -> None:
         if self.forward is None and self.backward is None:
             raise UserError("Synthesize.forward and Synthesize.backward are both None: nothing is to be decoded")
+        if self.noise is not None and self.backward is None:
+            raise UserError("Synthesize.noise is for the sources of back-translation, and Synthesize.backward is None")
 
     def inputs(self) -> tuple[str, ...]:
         """The model and the texts."""
@@ -78,19 +85,30 @@ class Synthesize:
         real = text.file_in(source)
         if real is None:
             return
-        alike = self.forward == self.backward
-        for role, config in (("forward", self.forward), ("backward", None if alike else self.backward)):
+        both = self.forward == self.backward and self.noise is None
+        files: dict[DecodeConfig, str] = {}
+        for role, config in (("forward", self.forward), ("backward", None if both else self.backward)):
             if config is None:
                 continue
             name = f"{_named(text, real)}.{role}.{source}-{target}"
-            translated = workspace.own(f"{name}.{target}")
+            translated = files.setdefault(config, workspace.own(f"{name}.{target}"))
             workspace.translate(self.model, real, translated, (source, target), config)
             if not _says_anything(translated, workspace):
                 continue
             if role == "forward":
-                yield TextFiles(name, (source, target), (real, translated), text.lines, "target", one_way=not alike)
+                yield TextFiles(name, (source, target), (real, translated), text.lines, "target", one_way=not both)
             else:
-                yield TextFiles(name, (target, source), (translated, real), text.lines, "source", one_way=True)
+                learned = self._noisy(translated, name, target, workspace)
+                yield TextFiles(name, (target, source), (learned, real), text.lines, "source", one_way=True)
+
+    def _noisy(self, translated: str, name: str, language: str, workspace: Workspace) -> str:
+        """The file with what is learned from in the place of a translation."""
+        if self.noise is None:
+            return translated
+        noise, noisy = self.noise, workspace.own(f"{name}.noisy.{language}")
+        lines = (noise(line, number, language) for number, line in enumerate(workspace.lines(translated)))
+        workspace.write_lines(noisy, lines)
+        return noisy
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from sacrebleu.metrics.chrf import CHRF
 from stand_ins import Given, StandIn, opener, read
 
 from t5x_ext.contracts import UserError
+from t5x_ext.data.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.vega_mt import CycleTranslate, Pipeline, Synthesize, TextFiles, execute, workspace
 from t5x_ext.vega_mt.workspace import SCRATCH
@@ -81,6 +82,32 @@ def test_decoded_differently_each_role_is_a_text_for_one_direction(tmp_path):
     # What is real is the target of back-translation and the source of self-training.
     assert forward.file_in("de") == backward.file_in("de") == "mono/m.de"
     assert forward.file_in("en") != backward.file_in("en")
+
+
+@pytest.mark.parametrize("backward", [GREEDY, SAMPLING])
+def test_noise_is_on_the_sources_of_back_translation_only_and_the_translation_is_kept(tmp_path, backward):
+    noise = WordNoise(drop=0.3, seed=5)
+    model = StandIn(lambda source, target, line: f"das ist {line} , sagt er" if line else "")
+    stage = Synthesize("round", "model", ("bitext",), ("en-de",), GREEDY, backward, noise)
+    made = execute(Pipeline((BITEXT, MODEL, stage)), tmp_path, opener=opener(model=model))["round"]
+    forward, back = made.corpora
+    assert (forward.synthetic, forward.one_way, back.synthetic, back.one_way) == ("target", True, "source", True)
+    clean = ["das ist one , sagt er", "das ist two , sagt er", ""]
+    assert read(tmp_path, forward.files[1]) == clean
+    noisy = read(tmp_path, back.files[0])
+    assert noisy == [noise(line, number, "de") for number, line in enumerate(clean)] != clean
+    assert noisy[2] == ""
+    # What people wrote is as it was, on either side; equal searches are done once.
+    assert forward.files[0] == back.files[1] == "bitext/a.en"
+    assert read(tmp_path, "bitext/a.en") == [english for english, _ in PAIRS]
+    assert len(model.calls) == (1 if backward is GREEDY else 2)
+    raw = sorted(path.name for path in (tmp_path / "round").glob("*.de") if "noisy" not in path.name)
+    assert [read(tmp_path, f"round/{name}") for name in raw] == [clean] * len(model.calls)
+
+
+def test_noise_without_back_translation_is_refused():
+    with pytest.raises(UserError, match=r"Synthesize\.noise is for the sources of back-translation"):
+        Synthesize("round", "model", ("bitext",), backward=None, noise=WordNoise())
 
 
 def test_one_role_or_one_direction_alone(tmp_path):
