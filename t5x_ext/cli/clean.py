@@ -2,19 +2,22 @@
 
 Writes files NAME.LANGUAGE and report.json to --output_dir and prints how many pairs each rule dropped. Lines stay in
 order. An interrupted command goes on where it stopped, with the same result. Corpora come from flags or from a gin file
-that binds filters.Filtering.corpora; rules are the fields of FilterConfig.
+that binds filters.Filtering.corpora; rules are the fields of FilterConfig. Of the texts of --held_out, what models are
+tested on, no line stays in the corpora of its language, in whatever letter case, width and punctuation.
 
 With --runner the work is done on Apache Beam, to the same bytes. Its workers must reach --output_dir and the text
 files, and need this package: on Flink, Spark and Dataflow name a container image that has it.
 
 example: t5x_ext clean --source=train.en --target=train.de --source_language=en --target_language=de --output_dir=out
+example: t5x_ext clean --source=train.en --target=train.de --source_language=en --target_language=de --output_dir=out \\
+    --held_out=test.en --held_out=test.de
 example: t5x_ext clean --source=news.zh --source_language=zh --output_dir=out \\
     --gin.FilterConfig.max_length=100 --gin.FilterConfig.near_duplicate_similarity=None
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -27,6 +30,7 @@ from t5x_ext.cli.runner_flags import check_runner_flags, define_runner_flags, ru
 
 if TYPE_CHECKING:
     from t5x_ext.cli.gin_read import Source
+    from t5x_ext.data.filters import Filtering
 
 _IMPORTS = "from t5x_ext import data\nfrom t5x_ext.data import filters\n"
 
@@ -42,6 +46,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("source_language", None, "code of the source text, as en, zh or pt_BR", flag_values=values)
     flags.DEFINE_string("target_language", None, "code of the target text", flag_values=values)
+    flags.DEFINE_multi_string(
+        "held_out",
+        [],
+        "text none of whose lines may stay; its name ends in the code of its language, as test.de or test.de.gz",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string("gin_file", [], "configuration: corpora, rules or both", flag_values=values)
     flags.DEFINE_multi_string("gin", [], "one binding, as --gin.FilterConfig.max_ratio=2", flag_values=values)
     define_runner_flags(values, "filter")
@@ -66,8 +76,14 @@ def main(values: flags.FlagValues) -> None:
     for corpus in filtering.corpora:
         for language in corpus.languages:
             known_language(language)
+    _check_held_out(filtering)
     done = filter_corpora(
-        filtering.corpora, values.output_dir, filtering.config, values.num_processes, runner_from_flags(values)
+        filtering.corpora,
+        values.output_dir,
+        filtering.config,
+        values.num_processes,
+        runner_from_flags(values),
+        filtering.held_out,
     )
     report(done.table(), done.to_json(), values.json_out)
 
@@ -78,16 +94,40 @@ def _statements(values: flags.FlagValues) -> Iterator[Source]:
     if not values.gin_file:
         # Names the rules, so that --gin.FilterConfig... finds them.
         yield Source(_IMPORTS + "filters.Filtering.config = @filters.FilterConfig()", "--source", is_flag=True)
-    corpora = list(_corpora(values))
-    if corpora:
-        references = "".join(f"@{scope}/data.ParallelText(), " for scope, _ in corpora)
-        lines = [
-            f"{scope}/data.ParallelText.{name} = {value!r}"
-            for scope, fields in corpora
-            for name, value in fields.items()
-        ]
-        text = "\n".join([_IMPORTS, *lines, f"filters.Filtering.corpora = ({references})"])
-        yield Source(text, "--source", is_flag=True)
+    if corpora := dict(_corpora(values)):
+        yield _bound("corpora", "ParallelText", corpora, "--source")
+    if values.held_out:
+        texts = enumerate(values.held_out, start=1)
+        held_out = {f"held_out{number}": {"path": path, "language": _ending(path)} for number, path in texts}
+        yield _bound("held_out", "monolingual_text", held_out, "--held_out")
+
+
+def _bound(field: str, kind: str, scopes: Mapping[str, Mapping[str, str]], flag: str) -> Source:
+    """Binds a field of `Filtering` to corpora of a kind, each with arguments in a scope of its own."""
+    from t5x_ext.cli.gin_read import Source
+
+    lines = [
+        f"{scope}/data.{kind}.{name} = {value!r}" for scope, values in scopes.items() for name, value in values.items()
+    ]
+    references = "".join(f"@{scope}/data.{kind}(), " for scope in scopes)
+    return Source("\n".join([_IMPORTS, *lines, f"filters.Filtering.{field} = ({references})"]), flag, is_flag=True)
+
+
+def _ending(path: str) -> str:
+    """The code of a language at the end of a file's name."""
+    return known_language(path.removesuffix(".gz").rpartition(".")[2])
+
+
+def _check_held_out(filtering: Filtering) -> None:
+    """Raises UsageError for held-out text in a language that no corpus is in: it would hold out nothing."""
+    from t5x_ext.data.filters.text import base_language
+
+    languages = dict.fromkeys(language for corpus in filtering.corpora for language in corpus.languages)
+    for corpus in filtering.held_out:
+        if not {*map(base_language, corpus.languages)} & {*map(base_language, languages)}:
+            raise UsageError(
+                f"held-out text {corpus.name} is in {corpus.languages[0]}; the corpora are in {', '.join(languages)}"
+            )
 
 
 def _corpora(values: flags.FlagValues) -> Iterator[tuple[str, dict[str, str]]]:

@@ -20,17 +20,20 @@ class Clean:
       name: of the stage.
       corpora: raw corpora from outside; those of one language are `data.monolingual_text`.
       texts: stages whose texts are filtered like them.
+      held_out: stages of texts whose lines, in either language, must not stay: what models are tested on, chosen by and
+        tuned with. One English side is often that of several pairs, so all of them are held out of each.
       config: the rules.
     """
 
     name: str
     corpora: tuple[Corpus, ...] = ()
     texts: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
     config: FilterConfig = field(default_factory=FilterConfig)
 
     def inputs(self) -> tuple[str, ...]:
-        """The stages of the texts."""
-        return self.texts
+        """The stages of the texts, and of those that are held out."""
+        return (*self.texts, *self.held_out)
 
     def sources(self) -> tuple[Corpus, ...]:
         """The raw corpora."""
@@ -39,12 +42,15 @@ class Clean:
     def make(self, workspace: Workspace) -> Artefact:
         """Filters, or goes on filtering."""
         corpora = [*self.corpora, *(_corpus(text, workspace) for text in workspace.corpora(self.texts))]
-        report = filter_corpora(corpora, workspace.path(self.name), self.config)
+        held_out = [_corpus(text, workspace) for text in workspace.corpora(self.held_out)]
+        report = filter_corpora(corpora, workspace.path(self.name), self.config, held_out=held_out)
         texts, counts = [], {}
         for corpus in report.corpora:
             files = tuple(workspace.own(file) for file in corpus.files)
             texts.append(TextFiles(corpus.name, corpus.languages, files, corpus.kept))
-            counts[corpus.name] = {"read": corpus.read, "kept": corpus.kept, **corpus.dropped}
+            # English and German text of one corpus may be called the same.
+            name = corpus.name if len(files) == 2 else corpus.files[0]
+            counts[name] = {"read": corpus.read, "kept": corpus.kept, **corpus.dropped}
         return Artefact("corpora", tuple(texts), counts=counts)
 
 

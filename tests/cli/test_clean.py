@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def test_text_of_one_language_and_json(texts, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((texts / "out/report.json").read_text())
     assert result["corpora"][0]["files"] == ["a.de"]
+
+
+def test_held_out_text_is_dropped(texts, capsys):
+    (texts / "test.de").write_text("Die Katze Nummer 7!\nnoch eine\n", encoding="utf-8")
+    (texts / "test.en.gz").write_bytes(gzip.compress(b"THE cat 'number' 8\nthe cat number 9\n"))
+    options = "--output_dir=out --gin.FilterConfig.near_duplicate_similarity=None"
+    assert main(f"clean {PAIR} {options} --held_out=test.de --held_out=test.en.gz".split()) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()]
+    # Three of the fifty, two of which come twice.
+    assert [row for row in rows if row[0] in ("held_out", "duplicate", "kept") and row[1] != "%"] == [
+        ["held_out", "6"], ["duplicate", "7"], ["kept", "47"],
+    ]  # fmt: skip
+    assert not {"7", "8", "9"} & {line.split()[-1] for line in (texts / "out/a.en-de.de").read_text().splitlines()}
 
 
 GIN = """
@@ -80,6 +94,9 @@ def test_a_gin_file_by_processes_and_by_a_runner(texts, capsys):
         (f"{PAIR} --target_language=german", "unknown language 'german'; did you mean de (German)?"),
         (f"{PAIR} --target_language=en", "--source_language and --target_language are both en"),
         (f"{PAIR} --target=nowhere.de --source=nowhere.en", "nowhere.en: no such file"),
+        (f"{PAIR} --held_out=test.txt", "unknown language 'txt'"),
+        (f"{PAIR} --held_out=a.en --held_out=a.fr", "held-out text a.fr-fr is in fr; the corpora are in en, de"),
+        (f"{PAIR} --held_out=nowhere.de", "nowhere.de: no such file"),
         (f"{PAIR} --gin.FilterConfig.max_lenth=3", "did you mean max_length?"),
         (f"{PAIR} --gin.FilterConfig.max_length=0", "FilterConfig.max_length=0: must be 1 or more"),
         (f"{PAIR} --gin.FilterConfig.duplicates=pair", "duplicates"),

@@ -110,3 +110,4 @@ def test_cleaning_keeps_what_the_rules_keep_and_counts(tmp_path):
     counts = made.counts["a"]
     assert (counts["read"], counts["kept"]) == (4, 1)
     assert sum(value for name, value in counts.items() if name not in ("read", "kept")) == 3
+    assert made.counts["m.de"]["duplicate"] == 1

@@ -7,6 +7,7 @@ datasketch) are loaded by the rules that need them.
 from t5x_ext.data.filters.chunks import ChunkFilter, FilteredChunk
 from t5x_ext.data.filters.config import FilterConfig, Filtering
 from t5x_ext.data.filters.duplicates import DUPLICATE_RULES, near_duplicate_probability
+from t5x_ext.data.filters.held_out import hold_out
 from t5x_ext.data.filters.report import CorpusReport, FilterReport
 from t5x_ext.data.filters.rules import PAIR_RULES
 from t5x_ext.data.filters.run import filter_corpora
@@ -25,6 +26,7 @@ __all__ = [
     "Filtering",
     "duplicate_key",
     "filter_corpora",
+    "hold_out",
     "length",
     "near_duplicate_probability",
     "normalize_punctuation",

@@ -7,7 +7,7 @@ import io
 import pickle
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,18 +15,15 @@ from etils import epath
 from jaxtyping import UInt16, UInt64
 
 from t5x_ext.data.beam import Task, read_task
-from t5x_ext.data.cleaning import clean_line
 from t5x_ext.data.filters.config import FilterConfig
 from t5x_ext.data.filters.duplicates import KeyMaker, sort_keys
+from t5x_ext.data.filters.held_out import HeldOut, read_held_out
 from t5x_ext.data.filters.rules import pair_rules
-from t5x_ext.data.filters.text import compose, normalize_punctuation, unescape_entities
+from t5x_ext.data.filters.transforms import LineTransform
 from t5x_ext.data.parallel_text import ParallelText
 
 CHUNK_PAIRS = 8192
 """Pairs of a chunk; what is kept does not depend on it."""
-
-TRANSFORMS = ("spaces", "unicode", "entities", "punctuation")
-"""Names of what changes lines, in this order, again and again until nothing changes."""
 
 
 class FilteredChunk(NamedTuple):
@@ -40,14 +37,19 @@ class FilteredChunk(NamedTuple):
 class ChunkFilter:
     """Cleans lines and applies the rules for single pairs: a pure function of the pairs, wherever it runs."""
 
-    def __init__(self, config: FilterConfig, languages: Sequence[str]):
+    def __init__(self, config: FilterConfig, languages: Sequence[str], held_out: HeldOut = ()):
         """For pairs of two languages, or for text of one: then the first line of every pair is the text.
+
+        Args:
+          config: the rules.
+          languages: one code a side.
+          held_out: what `hold_out` made for them; empty: nothing is held out.
 
         Raises:
           UserError: as `pair_rules` and `KeyMaker`.
         """
-        self._transforms = [_transforms(config, language) for language in languages]
-        self._rules = pair_rules(config, languages)
+        self._transforms = [LineTransform(config, language) for language in languages]
+        self._rules = pair_rules(config, languages, held_out)
         self.rule_names = tuple(rule.name for rule in self._rules)
         self.key_maker = KeyMaker(config, languages)
 
@@ -55,37 +57,13 @@ class ChunkFilter:
         """Filters pairs."""
         kept, dropped, changed = [], Counter[str](), Counter[str]()
         for pair in pairs:
-            lines = tuple(_transformed(line, transforms, changed) for line, transforms in zip(pair, self._transforms))
+            lines = tuple(transform(line, changed) for line, transform in zip(pair, self._transforms))
             against = next((rule.name for rule in self._rules if rule.speaks_against(lines)), None)
             if against is None:
                 kept.append(lines)
             else:
                 dropped[against] += 1
         return FilteredChunk(kept, dropped, changed)
-
-
-def _transforms(config: FilterConfig, language: str) -> dict[str, Callable[[str], str]]:
-    transforms: dict[str, Callable[[str], str]] = {"spaces": clean_line, "unicode": compose}
-    if config.unescape_entities:
-        transforms["entities"] = unescape_entities
-    if config.normalize_punctuation:
-        transforms["punctuation"] = functools.partial(normalize_punctuation, language=language)
-    return transforms
-
-
-def _transformed(line: str, transforms: Mapping[str, Callable[[str], str]], changed: Counter[str]) -> str:
-    changes = set()
-    # One transform may make work for another, as an entity that stands for an odd space: what comes out has none left.
-    before = None
-    while line != before:
-        before = line
-        for name, transform in transforms.items():
-            after = transform(line)
-            if after != line:
-                changes.add(name)
-                line = after
-    changed.update(changes)
-    return line
 
 
 def make_filter_task(
@@ -104,7 +82,7 @@ def filter_task(
       UserError: as `read_task`.
     """
     if not _path(scratch, task.number, "chunk").exists():
-        chunk_filter = _chunk_filter(config, languages)
+        chunk_filter = _chunk_filter(config, languages, scratch)
         chunk = chunk_filter(read_task(task, corpus, scratch))
         keys, rows = sort_keys(chunk_filter.key_maker.keys(chunk.kept))
         for kind, array in (("keys.npy", keys), ("rows.npy", rows)):
@@ -116,9 +94,9 @@ def filter_task(
     return task.number
 
 
-@functools.lru_cache(maxsize=16)
-def _chunk_filter(config: FilterConfig, languages: tuple[str, ...]) -> ChunkFilter:
-    return ChunkFilter(config, languages)
+@functools.lru_cache(maxsize=2)
+def _chunk_filter(config: FilterConfig, languages: tuple[str, ...], scratch: str) -> ChunkFilter:
+    return ChunkFilter(config, languages, read_held_out(scratch))
 
 
 def read_chunk(scratch: str, number: int) -> FilteredChunk:

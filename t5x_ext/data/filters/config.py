@@ -78,10 +78,12 @@ class Filtering:
     Attributes:
       corpora: parallel ones, and ones of one language (`data.monolingual_text`).
       config: the rules.
+      held_out: likewise, what models are tested on: none of its lines stays in the corpora.
     """
 
     corpora: tuple[Corpus, ...]
     config: FilterConfig = FilterConfig()
+    held_out: tuple[Corpus, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.corpora:

@@ -12,10 +12,11 @@ from babel.core import get_global
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data.filters.config import FilterConfig
+from t5x_ext.data.filters.held_out import HeldOut, held_out_hash
 from t5x_ext.data.filters.identification import LanguageCheck
 from t5x_ext.data.filters.text import duplicate_key, is_unsegmented, length, units
 
-PAIR_RULES = ("empty", "length", "ratio", "copy", "markup", "repetition", "script", "language")
+PAIR_RULES = ("empty", "held_out", "length", "ratio", "copy", "markup", "repetition", "script", "language")
 """Names of the rules for one pair, in the order in which they are tried."""
 
 _MARKUP = re.compile(
@@ -34,12 +35,13 @@ class Rule(NamedTuple):
     speaks_against: Callable[[Sequence[str]], bool]
 
 
-def pair_rules(config: FilterConfig, languages: Sequence[str]) -> tuple[Rule, ...]:
+def pair_rules(config: FilterConfig, languages: Sequence[str], held_out: HeldOut = ()) -> tuple[Rule, ...]:
     """The rules that a configuration switches on, in the order of `PAIR_RULES`.
 
     Args:
       config: what is asked for.
       languages: one code a line: two, or one for text of one language, where rules that compare sides drop out.
+      held_out: for every language what `hold_out` made; empty: nothing is held out.
 
     Raises:
       UserError: where a rule's library is not installed, or does not know a language.
@@ -47,6 +49,8 @@ def pair_rules(config: FilterConfig, languages: Sequence[str]) -> tuple[Rule, ..
     two_sides = len(languages) == 2
     rules = [
         Rule("empty", lambda lines: not all(lines)),
+        # First, so that it says how much of what is held out there was, and not what other rules have left of it.
+        bool(held_out) and Rule("held_out", _any_line([_is_among(hashes) for hashes in held_out])),
         config.max_length is not None and Rule("length", _length_rule(languages, config.max_length)),
         two_sides and config.max_ratio is not None and Rule("ratio", _ratio_rule(languages, config.max_ratio)),
         two_sides and config.drop_copies and Rule("copy", lambda lines: len(set(map(duplicate_key, lines))) == 1),
@@ -62,6 +66,10 @@ def pair_rules(config: FilterConfig, languages: Sequence[str]) -> tuple[Rule, ..
         ),
     ]
     return tuple(rule for rule in rules if rule)
+
+
+def _is_among(hashes: frozenset[bytes]) -> Callable[[str], bool]:
+    return lambda line: held_out_hash(line) in hashes
 
 
 def _any_line(checks: Sequence[Callable[[str], bool]]) -> Callable[[Sequence[str]], bool]:

@@ -24,7 +24,6 @@ from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data.beam import BeamRunner, read_tasks, sent_corpus, write_tasks
 from t5x_ext.data.filters import chunks
 from t5x_ext.data.filters.chunks import (
-    TRANSFORMS,
     ChunkFilter,
     make_filter_task,
     read_chunk,
@@ -33,8 +32,10 @@ from t5x_ext.data.filters.chunks import (
 )
 from t5x_ext.data.filters.config import FilterConfig
 from t5x_ext.data.filters.duplicates import DUPLICATE_RULES, Verdicts, cut_part, find_later, partition_bits
+from t5x_ext.data.filters.held_out import hold_out, write_held_out
 from t5x_ext.data.filters.on_beam import check_runner, filter_on_beam
 from t5x_ext.data.filters.report import CorpusReport, FilterReport
+from t5x_ext.data.filters.transforms import TRANSFORMS
 from t5x_ext.data.folders import is_remote
 from t5x_ext.data.parallel_text import ParallelText
 from t5x_ext.data.workers import choose_processes, work_in_order
@@ -67,13 +68,15 @@ def filter_corpora(
     config: FilterConfig | None = None,
     num_processes: int | None = None,
     beam: BeamRunner | None = None,
+    held_out: Sequence[Corpus] = (),
 ) -> FilterReport:
     """Filters corpora into files `NAME.LANGUAGE` of a folder, one a side, and writes `report.json` there, last.
 
     A corpus whose two languages are equal is text of one language: the first line of every pair. Kept lines stay in
     order. The same call after a kill goes on; after it has finished it reports and does nothing. Bytes are the same for
     any number of processes, any runner and any interruptions. Memory: some 200 MB and a chunk for every process,
-    whatever the size of a corpus, and about two bytes for every duplicate found and key of it.
+    whatever the size of a corpus, about two bytes for every duplicate found and key of it, and about 100 bytes for
+    every held-out line.
 
     Args:
       corpora: what is filtered; read three times. Their names must differ.
@@ -81,6 +84,8 @@ def filter_corpora(
       config: the rules.
       num_processes: worker processes; None: one a core for more than 50,000 pairs, otherwise none.
       beam: filter on Apache Beam instead; its workers must reach `output_dir`.
+      held_out: text that models are tested on, parallel or of one language. A pair goes where either side is one of its
+        lines in the same language, see `filters.held_out`.
 
     Raises:
       UserError: for what a corpus raises, names that clash, a folder that holds something else, a rule whose library
@@ -95,11 +100,13 @@ def filter_corpora(
     for job in jobs:
         ChunkFilter(config, job.languages)
         _read_through(job.corpus)
-    work = _digest(jobs, config)
+    for corpus in held_out:
+        _read_through(corpus)
+    work = _digest(jobs, config, held_out)
     output = epath.Path(output_dir)
     report = _finished_report(output, work)
     if report is None:
-        report = _filter_all(jobs, output, work, config, num_processes, beam)
+        report = _filter_all(jobs, output, work, config, held_out, num_processes, beam)
     else:
         logger.info("%s: filtered already", output_dir)
     for left in [path for path in output.iterdir() if path.name.startswith(_SCRATCH_PREFIX)]:
@@ -112,13 +119,14 @@ def _filter_all(
     output: epath.Path,
     work: str,
     config: FilterConfig,
+    held_out: Sequence[Corpus],
     num_processes: int | None,
     beam: BeamRunner | None,
 ) -> FilterReport:
     files = [file for job in jobs for file in job.files]
     with _scratch_folder(output, work, files) as scratch:
         if not (scratch / REPORT_FILE).exists():
-            reports = [_filter(job, scratch, config, num_processes, beam) for job in jobs]
+            reports = [_filter(job, scratch, config, held_out, num_processes, beam) for job in jobs]
             write_whole(scratch / REPORT_FILE, _to_text(FilterReport(work, asdict(config), tuple(reports))))
         report = FilterReport.from_json(json.loads((scratch / REPORT_FILE).read_text()))
         # From here on a restarted process only goes on moving.
@@ -160,12 +168,13 @@ def _read_through(corpus: Corpus) -> None:
         pass
 
 
-def _digest(jobs: Sequence[_Job], config: FilterConfig) -> str:
+def _digest(jobs: Sequence[_Job], config: FilterConfig, held_out: Sequence[Corpus]) -> str:
     """Everything that decides what is kept; rules ask libraries, so their versions are in it."""
     identity = {
         "format": _FORMAT,
         "config": asdict(config),
         "corpora": [(job.name, job.languages, job.corpus.fingerprint()) for job in jobs],
+        "held_out": [corpus.fingerprint() for corpus in held_out],
         "unicode": unicodedata.unidata_version,
         "libraries": {name: _version(name) for name in _LIBRARIES},
     }
@@ -214,12 +223,19 @@ def _scratch_folder(output: epath.Path, work: str, files: Sequence[str]) -> Iter
 
 
 def _filter(
-    job: _Job, scratch: epath.Path, config: FilterConfig, num_processes: int | None, beam: BeamRunner | None
+    job: _Job,
+    scratch: epath.Path,
+    config: FilterConfig,
+    held_out: Sequence[Corpus],
+    num_processes: int | None,
+    beam: BeamRunner | None,
 ) -> CorpusReport:
     folder = scratch / f"{job.files[0]}.chunks"
     folder.mkdir(exist_ok=True)
     tasks_file, num_pairs = write_tasks(job.corpus, folder, chunks.CHUNK_PAIRS)
-    chunk_filter = ChunkFilter(config, job.languages)
+    hashes = hold_out(held_out, config, job.languages) if held_out else ()
+    write_held_out(hashes, folder)
+    chunk_filter = ChunkFilter(config, job.languages, hashes)
     columns, bits, corpus = chunk_filter.key_maker.columns, partition_bits(num_pairs), sent_corpus(job.corpus)
     arguments = (corpus, str(folder), config, job.languages)
     num_chunks = -(-num_pairs // chunks.CHUNK_PAIRS)

@@ -109,6 +109,17 @@ def normalize_punctuation(line: str, language: str) -> str:
     return (_SPACE_BEFORE_IN_FRENCH if is_french else _SPACE_BEFORE).sub("", line)
 
 
+class _WithoutPunctuation(dict[int, int | None]):
+    """A table for `str.translate` that drops punctuation and spaces, made as far as it is asked for."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZ" else code
+        return self[code]
+
+
+_WITHOUT_PUNCTUATION = _WithoutPunctuation()
+
+
 def duplicate_key(line: str) -> str:
     """What two lines have in common that differ in letter case, width and compatibility forms (NFKC) only.
 
@@ -118,3 +129,13 @@ def duplicate_key(line: str) -> str:
     True
     """
     return " ".join(unicodedata.normalize("NFKC", line).casefold().split())
+
+
+def letters_key(line: str) -> str:
+    """`duplicate_key` without punctuation and spaces; with them where there is nothing else.
+
+    >>> letters_key("他 说：“ＯＫ”。"), letters_key("Don't!") == letters_key("don’t"), letters_key("...")
+    ('他说ok', True, '...')
+    """
+    key = duplicate_key(line)
+    return key.translate(_WITHOUT_PUNCTUATION) or key

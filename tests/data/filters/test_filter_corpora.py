@@ -13,7 +13,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import BeamRunner, ParallelText, monolingual_text
 from t5x_ext.data.filters import ChunkFilter, FilterConfig, chunks, duplicates, filter_corpora
 
@@ -42,6 +42,16 @@ def corpora(make_corpus, write) -> list[ParallelText]:
     plain = [write(f"text.{code}", side) for code, side in zip(("en", "de"), sides)]
     zipped = [write(f"zipped.{code}.gz", gzip.compress(side)) for code, side in zip(("en", "de"), sides)]
     return [ParallelText(*plain, "en", "de"), ParallelText(*zipped, "en", "de"), monolingual_text(plain[1], "de")]
+
+
+@pytest.fixture
+def held_out(corpora, list_corpus) -> list[Corpus]:
+    """The lines of two pairs, in either order, and one German line."""
+    pairs = list(corpora[0].pairs())
+    return [
+        list_corpus((pairs[1], (pairs[36][0].upper(), "etwas anderes"))),
+        list_corpus(((f" {pairs[52][1]} !", "not the English of it"),), ("de", "en")),
+    ]
 
 
 @pytest.fixture
@@ -118,22 +128,24 @@ def test_any_text_is_filtered_once_and_for_all(list_corpus, tmp_path_factory):
     check()
 
 
-def test_pieces_processes_and_runners_make_no_difference(corpora, tmp_path, monkeypatch):
-    whole = filter_corpora(corpora, str(tmp_path / "whole"), CONFIG)
+def test_pieces_processes_and_runners_make_no_difference(corpora, held_out, tmp_path, monkeypatch):
+    whole = filter_corpora(corpora, str(tmp_path / "whole"), CONFIG, held_out=held_out)
+    assert [corpus.dropped["held_out"] for corpus in whole.corpora] == [3, 3, 2]
     monkeypatch.setattr(chunks, "CHUNK_PAIRS", 16)
     monkeypatch.setattr(duplicates, "KEYS_PER_PARTITION", 20)
-    assert filter_corpora(corpora, str(tmp_path / "pieces"), CONFIG) == whole
+    assert filter_corpora(corpora, str(tmp_path / "pieces"), CONFIG, held_out=held_out) == whole
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
-    report = filter_corpora(corpora[:1], str(tmp_path / "processes"), CONFIG, num_processes=2).corpora[0]
+    output = str(tmp_path / "processes")
+    report = filter_corpora(corpora[:1], output, CONFIG, num_processes=2, held_out=held_out).corpora[0]
     assert report == whole.corpora[0]
     for file in report.files:
         assert (tmp_path / "processes" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_beam_writes_the_same_bytes(corpora, tmp_path, small_pieces):
+def test_beam_writes_the_same_bytes(corpora, held_out, tmp_path, small_pieces):
     pytest.importorskip("apache_beam")
-    filter_corpora(corpora, str(tmp_path / "local"), CONFIG)
-    filter_corpora(corpora, str(tmp_path / "beam"), CONFIG, beam=BeamRunner())
+    filter_corpora(corpora, str(tmp_path / "local"), CONFIG, held_out=held_out)
+    filter_corpora(corpora, str(tmp_path / "beam"), CONFIG, beam=BeamRunner(), held_out=held_out)
     assert contents(tmp_path / "beam") == contents(tmp_path / "local")
 
 
@@ -141,8 +153,8 @@ class Killed(BaseException):
     """Stops the work where it is, as a kill does, without a process of its own."""
 
 
-def test_a_restart_anywhere_ends_with_the_same_bytes(corpora, tmp_path, small_pieces, monkeypatch):
-    filter_corpora(corpora, str(tmp_path / "whole"), CONFIG)
+def test_a_restart_anywhere_ends_with_the_same_bytes(corpora, held_out, tmp_path, small_pieces, monkeypatch):
+    filter_corpora(corpora, str(tmp_path / "whole"), CONFIG, held_out=held_out)
     place = type(epath.Path(tmp_path))
     replace, left = place.replace, 0
 
@@ -159,14 +171,14 @@ def test_a_restart_anywhere_ends_with_the_same_bytes(corpora, tmp_path, small_pi
         # A chunk is three files: every try gets further by one, if it finds what earlier ones have finished.
         left = 3
         try:
-            filter_corpora(corpora, str(tmp_path / "killed"), CONFIG)
+            filter_corpora(corpora, str(tmp_path / "killed"), CONFIG, held_out=held_out)
             break
         except Killed:
             kills += 1
             assert not (tmp_path / "killed/report.json").exists()
     assert kills == 14
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    filter_corpora(corpora, str(tmp_path / "killed"), CONFIG)
+    filter_corpora(corpora, str(tmp_path / "killed"), CONFIG, held_out=held_out)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -226,6 +238,8 @@ def test_other_mistakes(list_corpus, make_corpus, corpora, tmp_path, monkeypatch
     refused("both sides are en; text of one language has one file", [ParallelText("a", "b", "en", "en")])
     refused("it becomes a file name", [list_corpus(one.lines, name="../x")])
     refused("the corpus is empty", [list_corpus(())])
+    refused("the corpus is empty", [one], held_out=[list_corpus(())])
+    refused("no pair is left after filtering .held_out 5", [one], held_out=[one])
     refused("Beam has no pipeline option --no_such", [one], beam=BeamRunner(options=("--no_such=1",)))
     with pytest.raises(UserError, match="a remote folder is for filtering on a runner"):
         filter_corpora([one], "gs://bucket/out", CONFIG)
@@ -248,6 +262,8 @@ def test_nothing_is_overwritten(make_corpus, list_corpus, tmp_path):
     for corpus, config in ((make_corpus(6), CONFIG), (make_corpus(5), FilterConfig(max_ratio=2))):
         with pytest.raises(UserError, match="holds a filtering of other corpora or rules"):
             filter_corpora([corpus], str(out), config)
+    with pytest.raises(UserError, match="holds a filtering of other corpora or rules"):
+        filter_corpora([make_corpus(5)], str(out), CONFIG, held_out=[make_corpus(1)])
     (out / "list.de").unlink()
     with pytest.raises(UserError, match=r"holds a filtering without list.de"):
         filter_corpora([make_corpus(5)], str(out), CONFIG)

@@ -100,9 +100,12 @@ def test_rules_are_switched_off_one_by_one(rule, change, languages, lines):
 
 
 def test_text_of_one_language_has_no_rules_that_compare_sides():
-    names = [rule.name for rule in pair_rules(FilterConfig(), ("en",))]
+    nothing = frozenset()
+    names = [rule.name for rule in pair_rules(FilterConfig(), ("en",), (nothing,))]
     assert names == [name for name in PAIR_RULES if name not in ("ratio", "copy")]
-    assert [rule.name for rule in pair_rules(FilterConfig(), ("en", "de"))] == list(PAIR_RULES)
+    assert [rule.name for rule in pair_rules(FilterConfig(), ("en", "de"), (nothing, nothing))] == list(PAIR_RULES)
+    without = [rule.name for rule in pair_rules(FilterConfig(), ("en", "de"))]
+    assert without == [name for name in PAIR_RULES if name != "held_out"]
     assert (*PAIR_RULES, *DUPLICATE_RULES) == RULES
 
 
