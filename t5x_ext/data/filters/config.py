@@ -18,20 +18,26 @@ class FilterConfig:
     are sought among the pairs that no other rule drops.
 
     Lengths are in words between spaces. Chinese and Japanese have none: their length is the number of characters over
-    the characters that a word has on average (see `length`), so that one limit fits all languages.
+    the characters that a word has on average (see `length`), so that one limit fits all languages; words of other
+    letters in them count as such.
+
+    Of clean text little is lost. Each rule for single pairs drops at most 0.3 % of 1,833 sentences of WMT22 (English
+    with de, cs, ru, zh, ja) and of 997 of FLORES, and of 795 strings of a program's interface, apart from markup,
+    copies and lines in the other script, at most 0.9 %.
 
     Attributes:
       unescape_entities: `&amp;` and its like become the characters that they stand for.
       normalize_punctuation: quotes, dashes and the like become their plain forms, as the language writes them
         (`normalize_punctuation`); full-width punctuation of Chinese and Japanese stays.
       max_length: words of either side.
-      max_ratio: words of the longer side over those of the shorter one.
+      max_ratio: words of the longer side, where it has five or more, over those of the shorter one.
       drop_copies: pairs whose sides are equal but for letter case and width.
       drop_markup: lines with tags, entities, templates or wiki links.
       max_repetition: share of a line's word pairs (character pairs in Chinese and Japanese) that have occurred in it
         before; lines of at least ten words. With it go lines in which one character stands ten times in a row.
       min_script_share: share of a line's letters that belong to a script of its language; against Chinese and Japanese
-        characters a word of other letters counts as one.
+        characters a word of other letters counts as one. Placeholders, tags and addresses are no letters, nor here
+        below.
       min_language_probability: lines of some length (24 bytes of letters: 8 Chinese characters) that look more like
         another language and are in theirs with less than this probability.
       duplicates: what may occur once only: `pair`, `source`, `target`, several of them, or nothing. Letter case, width

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.filters.text import base_language
+from t5x_ext.data.filters.text import base_language, without_code
 
 # Of letters, in UTF-8: 24 Latin letters tell about as much as 12 Cyrillic ones and 8 Chinese characters.
 _ENOUGH_BYTES = 24
@@ -59,6 +59,8 @@ class LanguageCheck:
 
         False for lines with too few letters to tell.
         """
+        # Headlines In Capitals look like names of anywhere.
+        line = without_code(line).lower()
         letters = "".join(filter(str.isalpha, line)).encode("utf-8", "surrogatepass")
         if len(letters) < _ENOUGH_BYTES or self._identifier.classify(line)[0] in self._labels:
             return False

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 _SCRATCH_PREFIX = ".filter-"
-_FORMAT = 1
+_FORMAT = 2
 _PAIRS_WORTH_PROCESSES = 50_000
 _LIBRARIES = ("babel", "datasketch", "py3langid", "regex")
 

@@ -110,6 +110,9 @@ def test_length_is_in_words_everywhere():
     assert length("一 二三四五六七八九", "zh_TW") == 9 / 1.8
     assert length("一二三四五六七八九十一二三", "ja") == 13 / 2.6
     assert length("three little words", "cs") == 3
+    # “A”，是 B-2 的: four characters, three words of other letters, and quotes are of the characters.
+    assert length("“A”，是 B-2 的 Ж", "zh") == 3 + 5 / 1.8
+    assert length("A", "ja") == length("ア", "ja") == length("ｱ", "ja") == 1
 
 
 def test_duplicate_keys_ignore_form_only():
