@@ -109,20 +109,23 @@ class Evaluate:
     Attributes:
       name: of the stage.
       translations: stages of translations.
-      baseline: one of them, against which the others are tested by paired bootstrap on the same texts; None: no tests.
+      baseline: one of them, against which the others are tested by paired bootstrap on the same texts; or for some of
+        them the one that each is tested against, as the stage before; None: no tests.
       tokenizers: BLEU tokenizers by target language where they are not to be the usual ones, as WMT22's `char` for ja.
       seed: of the bootstrap.
     """
 
     name: str
     translations: tuple[str, ...]
-    baseline: str | None = None
+    baseline: str | Mapping[str, str] | None = None
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     seed: int = 12345
 
     def __post_init__(self) -> None:
-        if self.baseline is not None and self.baseline not in self.translations:
-            raise UserError(f"Evaluate.baseline={self.baseline!r}: must be one of {', '.join(self.translations)}")
+        given = self.baseline if isinstance(self.baseline, Mapping) else {self.baseline: self.baseline}
+        for name in (*given, *given.values()):
+            if name is not None and name not in self.translations:
+                raise UserError(f"Evaluate.baseline={name!r}: must be one of {', '.join(self.translations)}")
 
     def inputs(self) -> tuple[str, ...]:
         """The translations."""
@@ -138,13 +141,13 @@ class Evaluate:
         scores = {row.name: self._scores(row, workspace) for row in rows}
         tests = dict(self._tests(rows, workspace))
         lines = [format_table(scores, label="translations")]
-        if tests:
-            lines += ["", f"against {self.baseline}, paired bootstrap:", *(_described(*test) for test in tests.items())]
+        for baseline in dict.fromkeys(test["against"] for test in tests.values()):
+            lines += ["", f"against {baseline}, paired bootstrap:"]
+            lines += [_described(name, test["tests"]) for name, test in tests.items() if test["against"] == baseline]
         workspace.write_lines(workspace.own("scores.txt"), "\n".join(lines).split("\n"))
         found: dict[str, Any] = {}
         for row in rows:
-            test = {"tests": tests[row.name]} if row.name in tests else {}
-            found.setdefault(row.stage, {})[row.text.name] = scores[row.name].to_json() | test
+            found.setdefault(row.stage, {})[row.text.name] = scores[row.name].to_json() | tests.get(row.name, {})
         write_json(workspace.path(workspace.own("scores.json")), found)
         return Artefact("scores", scores=found)
 
@@ -161,15 +164,20 @@ class Evaluate:
         return evaluate_texts(hypotheses, references, language, **options)
 
     def _tests(self, rows: list[_Row], workspace: Workspace) -> Iterator[tuple[str, dict[str, Any]]]:
-        baselines = {row.text.name: row for row in rows if row.stage == self.baseline}
+        """By the row's name what it is tested against, and the tests by metric."""
+        known = {(row.stage, row.text.name): row for row in rows}
         for row in rows:
-            baseline = baselines.get(row.text.name)
+            baseline = known.get((self._baseline_of(row.stage), row.text.name))
             if baseline is None or baseline is row:
                 continue
             before = self._texts(baseline, workspace)[0]
             after, references, language, options = self._texts(row, workspace)
             tests = paired_test(before, after, references, language, seed=self.seed, **options)
-            yield row.name, {name: test.to_json() for name, test in tests.items()}
+            found = {name: test.to_json() for name, test in tests.items()}
+            yield row.name, {"against": baseline.stage, "tests": found}
+
+    def _baseline_of(self, stage: str) -> str:
+        return self.baseline.get(stage, "") if isinstance(self.baseline, Mapping) else self.baseline or ""
 
 
 def _described(name: str, tests: Mapping[str, Mapping[str, Any]]) -> str:

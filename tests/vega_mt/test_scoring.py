@@ -85,7 +85,30 @@ def test_scores_are_those_of_the_texts_and_tests_are_against_the_baseline(tmp_pa
     assert audit(tmp_path)[0].stage == "scores"
 
 
+def test_each_stage_is_tested_against_the_one_it_names(tmp_path):
+    """Three models, of which the first and the third say the same: against it, the third makes no difference."""
+    models = [Given(name, directions=("en-zh",)) for name in ("a", "b", "c")]
+    names = ("one", "two", "three")
+    stages = [Translate(name, model.name, ("test",)) for name, model in zip(names, models)]
+    scores = Evaluate("scores", names, baseline={"two": "one", "three": "one"})
+    before = Evaluate("before", names, baseline={"two": "one", "three": "two"})
+    answers = opener(a=StandIn(good), b=StandIn(bad), c=StandIn(good))
+    made = execute(Pipeline((TEST, *models, *stages, scores, before)), tmp_path, opener=answers)
+    rows = {name: {stage: row["t.en-zh"] for stage, row in made[name].scores.items()} for name in ("scores", "before")}
+    differences = {name: {stage: row["tests"]["BLEU"]["difference"] for stage, row in of.items() if "tests" in row}
+                   for name, of in rows.items()}  # fmt: skip
+    lost = differences["scores"]["two"]
+    assert lost < 0
+    assert differences == {"scores": {"two": lost, "three": 0}, "before": {"two": lost, "three": -lost}}
+    assert [rows["before"][name]["against"] for name in ("two", "three")] == ["one", "two"]
+    table = (tmp_path / "before/scores.txt").read_text()
+    assert table.index("against one, paired bootstrap:\ntwo  ") < table.index("against two, paired bootstrap:\nthree  ")
+
+
 def test_mistakes(tmp_path):
+    for baseline in ({"one": "three"}, {"three": "one"}):
+        with pytest.raises(UserError, match="baseline='three': must be one of one, two"):
+            Evaluate("scores", ("one", "two"), baseline=baseline)
     with pytest.raises(UserError, match="baseline='three': must be one of one, two"):
         Evaluate("scores", ("one", "two"), baseline="three")
     with pytest.raises(UserError, match="there is no pair for en-cs"):
