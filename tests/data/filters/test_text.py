@@ -112,6 +112,8 @@ def test_length_is_in_words_everywhere():
     assert length("three little words", "cs") == 3
     # “A”，是 B-2 的: four characters, three words of other letters, and quotes are of the characters.
     assert length("“A”，是 B-2 的 Ж", "zh") == 3 + 5 / 1.8
+    # Punctuation between characters is a character; that of 3.5% and don't is of their words.
+    assert length("ア(イ)、ウ, 3.5% don't ...", "ja") == 2 + 8 / 2.6
     assert length("A", "ja") == length("ア", "ja") == length("ｱ", "ja") == 1
 
 
