@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ _SHORT = {
     "t5x_ext check": "--topology=v5e:2x2 --gin.Vega4B7.embed_dim=256 --gin.Vega4B7.mlp_dim=512 "
     "--gin.Vega4B7.num_heads=4 --gin.Vega4B7.encoder_layers=2 --gin.Vega4B7.decoder_layers=2 --gin.BatchConfig.rows=16 "
     "--gin.VocabularyConfig.size=2000",
+    # All of its stages are run by tests/system/test_vega_mt.py.
+    "runs/vega_mt_tiny.gin": "--stages=test",
+    # One of two directions to the end; a first model of fewer updates translates every line by an empty one.
+    "my.gin": "--gin.PRETRAIN_STEPS=120 --gin.pretrain/CheckpointConfig.every=0 --gin.LM_STEPS=2 --gin.STEPS=2 "
+    "--gin.CheckpointConfig.every=1 --gin.PEAK=0.01 --gin.inverse_sqrt.warmup_steps=10 --gin.VocabularyConfig.size=600 "
+    "--gin.TransformerConfig.embed_dim=32 --gin.TransformerConfig.mlp_dim=32 --gin.TransformerConfig.num_heads=2 "
+    "--gin.TransformerConfig.encoder_layers=1 --gin.TransformerConfig.decoder_layers=1 --gin.BatchConfig.rows=8 "
+    "--gin.BatchConfig.source_length=48 --gin.BatchConfig.target_length=48 --gin.forward/DecodeConfig.beam_size=2 "
+    "--gin.finetune/Train.directions=\"['en-de']\" --gin.generalise/Train.directions=\"['en-de']\"",
 }
 
 
@@ -90,7 +100,8 @@ def test_the_quickstart_script_takes_another_optimizer_by_one_flag(folder):
 
 
 def test_commands_for_two_files_and_those_after_them_run(folder):
-    lines = [line for line in commands("t5x_ext") + commands("echo") if "gin_file" not in line]
+    lines = commands("t5x_ext") + commands("echo")
+    lines = [line for line in lines if "gin_file" not in line and "t5x_ext pipeline" not in line]
     in_order = sorted(lines, key=README.index)
     assert len(in_order) >= 12
     for line in in_order:
@@ -103,6 +114,28 @@ def test_commands_for_two_files_and_those_after_them_run(folder):
 @pytest.mark.parametrize("command", commands("t5x_ext train --gin_file"))
 def test_commands_with_gin_files_run(command, folder):
     assert "results" in shell(short(command), folder).stdout
+
+
+def test_the_small_pipeline_of_the_readme_runs(folder):
+    (command,) = [line for line in commands("t5x_ext pipeline") if "runs/" in line]
+    assert re.search(r"^test +corpora +lines 30$", shell(short(command), folder).stdout, flags=re.MULTILINE)
+
+
+def test_a_pipeline_of_ones_own_files_runs_from_raw_text_to_scores_and_back(folder):
+    (config,) = blocks("gin")
+    (folder / "my.gin").write_text(config)
+    (folder / "text").mkdir()
+    pairs = iter(CldrCorpus("en", "de", num_tuples=4500).pairs())
+    for stem, count in {"train": 240, "mono": 20, "past": 6, "dev": 6, "test": 6}.items():
+        for language, lines in zip(("en", "de"), zip(*islice(pairs, count))):
+            text = "".join(f"{line}\n" for line in lines)
+            (folder / "text" / f"{stem}.{language}").write_text(text, encoding="utf-8")
+    plan, run, audit = [line for line in commands("t5x_ext pipeline") if "runs/" not in line]
+    assert " new " in shell(short(plan), folder).stdout
+    done = shell(f"JAX_DISABLE_MOST_OPTIMIZATIONS=1 {short(run)}", folder)
+    assert "best_test  test.en-de.en-de" in done.stdout
+    assert "scores (scores): " in (found := shell(audit, folder).stdout)
+    assert "does not match" not in found
 
 
 def test_the_check_of_the_readme_says_whether_it_fits(folder):
