@@ -14,7 +14,7 @@ from t5x_ext.vega_mt import Clean, Pipeline, Texts, Train, execute
 
 PLAIN = FilterConfig(min_script_share=None, min_language_probability=None, near_duplicate_similarity=None)
 RUNS = sorted((gin_root() / "runs").glob("vega_mt_*.gin"))
-PIPELINES = [path.name for path in RUNS if "pipelines/vega_mt.gin" in path.read_text(encoding="utf-8")]
+PIPELINES = [path.name for path in RUNS if "include 'pipelines/" in path.read_text(encoding="utf-8")]
 TEST = Given("test", texts=(("t", ("en", "de"), (("A test line.", "Ein Test."), ("Another one", "Noch einer"))),))
 DEV = Given("dev", texts=(("d", ("zh",), (("开发集。",),)),))
 RAW = Given(
