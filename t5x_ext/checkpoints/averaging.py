@@ -53,6 +53,8 @@ def average_params(checkpoints: Iterable[Params]) -> Params:
 def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> None:
     """Writes a run folder whose weights are the mean over checkpoints of another; it appears whole or not at all.
 
+    Of a run's processes one does it, by itself.
+
     Args:
       source: the run, local or remote.
       steps: its checkpoints.
@@ -71,7 +73,7 @@ def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> 
             path.copy(target.vocabulary / path.name)
         with CheckpointStore(source.checkpoints) as store:
             params = average_params(store.restore_params(step) for step in steps)
-        with CheckpointStore(target.checkpoints) as store:
+        with CheckpointStore(target.checkpoints, alone=True) as store:
             store.save(max(steps), {"params": params}, {"averaged_steps": list(steps)})
         if output.is_dir():
             output.rmdir()

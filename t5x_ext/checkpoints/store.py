@@ -67,11 +67,13 @@ class CheckpointStore:
       directory: a local path or a bucket (`gs://...`); made by the first save.
       retention: which steps stay. For reading alone it is not needed: the checkpoints know by which metric they were
         selected.
+      alone: whether this process saves arrays of its own, of which the other processes of its run know nothing.
     """
 
-    def __init__(self, directory: epath.PathLike, retention: Retention | None = None) -> None:
+    def __init__(self, directory: epath.PathLike, retention: Retention | None = None, *, alone: bool = False) -> None:
         self.directory = epath.Path(directory) if _is_remote(directory) else epath.Path(directory).absolute()
         self._retention = retention
+        self._alone = alone
         self._pending: Future[None] | None = None
         self._refused: set[epath.Path] = set()
         self._mentioned: set[epath.Path] = set()
@@ -158,11 +160,11 @@ class CheckpointStore:
           SaveError: if an earlier save failed in the background.
         """
         self.wait()
-        if jax.process_index() == 0:
+        if self._everyone.index == 0:
             for saved in self._folders():
                 if saved.step > step:
                     _delete(saved.folder)
-        Processes.all().gather("discarded")
+        self._everyone.gather("discarded")
 
     def steps(self) -> list[int]:
         """Steps whose save has finished, ascending. Their files are verified when they are loaded.
@@ -205,7 +207,7 @@ class CheckpointStore:
         """
         self.wait()
         self._mention_unfinished()
-        saved = self._newest_whole(step, together=Processes.all())
+        saved = self._newest_whole(step, together=self._everyone)
         meta = _read_meta(saved.folder)
         leaves = trees.flatten(template)
         specs = {name: trees.leaf_spec(name, leaf) for name, leaf in leaves.items()}
@@ -253,13 +255,26 @@ class CheckpointStore:
         return trees.nested(arrays | empty)[subtree]
 
     @cached_property
+    def _everyone(self) -> Processes:
+        """The processes that save and load together."""
+        return ALONE if self._alone else Processes.all()
+
+    @cached_property
     def _checkpointer(self) -> Any:
         ocp = _orbax()
+        options = _only_here() if self._alone else ocp.options.MultiprocessingOptions()
         # Trained weights are noise to a compressor: it would cost time and save little.
-        trees_of_arrays = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in (_STATE, *WEIGHTS)}
+        trees_of_arrays = {
+            item: ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
+            for item in (_STATE, *WEIGHTS)
+        }
+        meta = ocp.JsonCheckpointHandler(multiprocessing_options=options)
         return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **trees_of_arrays),
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=options), meta=meta, **trees_of_arrays
+            ),
             timeout_secs=TIMEOUT_SECONDS,
+            multiprocessing_options=options,
         )
 
     @cached_property
@@ -274,7 +289,7 @@ class CheckpointStore:
           UserError: if the processes do not see the same directory.
         """
         answer: dict[str, Any] = {}
-        if jax.process_index() == 0:
+        if self._everyone.index == 0:
             self._check_is_folder()
             self.directory.mkdir(parents=True, exist_ok=True)
             self._delete_unfinished()
@@ -282,9 +297,9 @@ class CheckpointStore:
             free = _free_bytes(self.directory)
             answer = {"revision": revision, "free": free}
         # Only one process may decide: another may see files that the first has already deleted.
-        answer = json.loads(Processes.all().gather(json.dumps(answer))[0])
+        answer = json.loads(self._everyone.gather(json.dumps(answer))[0])
         # A bucket has no empty folders to see.
-        seen = Processes.all().gather("yes" if _is_remote(self.directory) or self.directory.exists() else "no")
+        seen = self._everyone.gather("yes" if _is_remote(self.directory) or self.directory.exists() else "no")
         if blind := [index for index, sees in enumerate(seen) if sees == "no"]:
             raise UserError(
                 f"processes {blind} do not see {self.directory}, which process 0 has made; the run folder must be on a "
@@ -304,7 +319,7 @@ class CheckpointStore:
         Raises:
           SaveError: if any of it failed.
         """
-        everyone = Processes.all()
+        everyone = self._everyone
         try:
             self._checkpointer.wait_until_finished()
             if everyone.count > 1:
@@ -316,12 +331,13 @@ class CheckpointStore:
             raise self._cleared(folder, error, num_bytes) from error
         if everyone.index == 0:
             self._delete_others(folder)
-        barrier(f"end of {folder}")
+        if everyone.count > 1:
+            barrier(f"end of {folder}")
         logger.debug("checkpoint %s saved", folder)
 
     def _cleared(self, folder: epath.Path, reason: object, num_bytes: int) -> SaveError:
         """Why a save failed, after deleting what there is of it: it is of no use, and a full disk needs the room."""
-        if jax.process_index() == 0:
+        if self._everyone.index == 0:
             self._delete_for_good(folder)
         text = str(reason) or repr(reason)
         named = _SYSTEM_ERROR.search(text)
@@ -350,7 +366,7 @@ class CheckpointStore:
 
     def _delete_unfinished(self) -> None:
         """Deletes what interrupted saves have left; not while a save is under way."""
-        if jax.process_index() == 0 and self.directory.is_dir():
+        if self._everyone.index == 0 and self.directory.is_dir():
             for folder in self.directory.iterdir():
                 if _TEMPORARY in folder.name or (_parse(folder) and not (folder / DIGESTS).exists()):
                     _delete(folder)
@@ -441,12 +457,16 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
+def _only_here() -> Any:
+    """Orbax' options for what waits for no other process."""
+    here = jax.process_index()
+    return _orbax().options.MultiprocessingOptions(primary_host=here, active_processes={here})
+
+
 @contextmanager
 def _lone_reader() -> Iterator[Any]:
     """A reader that waits for no other process."""
-    ocp = _orbax()
-    here = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    ocp, options = _orbax(), _only_here()
     handlers = {item: ocp.PyTreeCheckpointHandler(multiprocessing_options=options) for item in (_STATE, *WEIGHTS)}
     composite = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(multiprocessing_options=options), **handlers

@@ -4,7 +4,12 @@ A stage that has finished is left alone. One whose configuration or inputs have 
 unless --stages names it: then it is made anew. --audit computes every digest of a finished pipeline again, from its
 scores back to the texts it began with, and ends with exit code 1 where something does not match.
 
+Processes of one command (--distributed, as for t5x_ext train) share training, decoding and scoring; process 0 does the
+rest. The folder is on a file system that all of them see, and is named by the same path: not a bucket, but a mount of
+one will do where a new file is seen at once by all and renaming is atomic.
+
 example: t5x_ext pipeline --gin_file=runs/vega_mt_tiny.gin --output_dir=out
+example: srun t5x_ext pipeline --gin_file=runs/vega_mt_tiny.gin --output_dir=/shared/out --distributed=slurm
 example: t5x_ext pipeline --gin_file=runs/vega_mt_tiny.gin --output_dir=out --stages=finetune,test,scores
 example: t5x_ext pipeline --output_dir=out --audit
 """
@@ -19,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
+from t5x_ext.cli.distributed_flags import define_distributed_flags, join_processes
 from t5x_ext.cli.environment import define_deterministic_flag, restore_environment
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
@@ -45,6 +51,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json_out", None, "file for what was found as JSON; - is standard output", flag_values=values)
     define_deterministic_flag(values)
     define_compile_cache_flag(values)
+    define_distributed_flags(values)
 
 
 def main(values: flags.FlagValues) -> int:
@@ -53,6 +60,8 @@ def main(values: flags.FlagValues) -> int:
     check_writable(values.json_out, "--json_out")
     if "://" in values.output_dir:
         raise UsageError(f"--output_dir={values.output_dir}: give a local path")
+    if values.distributed != "none" and (values.audit or values.dry_run):
+        raise UsageError("--audit and --dry_run are for one process: leave --distributed out")
     check_folder(values.output_dir, "--output_dir")
     if values.audit:
         if values.stages or values.dry_run:
@@ -61,9 +70,11 @@ def main(values: flags.FlagValues) -> int:
     require(values, "gin_file")
     # Before anything touches a device.
     restore_environment(values.output_dir, values.deterministic)
+    primary = join_processes(values)
     keep_compiled_programs(values)
     pipeline, texts = pipeline_from_flags(values)
 
+    from t5x_ext.parallel import barrier
     from t5x_ext.vega_mt import Interrupted, execute, status_of
 
     if values.dry_run:
@@ -75,8 +86,10 @@ def main(values: flags.FlagValues) -> int:
     except Interrupted as error:
         print(f"{error} was interrupted; the same command goes on", file=sys.stderr)
         return 130
-    summary = {name: artefact.to_json() for name, artefact in artefacts.items()}
-    report(_summary(values.output_dir, artefacts), summary, values.json_out)
+    if primary:
+        summary = {name: artefact.to_json() for name, artefact in artefacts.items()}
+        report(_summary(values.output_dir, artefacts), summary, values.json_out)
+    barrier("end")  # the first to leave would wait for the last for seconds only
     return 0
 
 

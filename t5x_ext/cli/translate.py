@@ -78,21 +78,19 @@ def _translate_file(translator: Translator, values: flags.FlagValues, config: De
         show_progress=sys.stderr.isatty(),
     )
     if primary:
-        result: dict[str, Any] = {
-            **done._asdict(),
-            "sentences_per_second": done.sentences_per_second,
-            "target_tokens_per_second": done.target_tokens_per_second,
-        }
-        report(_summary(done, values.output), result, values.json_out)
+        report(_summary(done, values), done.to_json(), values.json_out)
     barrier("end")  # the first to leave would wait for the last for seconds only
 
 
-def _summary(done: FileReport, output: str) -> str:
+def _summary(done: FileReport, values: flags.FlagValues) -> str:
     """What a person sees at the end."""
+    lines = done.lines + done.resumed_lines
     by = f" by {done.processes} processes" if done.processes > 1 else ""
+    idle = done.processes - -(-lines // values.chunk_lines)
+    hint = f"; {idle} of them had nothing to do: lower --chunk_lines" if idle > 0 else ""
     return (
-        f"{done.lines + done.resumed_lines:,} lines: {output} ({done.sentences_per_second:,.1f} sentences/s, "
-        f"{done.target_tokens_per_second:,.0f} target tokens/s{by})"
+        f"{lines:,} lines: {values.output} ({done.sentences_per_second:,.1f} sentences/s, "
+        f"{done.target_tokens_per_second:,.0f} target tokens/s{by}{hint})"
     )
 
 

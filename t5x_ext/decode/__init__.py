@@ -1,14 +1,15 @@
 """Model to text: greedy and beam search, sampling, forced scoring, and translation of lines and files.
 
 The searches (`beam_search`, `greedy`, `sample`) work on any `tokens_to_logits` callable; `Translator` joins them with a
-model and its vocabulary; `translate_file` and `translate_stream` add files. All options are in `DecodeConfig`.
+model and its vocabulary; `translate_file`, `score_file` and `translate_stream` add files. All options are in
+`DecodeConfig`.
 """
 
 from __future__ import annotations
 
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Ensemble
-from t5x_ext.decode.files import FileReport, translate_file, translate_stream
+from t5x_ext.decode.files import FileReport, score_file, translate_file, translate_stream
 from t5x_ext.decode.sampling import sample
 from t5x_ext.decode.scoring import Score, perplexity
 from t5x_ext.decode.search import Hypotheses, beam_search, fairseq_penalty, gnmt_penalty, greedy
@@ -28,6 +29,7 @@ __all__ = [
     "greedy",
     "perplexity",
     "sample",
+    "score_file",
     "translate_file",
     "translate_stream",
 ]

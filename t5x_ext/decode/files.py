@@ -1,16 +1,15 @@
-"""Files and streams of text: translated in chunks, restartable, order kept."""
+"""Files and streams of text: translated and scored in chunks, restartable, order kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import itertools
-import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from tqdm import tqdm
@@ -19,30 +18,31 @@ from t5x_ext.contracts import UserError
 from t5x_ext.data.parallel_text import read_lines
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.parts import Parts
-from t5x_ext.decode.translator import Hypothesis, Translator
+from t5x_ext.decode.translator import Hypothesis, Progress, Translator
 from t5x_ext.parallel import is_primary
-
-logger = logging.getLogger(__name__)
 
 CHUNK_LINES = 4096
 """Lines sorted by length together and finished together."""
 
 FORMAT = 2
 
+_Make: TypeAlias = Callable[[Sequence[str], int, Progress], tuple[Iterable[str], int]]
+"""From lines and the number of the first to the text they give, with line ends, and how many tokens were made."""
+
 
 class FileReport(NamedTuple):
-    """What a file translation did, all its processes together."""
+    """What a translation or scoring of a file did, all its processes together."""
 
     lines: int
-    """Lines translated."""
+    """Lines translated, or scored."""
     resumed_lines: int
-    """Lines that earlier, interrupted processes had translated."""
+    """Lines that earlier, interrupted processes had done."""
     target_tokens: int
-    """Tokens of the best translations, ends of sentence and forced prefixes included."""
+    """Tokens of the best translations, or those scored, ends of sentence and forced prefixes included."""
     seconds: float
     """Wall time of the slowest process, compilation included."""
     processes: int
-    """How many processes translated."""
+    """How many processes took part."""
 
     @property
     def sentences_per_second(self) -> float:
@@ -53,6 +53,11 @@ class FileReport(NamedTuple):
     def target_tokens_per_second(self) -> float:
         """Tokens over seconds."""
         return self.target_tokens / self.seconds
+
+    def to_json(self) -> dict[str, float]:
+        """All of it by name, speed included."""
+        speed = ("sentences_per_second", "target_tokens_per_second")
+        return {**self._asdict(), **{name: getattr(self, name) for name in speed}}
 
 
 def translate_file(
@@ -94,33 +99,87 @@ def translate_file(
       UserError: for a missing or empty input, bytes that are not UTF-8, or an unknown direction, and nothing is
         written; where processes do not agree about the work.
     """
-    start = time.monotonic()
     config = config or DecodeConfig()
-    source, output = os.fspath(input_path), Path(output_path)
     direction = translator.resolve(source_language, target_language)
+
+    def translate(lines: Sequence[str], first: int, progress: Progress) -> tuple[Iterable[str], int]:
+        results = translator.translate_n_best(lines, *direction, config, progress, first_line=first)
+        tokens = sum(hypotheses[0].num_tokens for hypotheses in results)
+        return format_results(results, first, config.n_best), tokens
+
+    work = {
+        "options": dataclasses.asdict(config),
+        "direction": "-".join(direction),
+        "model": translator.fingerprint(),
+    }
+    return _make_file(translate, input_path, output_path, work, chunk_lines, show_progress)
+
+
+def score_file(
+    translator: Translator,
+    input_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    language: str,
+    config: DecodeConfig | None = None,
+    *,
+    chunk_lines: int = CHUNK_LINES,
+) -> FileReport:
+    """Writes how probable a language model finds each line of a file, as restartable and shared as `translate_file`.
+
+    Each line of output is a number, the log-probability of a line over the number of its tokens (`Score`), in nats,
+    written so that it is read back without loss.
+
+    Args:
+      translator: an opened language model.
+      input_path: as in `translate_file`.
+      output_path: see there.
+      language: that of the text.
+      config: gives `max_source_length` and `batch_tokens`; the rest does not matter.
+      chunk_lines: at most so many lines are sorted, scored and written together.
+
+    Raises:
+      UserError: as `translate_file`.
+    """
+    config = config or DecodeConfig()
+    direction = translator.resolve(language, language)
+
+    def score(lines: Sequence[str], first: int, progress: Progress) -> tuple[Iterable[str], int]:
+        scores = translator.score(lines, lines, *direction, config, progress)
+        return (f"{one.log_prob / one.num_tokens!r}\n" for one in scores), sum(one.num_tokens for one in scores)
+
+    work = {
+        "scores": [config.max_source_length, config.batch_tokens],
+        "direction": "-".join(direction),
+        "model": translator.fingerprint(),
+    }
+    return _make_file(score, input_path, output_path, work, chunk_lines, show_progress=False)
+
+
+def _make_file(
+    make: _Make,
+    input_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    work: Mapping[str, Any],
+    chunk_lines: int,
+    show_progress: bool,
+) -> FileReport:
+    """Makes one file of another chunk by chunk, see `translate_file`; `work` says what decides its bytes."""
+    start = time.monotonic()
+    source, output = os.fspath(input_path), Path(output_path)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"{output}: give the path of a file in a folder that exists")
     content, num_lines = _examine(source)
     chunks = _equal_chunks(num_lines, chunk_lines)
-    if len(chunks) < jax.process_count():
-        logger.warning("%d chunks for %d processes: smaller ones would keep all busy", len(chunks), jax.process_count())
-    work = {
-        "format": FORMAT,
-        "input": content,
-        "options": dataclasses.asdict(config),
-        "direction": "-".join(direction),
-        "model": translator.fingerprint(),
-        "chunks": [num_lines, len(chunks)],
-    }
+    work = {"format": FORMAT, "input": content, "chunks": [num_lines, len(chunks)], **work}
     parts = Parts(output, work, len(chunks))
     missing = parts.missing()
     own = missing[jax.process_index() :: jax.process_count()]
     lines, tokens = sum(chunks[index] for index in own), 0
     with tqdm(total=lines, unit="line", disable=not (show_progress and is_primary())) as bar:
         for index, first, chunk in _read_chunks(source, chunks, set(own)):
-            results = translator.translate_n_best(chunk, *direction, config, bar.update, first_line=first)
-            tokens += sum(hypotheses[0].num_tokens for hypotheses in results)
-            parts.write(index, "".join(format_results(results, first, config.n_best)))
+            text, made = make(chunk, first, bar.update)
+            parts.write(index, "".join(text))
+            tokens += made
     told = parts.finish({"lines": lines, "tokens": tokens, "seconds": time.monotonic() - start})
     total = lambda name: int(sum(counts[name] for counts in told))
     resumed = num_lines - sum(chunks[index] for index in missing)

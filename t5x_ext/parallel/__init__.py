@@ -4,6 +4,8 @@ from t5x_ext.parallel.batches import global_batch, host_rows
 from t5x_ext.parallel.distributed import (
     DistributedConfig,
     barrier,
+    failing_together,
+    from_primary,
     initialize_distributed,
     is_primary,
     primary_first,
@@ -27,6 +29,8 @@ __all__ = [
     "batch_devices",
     "cpu_threads",
     "data_parallel",
+    "failing_together",
+    "from_primary",
     "fsdp",
     "fsdp_tensor",
     "global_batch",

@@ -33,7 +33,9 @@ _WHERE = {
     "tpu": "this machine is no Cloud TPU VM",
 }
 _LEAVING = 30  # seconds that a process which ends waits for the others; one that failed keeps them for no longer
-_LONG = 30 * 24 * 3600  # seconds: preparing data and decoding take what they take; a process that dies ends the wait
+_LOOK = 5000  # milliseconds: how often one that waits looks whether another has failed
+
+_FAILED = "t5x_ext/failed"
 
 _visits: collections.Counter[str] = collections.Counter()
 
@@ -133,10 +135,22 @@ def is_primary() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Returns once every process has come here; at once where there is one only."""
+    """Returns once every process has come here, however long that takes; at once where there is one only.
+
+    Raises:
+      UserError: where another process has failed in `failing_together`.
+    """
     client = _client()
-    if client is not None:
-        client.wait_at_barrier(_once("barrier", name), _LONG * 1000)
+    if client is None:
+        return
+    key = _once("barrier", name)
+    if is_primary():
+        for index in range(1, jax.process_count()):
+            _wait_for(client, f"{key}/{index}")
+        client.key_value_set(f"{key}/open", "")
+    else:
+        client.key_value_set(f"{key}/{jax.process_index()}", "")
+        _wait_for(client, f"{key}/open")
 
 
 @contextmanager
@@ -157,15 +171,72 @@ def primary_first(name: str) -> Iterator[None]:
             yield
             failure = ""
         except BaseException as error:
-            failure = str(error) or type(error).__name__
+            failure = _in_words(error)
             raise
         finally:
             client.key_value_set(key, failure)
     else:
-        failure = client.blocking_key_value_get(key, _LONG * 1000)
+        failure = _wait_for(client, key)
         if failure:
-            raise UserError(f"process 0, {name}: {failure}")
+            raise _OtherFailed(f"process 0, {name}: {failure}")
         yield
+
+
+def from_primary(name: str, text: str = "") -> str:
+    """What process 0 says, in every process; they wait for it as long as it takes.
+
+    Args:
+      name: of the occasion.
+      text: what it says; the others need not say anything.
+
+    Raises:
+      UserError: in the others, where another process has failed in `failing_together`.
+    """
+    client = _client()
+    if client is None:
+        return text
+    key = _once("said", name)
+    if is_primary():
+        client.key_value_set(key, text)
+        return text
+    return _wait_for(client, key)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """When a process fails in the block, the others fail where they wait for it by the functions of this module.
+
+    Without it they would learn it from JAX half a minute after the process has ended, which ends them like a crash.
+    """
+    try:
+        yield
+    except _OtherFailed:
+        raise
+    except BaseException as error:
+        client = _client()
+        if client is not None:
+            client.key_value_set(f"{_FAILED}/{jax.process_index()}", _in_words(error), allow_overwrite=True)
+        raise
+
+
+class _OtherFailed(UserError):
+    """Another process has failed, and so does this one."""
+
+
+def _wait_for(client: Any, key: str) -> str:
+    """The value of a key, once a process has set it; one that dies ends the wait, and this process."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, _LOOK)
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("DEADLINE_EXCEEDED"):
+                raise
+        for name, failure in client.key_value_dir_get(_FAILED):
+            raise _OtherFailed(f"process {name.rpartition('/')[2]}: {failure}")
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _client() -> Any:

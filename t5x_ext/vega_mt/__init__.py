@@ -12,7 +12,7 @@ from t5x_ext.vega_mt.cleaning import Clean
 from t5x_ext.vega_mt.combining import Average, Choice, GreedyEnsemble, choose_greedily
 from t5x_ext.vega_mt.manifest import StageAudit, audit
 from t5x_ext.vega_mt.noising import NoisyDev
-from t5x_ext.vega_mt.pipeline import Interrupted, Pipeline, Stage, Status, execute, status_of
+from t5x_ext.vega_mt.pipeline import Interrupted, Pipeline, SharedStage, Stage, Status, execute, status_of
 from t5x_ext.vega_mt.postprocess import narrow_punctuation, widen_as_released, widen_punctuation
 from t5x_ext.vega_mt.scoring import Evaluate, Translate
 from t5x_ext.vega_mt.selection import Select, moore_lewis
@@ -33,6 +33,7 @@ __all__ = [
     "NoisyDev",
     "Pipeline",
     "Select",
+    "SharedStage",
     "Stage",
     "StageAudit",
     "Status",

@@ -80,6 +80,11 @@ class Model:
     members: tuple[Weights, ...]
     combine: Combine = "log_prob"
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Model:
+        """The model that `dataclasses.asdict` described, by way of JSON."""
+        return cls(tuple(fields["directions"]), tuple(Weights(*one) for one in fields["members"]), fields["combine"])
+
 
 @dataclass(frozen=True)
 class Artefact:
@@ -119,11 +124,8 @@ class Artefact:
             TextFiles(**{**text, "languages": tuple(text["languages"]), "files": tuple(text["files"])})
             for text in fields["corpora"]
         )
-        models = (
-            Model(tuple(model["directions"]), tuple(Weights(*one) for one in model["members"]), model["combine"])
-            for model in fields["models"]
-        )
-        return cls(fields["kind"], tuple(corpora), tuple(models), fields["scores"], fields["counts"])
+        models = tuple(map(Model.from_json, fields["models"]))
+        return cls(fields["kind"], tuple(corpora), models, fields["scores"], fields["counts"])
 
 
 def describe(output_dir: Path, stage: str, artefact: Artefact) -> dict[str, Any]:

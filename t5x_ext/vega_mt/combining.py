@@ -218,14 +218,15 @@ class _Trials:
         key = " ".join(map(str, members))
         if key not in self._scores:
             model = Model(self._directions, members, self._stage.combine)
-            values = [self._bleu(model, text, order) for text, order in self._texts]
+            values = [self._bleu(model, number, *text) for number, text in enumerate(self._texts)]
             self._scores[key] = sum(values) / len(values)
             write_json(self._path, {"format": FORMAT, "scores": self._scores})
         return self._scores[key]
 
-    def _bleu(self, model: Model, text: TextFiles, order: tuple[int, int]) -> float:
-        source, target = (text.languages[side] for side in order)
-        sources, references = (list(self._workspace.lines(text.files[side])) for side in order)
-        found = self._workspace.open(model).translate_n_best(sources, source, target, self._stage.decode)
-        hypotheses = [one[0].text for one in found]
-        return bleu(hypotheses, references, tokenizer_for(target)).value
+    def _bleu(self, model: Model, number: int, text: TextFiles, order: tuple[int, int]) -> float:
+        space, (source, target) = self._workspace, (text.languages[side] for side in order)
+        input_file, reference = (text.files[side] for side in order)
+        # Ensembles are tried in the same order when they are tried again.
+        output = space.scratch(f"{self._directions[0]}.{self.count}.{number}.{target}")
+        space.translate_with(model, input_file, output, (source, target), self._stage.decode)
+        return bleu(list(space.lines(output)), list(space.lines(reference)), tokenizer_for(target)).value

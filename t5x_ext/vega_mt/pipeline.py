@@ -12,6 +12,9 @@ A pipeline's folder holds a folder for every stage:
 Killed anywhere, the same call goes on and ends with the same artefacts. A stage whose configuration or inputs have
 changed is refused by name with the difference, and so is nothing overwritten by accident; named in `only` (`--stages`
 on the command line) it is deleted and made anew.
+
+Where a run has several processes (`parallel.initialize_distributed`), all make the same call, on a folder that all of
+them see: the first makes the stages, and the others train, decode and score with it.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import ParallelText
-from t5x_ext.parallel import AxisRules, MeshConfig
+from t5x_ext.parallel import AxisRules, MeshConfig, failing_together, is_primary
 from t5x_ext.train.records import environment
 from t5x_ext.vega_mt.artefact import (
     ARTEFACT_FILE,
@@ -44,6 +47,7 @@ from t5x_ext.vega_mt.artefact import (
     read_record,
 )
 from t5x_ext.vega_mt.manifest import write_manifest
+from t5x_ext.vega_mt.tasks import Task, ask, asked
 from t5x_ext.vega_mt.workspace import SCRATCH, OpenModel, Workspace, open_model
 
 logger = logging.getLogger(__name__)
@@ -79,10 +83,21 @@ class Stage(Protocol):
     def make(self, workspace: Workspace) -> Artefact:
         """Makes the artefact, or goes on making it; all its files are below `workspace.own("")`.
 
+        Of several processes it is the first alone that calls this; the others help with the work of its workspace.
+
         Raises:
           UserError: for whatever is wrong with the input.
           Interrupted: where a signal asked it to stop; the next call goes on.
         """
+        ...
+
+
+@runtime_checkable
+class SharedStage(Stage, Protocol):
+    """A stage in which all processes do the same, as in training."""
+
+    def take_part(self, workspace: Workspace) -> None:
+        """Does in the other processes what `make` does in the first with all of them."""
         ...
 
 
@@ -96,7 +111,8 @@ class Pipeline:
 
     Attributes:
       stages: each reads artefacts of earlier ones only.
-      mesh: how the devices of this process are laid out to decode and score; training has `Run.mesh`.
+      mesh: how the devices of each process are laid out to decode and score; training has `Run.mesh`, which spans those
+        of all processes.
       axis_rules: how weights are cut over it.
 
     Raises:
@@ -172,19 +188,47 @@ def execute(
       opener: opens models for decoding; None: on all devices of this process, see `Pipeline.mesh`.
 
     Returns:
-      The artefacts of the stages that ran or had finished, by name.
+      The artefacts of the stages that ran or had finished, by name; in the first process. Nothing in the others.
 
     Raises:
-      UserError: for a stage that has changed, an unknown name, and whatever a stage raises.
+      UserError: for a stage that has changed, an unknown name, and whatever a stage raises; where another process has
+        failed.
       Interrupted: where a signal asked a stage to stop.
     """
-    folder, texts = Path(output_dir), configurations or {}
     _check_names(pipeline, only)
+    opener = opener or partial(open_model, mesh=pipeline.mesh, axis_rules=pipeline.axis_rules)
+    folder, texts = Path(output_dir), configurations or {}
+    with failing_together(), _room(folder):
+        if not is_primary():
+            _help(pipeline, folder, texts, opener)
+            return {}
+        artefacts = _make_all(pipeline, folder, texts, only, opener)
+        ask(None)
+        return artefacts
+
+
+def _help(pipeline: Pipeline, output_dir: Path, texts: Mapping[str, str], opener: OpenModel) -> None:
+    """Does what the first process asks for, until all stages are made."""
+    stages, workspace = {stage.name: stage for stage in pipeline.stages}, None
+    while (task := asked()) is not None:
+        if workspace is None or workspace.stage != task.stage:
+            workspace = Workspace(output_dir, task.stage, texts.get(task.stage, ""), opener)
+        if task.decoding is not None:
+            workspace.take_part(task.decoding)
+            continue
+        stage = stages[task.stage]
+        assert isinstance(stage, SharedStage)
+        stage.take_part(workspace)
+
+
+def _make_all(
+    pipeline: Pipeline, folder: Path, texts: Mapping[str, str], only: Sequence[str], opener: OpenModel
+) -> dict[str, Artefact]:
+    """`execute` in the first process."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ENVIRONMENT_FILE).exists():
         # Whoever goes on elsewhere takes over what decides the last bits.
         write_json(folder / ENVIRONMENT_FILE, environment())
-    opener = opener or partial(open_model, mesh=pipeline.mesh, axis_rules=pipeline.axis_rules)
     names, artefacts = [stage.name for stage in pipeline.stages], {}
     for stage in _wanted(pipeline, only):
         status = status_of(stage, folder, texts.get(stage.name, ""))
@@ -193,16 +237,24 @@ def execute(
         if status.state != "finished":
             if only and stage.name not in only:
                 raise UserError(f"stage {stage.name!r} has not finished; add it to --stages, or run it first")
-            with _room(folder):
-                _run(stage, folder, texts.get(stage.name, ""), opener, anew=status.state == "changed")
+            _run(stage, folder, texts.get(stage.name, ""), opener, anew=status.state == "changed")
             write_manifest(folder, names)
-        shutil.rmtree(folder / stage.name / SCRATCH, ignore_errors=True)
+        _tidy(folder / stage.name)
         artefact = read_artefact(folder, stage.name)
         assert artefact is not None
         artefacts[stage.name] = artefact
     # Once more: a process may have been killed between a stage's last file and the manifest.
     write_manifest(folder, names)
     return artefacts
+
+
+def _tidy(folder: Path) -> None:
+    """Deletes what a finished stage need not keep, and drafts that killed processes have left there."""
+    for path in (folder / SCRATCH, *folder.glob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -321,14 +373,29 @@ def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, 
         folder.mkdir(exist_ok=True)
         write_json(folder / RECORD_FILE, record)
     logger.info("stage %s", stage.name)
-    artefact = stage.make(Workspace(output_dir, stage.name, configuration, opener))
+    workspace = Workspace(output_dir, stage.name, configuration, opener)
+    if isinstance(stage, SharedStage):
+        ask(Task(stage.name))
+    artefact = stage.make(workspace)
     described = describe(output_dir, stage.name, artefact)
     # Time and machine are not part of the artefact, which is the same wherever and however often it was interrupted.
-    write_json(
-        folder / RECORD_FILE,
-        record | {"seconds": round(time.monotonic() - start, 2), "environment": environment()},
-    )
+    record |= {"seconds": round(time.monotonic() - start, 2), "environment": environment()}
+    decoding = workspace.journal.summary()
+    if decoding:
+        record["decoding"] = decoding
+        logger.info("stage %s: %s", stage.name, _speed(decoding))
+    write_json(folder / RECORD_FILE, record)
     write_json(folder / ARTEFACT_FILE, described)
+
+
+def _speed(decoding: Mapping[str, Any]) -> str:
+    """How fast models were, in words."""
+    return "; ".join(
+        f"{task} {done['lines'] + done['resumed_lines']:,} lines ({done['sentences_per_second']:,.1f} sentences/s, "
+        f"{done['target_tokens_per_second']:,.0f} target tokens/s)"
+        for task, done in decoding.items()
+        if task != "files"
+    )
 
 
 def _check_free(folder: Path) -> None:

@@ -112,6 +112,10 @@ class Train:
         counts = {direction: counts for direction, (_, counts) in trained.items()}
         return Artefact("models", models=tuple(model for model, _ in trained.values()), counts=counts)
 
+    def take_part(self, workspace: Workspace) -> None:
+        """Trains in the other processes of a run, each with its share of every batch."""
+        self.make(workspace)
+
     def _trained(
         self, data: DataConfig, folder: str, init_from: InitFrom | None, workspace: Workspace
     ) -> tuple[Model, dict[str, Any]]:

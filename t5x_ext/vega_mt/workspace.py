@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,15 +14,14 @@ import jax
 from t5x_ext.checkpoints import to_disk
 from t5x_ext.contracts import UserError
 from t5x_ext.data import read_lines
-from t5x_ext.decode import DecodeConfig, Translator, translate_file
+from t5x_ext.decode import DecodeConfig, FileReport, Translator
 from t5x_ext.parallel import AxisRules, MeshConfig, make_mesh
 from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, read_artefact
+from t5x_ext.vega_mt.decoding import Decoding, Journal
+from t5x_ext.vega_mt.tasks import Task, ask
 
 SCRATCH = "work"
 """Folder of a stage for what it need not keep; deleted once the stage has finished."""
-
-CHUNK_LINES = 4096
-"""Lines that are scored and written together."""
 
 OpenModel: TypeAlias = Callable[[Path, Model], Translator]
 """From the pipeline's folder and a model in it to what translates."""
@@ -52,6 +51,9 @@ class Workspace:
 
     Everything that a stage writes is a pure function of its configuration and its inputs, which are recorded before it
     begins. So whatever is there under its final name is whole and stays, when a stage that was killed is run again.
+
+    Where a run has several processes, the first of them makes the stages and the others help with what takes long:
+    `translate`, `translate_with` and `score`. Each needs room for the model on its own devices, and all see the folder.
 
     Attributes:
       output_dir: the pipeline's folder.
@@ -120,18 +122,14 @@ class Workspace:
             self._opened[model] = self._opener(self.output_dir, model)
         return self._opened[model]
 
-    def open_for(self, stage: str, direction: str) -> Translator:
-        """The model of an earlier stage for a direction.
-
-        Raises:
-          UserError: where it has none for it.
-        """
-        artefact = self.models(stage)
+    def _model_for(self, stage: str, languages: tuple[str, str]) -> Model:
+        """The model of an earlier stage for a direction."""
+        artefact, direction = self.models(stage), "-".join(languages)
         model = artefact.model_for(direction)
         if model is None:
             known = ", ".join(artefact.directions)
             raise UserError(f"stage {self.stage!r}: {stage!r} has no model for {direction}; it has {known}")
-        return self.open(model)
+        return model
 
     # Files
 
@@ -169,16 +167,24 @@ class Workspace:
             draft.replace(self.path(file))
         return count
 
-    # Work of hours, which goes on where it was killed
+    # Work of hours: all processes share it, and it goes on where it was killed
 
     def translate(
         self, stage: str, input_file: str, output_file: str, direction: tuple[str, str], config: DecodeConfig
     ) -> None:
-        """Translates a text with the model of an earlier stage, line for line; what is done already stays."""
-        output = self.path(output_file)
-        if not os.path.exists(output):
-            translator = self.open_for(stage, "-".join(direction))
-            translate_file(translator, self.path(input_file), output, *direction, config, show_progress=False)
+        """Translates a text with the model of an earlier stage, line for line; what is done already stays.
+
+        Raises:
+          UserError: where the stage has no model for the direction.
+        """
+        if not os.path.exists(self.path(output_file)):
+            self.translate_with(self._model_for(stage, direction), input_file, output_file, direction, config)
+
+    def translate_with(
+        self, model: Model, input_file: str, output_file: str, direction: tuple[str, str], config: DecodeConfig
+    ) -> None:
+        """Does the same with a given model."""
+        self._decode(Decoding(model, input_file, output_file, direction, config))
 
     def score(self, stage: str, input_file: str, language: str, config: DecodeConfig, output_file: str) -> list[float]:
         """The length-normalised log-probability of every line to the language model of an earlier stage.
@@ -191,19 +197,36 @@ class Workspace:
           language: its language.
           config: gives the size of batches.
           output_file: keeps the numbers, one a line; what is there already is not computed again.
+
+        Raises:
+          UserError: where the stage has no model of the language.
         """
-        output, part = Path(self.path(output_file)), Path(self.path(f"{output_file}.part"))
-        if not output.exists():
-            done = _whole_chunks(part)
-            lines = islice(self.lines(input_file), done, None)
-            translator = self.open_for(stage, f"{language}-{language}")
-            with part.open("a", encoding="utf-8") as sink:
-                while chunk := list(islice(lines, CHUNK_LINES)):
-                    scores = translator.score(chunk, chunk, language, language, config)
-                    sink.write("".join(f"{score.log_prob / score.num_tokens!r}\n" for score in scores))
-                    to_disk(sink)
-            part.replace(output)
-        return [float(line) for line in read_lines(str(output))]
+        if not os.path.exists(self.path(output_file)):
+            direction = (language, language)
+            model = self._model_for(stage, direction)
+            self._decode(Decoding(model, input_file, output_file, direction, config, scores=True))
+        return [float(line) for line in self.lines(output_file)]
+
+    def take_part(self, decoding: Decoding) -> FileReport:
+        """Does this process's part of a decoding."""
+        return decoding.run(self.output_dir, self.open(decoding.model))
+
+    @property
+    def journal(self) -> Journal:
+        """What models have done for the stage."""
+        return Journal(Path(self.path(self.scratch("decoded.json"))))
+
+    def _decode(self, decoding: Decoding) -> None:
+        """Makes a file with all processes, elsewhere first: of one that is killed nothing is left beside the output."""
+        output = self.path(decoding.output_file)
+        if os.path.exists(output):
+            return
+        draft = self.scratch(f"{Path(output).name}.decoded")
+        if not os.path.exists(self.path(draft)):
+            elsewhere = replace(decoding, output_file=draft)
+            ask(Task(self.stage, elsewhere))
+            self.journal.add(decoding.output_file, elsewhere, self.take_part(elsewhere))
+        os.replace(self.path(draft), output)
 
 
 def _write(paths: Sequence[Path], rows: Iterable[Sequence[str]]) -> int:
@@ -217,14 +240,3 @@ def _write(paths: Sequence[Path], rows: Iterable[Sequence[str]]) -> int:
         for sink in sinks:
             to_disk(sink)
     return count
-
-
-def _whole_chunks(part: Path) -> int:
-    """Cuts what a process that was killed has left to whole chunks; how many lines are in them."""
-    if not part.exists():
-        return 0
-    lines = part.read_bytes().splitlines(keepends=True)
-    whole = sum(line.endswith(b"\n") for line in lines) // CHUNK_LINES * CHUNK_LINES
-    with part.open("r+b") as file:
-        file.truncate(sum(map(len, lines[:whole])))
-    return whole

@@ -13,7 +13,7 @@ from stand_ins import Given, StandIn, opener, read
 from t5x_ext.contracts import UserError
 from t5x_ext.data.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.vega_mt import CycleTranslate, Pipeline, Synthesize, TextFiles, execute, workspace
+from t5x_ext.vega_mt import CycleTranslate, Pipeline, Synthesize, TextFiles, decoding, execute, workspace
 from t5x_ext.vega_mt.workspace import SCRATCH
 
 GREEDY, SAMPLING = DecodeConfig(strategy="greedy"), DecodeConfig(strategy="sample", top_k=10)
@@ -216,7 +216,7 @@ def test_with_tau_0_it_is_plain_back_translation_and_needs_no_language_model(tmp
 @pytest.mark.parametrize("tau", [0.3, 1.0])
 def test_bad_lines_are_replaced_by_better_ones_that_have_not_drifted(tmp_path, tau, monkeypatch):
     """Against the definition, line by line, over all lines at once and in small pieces."""
-    monkeypatch.setattr(workspace, "CHUNK_LINES", 7)
+    monkeypatch.setattr(decoding, "CHUNK_LINES", 7)
     rows = lines(60)
     pairs, counts = cycle(tmp_path, StandIn(there_and_back), StandIn(log_prob=log_prob), rows, tau=tau)
     threshold = sorted(log_prob(line) for (line,) in rows)[int(tau * 60) - 1]
@@ -243,7 +243,7 @@ def test_bad_lines_are_replaced_by_better_ones_that_have_not_drifted(tmp_path, t
 
 
 def test_scores_go_on_where_they_were_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(workspace, "CHUNK_LINES", 4)
+    monkeypatch.setattr(decoding, "CHUNK_LINES", 4)
 
     class Killed(BaseException):
         pass
@@ -258,10 +258,8 @@ def test_scores_go_on_where_they_were_killed(tmp_path, monkeypatch):
 
     with pytest.raises(Killed):
         cycle(tmp_path / "out", StandIn(there_and_back), StandIn(log_prob=kills), rows)
-    part = tmp_path / "out" / "cycle" / SCRATCH / "mono.m.cycle.en-de.scores.part"
-    assert len(part.read_text().splitlines()) == 8
-    with part.open("a") as file:
-        file.write("-0.5\n-0.2")  # a chunk that was being written
+    parts = tmp_path / "out" / "cycle" / SCRATCH / "mono.m.cycle.en-de.scores.decoded.parts"
+    assert sorted(path.name for path in parts.iterdir()) == ["00000000", "00000001", "work.json"]
     after = StandIn(log_prob=log_prob)
     pairs, counts = cycle(tmp_path / "out", StandIn(there_and_back), after, rows)
     assert after.calls[0] == ("de", "de", 3)
