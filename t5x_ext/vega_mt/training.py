@@ -155,7 +155,7 @@ class Train:
             weights = workspace.models(self.vocabulary).models[0].members[0]
             data = replace(data, vocabulary=VocabularyConfig(path=f"{workspace.path(weights.run_dir)}/vocabulary"))
         if self._is_language_model:
-            return replace(data, train=self._sides(workspace) or data.train, bidirectional=False)
+            return replace(data, train=self._sides(workspace) if self.corpora else data.train, bidirectional=False)
         train = [_Way(corpus) for corpus in data.train]
         if self.corpora:
             texts = [text for name in self.corpora for text in self._pairs([name], workspace) * self._times(name)]
@@ -169,7 +169,13 @@ class Train:
     def _sides(self, workspace: Workspace) -> tuple[Corpus, ...]:
         """What a language model learns from, of the stages' texts."""
         texts = [text for name in self.corpora for text in workspace.corpora([name]) * self._times(name)]
-        return tuple(side for text in texts for side in sides_of(text, workspace, self.languages))
+        sides = tuple(side for text in texts for side in sides_of(text, workspace, self.languages))
+        if not sides:
+            known = ", ".join(dict.fromkeys(language for text in texts for language in text.languages))
+            raise UserError(
+                f"stage {self.name!r}: no text is in {', '.join(self.languages)} (Train.languages); there is {known}"
+            )
+        return sides
 
     def _times(self, stage: str) -> int:
         return self.upsample.get(stage, 1)

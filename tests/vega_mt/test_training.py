@@ -139,6 +139,9 @@ def test_a_language_model_reads_each_side_by_itself(run, asked, tmp_path):
     assert list(data.train[1].pairs()) == [(pair[1], pair[1]) for pair in PAIRS]
     assert not data.bidirectional
     assert data.vocabulary.path == str(tmp_path / "out/p1/run/vocabulary")
+    french = Train("lm2", lm.run, corpora=("texts", "mono"), languages=("fr",))
+    with pytest.raises(UserError, match=r"stage 'lm2': no text is in fr \(Train\.languages\); there is en, de, cs"):
+        made(tmp_path, TEXTS, MONO, french)
 
 
 class Written(Given):
