@@ -18,7 +18,7 @@ from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.sampling import sample
 from t5x_ext.decode.scoring import encoder_inputs
 from t5x_ext.decode.search import Hypotheses, TopK, beam_search, greedy
-from t5x_ext.parallel import BATCH_AXES
+from t5x_ext.parallel import BATCH_AXES, batch_devices
 
 
 @partial(jax.jit, static_argnames=("model", "eos_id", "max_length", "config"))
@@ -123,13 +123,13 @@ def step_function(
 
 
 def _row_top_k(model: nn.Module | Ensemble) -> TopK:
-    """`jax.lax.top_k` in which every device sees to its own rows.
+    """`jax.lax.top_k` in which every device sees to its own rows, and to all of the vocabulary.
 
-    Compilers for CPUs, at least, gather the logits of all devices for it, at every step. Where the vocabulary may be
-    cut, too, it is left to them: some find the best of each piece first.
+    Compilers for CPUs and TPUs gather the logits of all devices for it, at every step. Where no rows are cut it is left
+    to them: some find the best of each piece of the vocabulary first.
     """
     mesh = mesh_of(model)
-    if mesh is None or mesh.shape["tensor"] > 1:
+    if mesh is None or batch_devices(mesh) == 1:
         return jax.lax.top_k
     rows = PartitionSpec(BATCH_AXES)
     return lambda x, k: jax.shard_map(partial(jax.lax.top_k, k=k), mesh=mesh, in_specs=rows, out_specs=rows)(x)

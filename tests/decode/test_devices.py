@@ -87,6 +87,21 @@ def test_a_device_works_on_its_own_rows_only(translator):
     assert ours.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"], rel=0.01)
     assert not re.search("all-|permute", ours.as_text())
 
+    exchanges = re.findall(r"= (.*) (all-\S+|\S+permute\S*)\(", searched(placed))
+    assert [kind for _, kind in exchanges] == ["all-reduce"]
+
+
+@pytest.mark.devices(8)
+def test_no_device_has_the_scores_of_all_rows(translator):
+    """Where the vocabulary may be cut, too."""
+    vocab_size = translator.vocabulary.size
+    text = searched(on_mesh(translator, MESHES["cut"]))
+    assert f"f32[6,{vocab_size}]" in text
+    assert f"f32[24,{vocab_size}]" not in text
+
+
+def searched(placed: Translator) -> str:
+    """The compiled search of 8 rows with 3 hypotheses each."""
     shapes = ((8, 16), (8,), (8, 1), (8,), (8,))
     arrays = jax.device_put([np.ones(shape, np.int32) for shape in shapes], batch_sharding(mesh_of(placed.model)))
     search = decode_batch.lower(
@@ -98,8 +113,7 @@ def test_a_device_works_on_its_own_rows_only(translator):
         max_length=17,
         config=DecodeConfig(beam_size=3, n_best=2),
     )
-    exchanges = re.findall(r"= (.*) (all-\S+|\S+permute\S*)\(", search.compile().as_text())
-    assert [kind for _, kind in exchanges] == ["all-reduce"]
+    return search.compile().as_text()
 
 
 @pytest.mark.devices(8)
