@@ -58,6 +58,8 @@ class Synthesize:
             raise UserError("Synthesize.forward and Synthesize.backward are both None: nothing is to be decoded")
         if self.noise is not None and self.backward is None:
             raise UserError("Synthesize.noise is for the sources of back-translation, and Synthesize.backward is None")
+        for direction in self.directions:
+            languages_of(direction)
 
     def inputs(self) -> tuple[str, ...]:
         """The model and the texts."""
@@ -160,6 +162,8 @@ class CycleTranslate:
                 f"CycleTranslate.min_length_ratio={self.min_length_ratio}, max_length_ratio={self.max_length_ratio}: "
                 "the first must be at most the second"
             )
+        for direction in self.directions:
+            languages_of(direction)
 
     def inputs(self) -> tuple[str, ...]:
         """The models and the texts."""
@@ -175,11 +179,12 @@ class CycleTranslate:
         counts = {"lines": 0, "tried": 0, "replaced": 0, "by_length": 0, "by_chrf": 0, "by_score": 0}
         for direction in self.directions:
             language, pivot = languages_of(direction)
-            for text in workspace.corpora(self.texts):
-                real = text.file_in(language)
-                if real is not None:
-                    name = f"{_named(text, real)}.cycle.{pivot}-{language}"
-                    found += self._cycled(name, real, language, pivot, text.lines, counts, workspace)
+            texts = [(text, real) for text in workspace.corpora(self.texts) if (real := text.file_in(language))]
+            if not texts:
+                raise _nothing(self.name, [direction])
+            for text, real in texts:
+                name = f"{_named(text, real)}.cycle.{pivot}-{language}"
+                found += self._cycled(name, real, language, pivot, text.lines, counts, workspace)
         if not found:
             raise _nothing(self.name, self.directions)
         return Artefact("corpora", tuple(found), counts=counts)

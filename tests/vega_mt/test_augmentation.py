@@ -288,3 +288,13 @@ def test_values_outside_their_range():
     ):
         with pytest.raises(UserError, match=message):
             CycleTranslate("cycle", "model", "lm", ("mono",), ("de-en",), **fields)
+
+
+def test_directions_that_cannot_be_are_refused_and_none_is_left_out_unsaid(tmp_path):
+    with pytest.raises(UserError, match="direction 'de_en': give two languages"):
+        CycleTranslate("cycle", "model", "lm", ("mono",), ("de_en",))
+    with pytest.raises(UserError, match="direction 'de_en': give two languages"):
+        Synthesize("round", "model", ("mono",), directions=("de_en",))
+    cycle = CycleTranslate("cycle", "model", "lm", ("mono",), ("de-en", "cs-en"), tau=0.0)
+    with pytest.raises(UserError, match="there is no text to translate in cs-en"):
+        execute(Pipeline((MONO, MODEL, LM, cycle)), tmp_path, opener=opener(model=StandIn(spelt)))
