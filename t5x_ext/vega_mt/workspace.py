@@ -177,8 +177,7 @@ class Workspace:
         Raises:
           UserError: where the stage has no model for the direction.
         """
-        if not os.path.exists(self.path(output_file)):
-            self.translate_with(self._model_for(stage, direction), input_file, output_file, direction, config)
+        self.translate_with(self._model_for(stage, direction), input_file, output_file, direction, config)
 
     def translate_with(
         self, model: Model, input_file: str, output_file: str, direction: tuple[str, str], config: DecodeConfig
@@ -201,10 +200,9 @@ class Workspace:
         Raises:
           UserError: where the stage has no model of the language.
         """
-        if not os.path.exists(self.path(output_file)):
-            direction = (language, language)
-            model = self._model_for(stage, direction)
-            self._decode(Decoding(model, input_file, output_file, direction, config, scores=True))
+        direction = (language, language)
+        model = self._model_for(stage, direction)
+        self._decode(Decoding(model, input_file, output_file, direction, config, scores=True))
         return [float(line) for line in self.lines(output_file)]
 
     def take_part(self, decoding: Decoding) -> FileReport:

@@ -84,6 +84,7 @@ def test_each_stage_has_its_own_configuration(folder, capsys):
         (["--gin.ParallelText.target_language=xx"], "xx"),
         (["--audit", "--dry_run"], "--audit goes with neither"),
         (["--audit"], "out: has no manifest.json"),
+        (["--dry_run", "--distributed=auto"], "--audit and --dry_run are for one process"),
         (["--output_dir=gs://b/o"], "--output_dir=gs://b/o: give a local path"),
         (["--gin.ParallelText.source_path=none.en"], "none.en: no such file"),
     ],

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.decode import DecodeConfig, Hypothesis, parts, translate_file, translate_stream
+from t5x_ext.decode import DecodeConfig, Hypothesis, Score, parts, score_file, translate_file, translate_stream
 from t5x_ext.decode.files import decode_lines
 from t5x_ext.decode.parts import Parts
 
@@ -172,6 +172,32 @@ def test_processes_about_other_work_are_told(folder, monkeypatch):
         Parts(folder / "out.txt", {"options": 1, "chunks": 3}, 3).missing()
     with pytest.raises(UserError, match="give an output in a folder that all processes share"):
         Parts(folder / "elsewhere.txt", {"options": 0}, 3).missing()
+
+
+def test_scores_of_a_file_are_means_over_tokens_and_go_on_where_they_stopped(folder):
+    """One number a line, without loss; a language model reads a line as its own source."""
+
+    class Scores(Reverser):
+        def resolve(self, source_language, target_language):
+            assert source_language == target_language
+            return source_language, target_language
+
+        def score(self, sources, targets, *languages, **options):
+            assert sources == targets
+            if len(self.chunks) == self.dies_at:
+                raise InterruptedError
+            self.chunks.append((len(self.chunks), len(sources)))
+            return [Score((-0.1, -len(line) / 3)) for line in sources]
+
+    with pytest.raises(InterruptedError):
+        score_file(Scores(dies_at=2), folder / "in.txt", folder / "scores.txt", "en", chunk_lines=4)
+    assert not (folder / "scores.txt").exists()
+    report = score_file(Scores(), folder / "in.txt", folder / "scores.txt", "en", chunk_lines=4)
+    assert (report.lines, report.resumed_lines, report.target_tokens) == (4, 8, 8)
+    lines = (folder / "in.txt").read_text().split("\n")[:-1]
+    assert list(map(float, (folder / "scores.txt").read_text().splitlines())) == [
+        Score((-0.1, -len(line) / 3)).log_prob / 2 for line in lines
+    ]
 
 
 @pytest.mark.parametrize("change", ["input", "options", "record"])
