@@ -65,18 +65,19 @@ def main(values: flags.FlagValues) -> None:
 def _translate_file(translator: Translator, values: flags.FlagValues, config: DecodeConfig, primary: bool) -> None:
     """Translates from file to file; process 0 says what all have done."""
     from t5x_ext.decode import translate_file
-    from t5x_ext.parallel import barrier
+    from t5x_ext.parallel import barrier, failing_together
 
-    done = translate_file(
-        translator,
-        values.input,
-        values.output,
-        values.source_language,
-        values.target_language,
-        config,
-        chunk_lines=values.chunk_lines,
-        show_progress=sys.stderr.isatty(),
-    )
+    with failing_together():
+        done = translate_file(
+            translator,
+            values.input,
+            values.output,
+            values.source_language,
+            values.target_language,
+            config,
+            chunk_lines=values.chunk_lines,
+            show_progress=sys.stderr.isatty(),
+        )
     if primary:
         report(_summary(done, values), done.to_json(), values.json_out)
     barrier("end")  # the first to leave would wait for the last for seconds only
