@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -13,13 +14,23 @@ from t5x_ext.cli.gin_config import build_parts, build_run
 from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
 from t5x_ext.contracts import UserError
+from t5x_ext.data import ParallelText
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.train import Run
 from t5x_ext.train.program import Program, make_program
-from t5x_ext.vega_mt import Pipeline, Train
+from t5x_ext.vega_mt import Pipeline, Stage, Train
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
-PIPELINES = [name for name in FILES if "pipelines/vega_mt.gin" in (gin_root() / name).read_text(encoding="utf-8")]
+
+
+def with_included(name: str) -> list[str]:
+    """A file, and all that it includes."""
+    text = (gin_root() / name).read_text(encoding="utf-8")
+    included = re.findall(r"^include '(.*)'", text, flags=re.MULTILINE)
+    return [name, *(inner for other in included for inner in with_included(other))]
+
+
+PIPELINES = [name for name in FILES if name.startswith("runs/") and "pipelines/vega_mt.gin" in with_included(name)]
 RUNS = [name for name in FILES if name.startswith("runs/") and name not in PIPELINES]
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
 STAGES = [name for name in FILES if name.startswith("pipelines/")]  # dry-run by the files that include them
@@ -76,14 +87,44 @@ def test_every_run_can_take_a_step(name):
 def test_every_run_of_a_pipeline_can_take_a_step(name):
     pipeline, texts = build_parts("stages", [name], root=Pipeline)
     assert len(texts) == len(pipeline.stages)
-    runs = {stage.name: stage.run for stage in pipeline.stages if isinstance(stage, Train)}
+    runs = [stage.run for stage in pipeline.stages if isinstance(stage, Train)]
     assert runs
-    for run in runs.values():
+    # Updates of one model differ in rows and rates only. What a pipeline includes is traced as a run of its own.
+    own = {build(other).model for other in with_included(name)[1:] if other in RUNS}
+    for run in {run.model: run for run in runs if run.model not in own}.values():
         trace(run)
     # A stage has no settings but its own: those of no other one, by whose name it would be in a scope of that.
     for stage, text in zip(pipeline.stages, texts):
         scopes = {line.split("/")[0] for line in text.splitlines() if "/" in line.split(" = ")[0]}
         assert not scopes & {other.name for other in pipeline.stages if other is not stage} - {"dev", "test"}
+
+
+def stages_of(*names: str) -> list[Stage]:
+    return list(build_run(names, root=Pipeline)[0].stages)
+
+
+LARGE = {
+    ("runs/vega_mt_4b7_pipeline_v5e_16x16.gin",): 256,
+    ("runs/vega_mt_4b7_pipeline_v5p_4x4x4.gin",): 64,
+    ("runs/vega_mt_4b7_pipeline_h100_64.gin",): 64,
+    ("runs/vega_mt_4b7_v6e_8x8.gin", "pipelines/vega_mt_4b7.gin"): 64,
+}
+
+
+@pytest.mark.parametrize("names", LARGE, ids=lambda names: names[0])
+def test_the_large_pipeline_is_the_tiny_one_with_other_sizes_and_texts(names):
+    graph = lambda stages: [(stage.name, type(stage), stage.inputs()) for stage in stages]
+    stages = stages_of(*names)
+    assert graph(stages) == graph(stages_of("runs/vega_mt_tiny.gin"))
+    by_name = {stage.name: stage for stage in stages}
+    assert all(isinstance(corpus, ParallelText) for stage in stages for corpus in stage.sources())
+    runs = {name: stage.run for name, stage in by_name.items() if isinstance(stage, Train)}
+    for run in runs.values():
+        assert run.data.batch.rows % (LARGE[names] * run.num_microbatches) == 0
+    sizes = {name: dataclasses.replace(run.model, vocab_size=128_009).num_params() for name, run in runs.items()}
+    assert {name for name, size in sizes.items() if size == 4_693_321_728} == runs.keys() - {"lm", "past_lm"}
+    decode = by_name["best_test"].decode
+    assert (decode.strategy, decode.beam_size, decode.length_penalty, decode.alpha) == ("beam", 5, "fairseq", 1.0)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)

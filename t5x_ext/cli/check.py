@@ -1,15 +1,17 @@
 """Compiles a run's update, or its decoding, for accelerators that are not here, and says whether it fits and how fast.
 
-Takes the flags of t5x_ext train; texts need not be there. TPUs (v4, v5e, v5p, v6e, any shape) are compiled for by their
+Takes the flags of t5x_ext train, or a pipeline and --stage, whose training or decoding it is then; texts need not be
+there. TPUs (v4, v5e, v5p, v6e, any shape) are compiled for by their
 own compiler, from pip install 't5x_ext[tpu]'. For GPUs (h100:8) sharding, operations and collectives come from virtual
 CPU devices, and memory is an estimate by formula. Prints memory of one device by what it is for, operations, bytes of
-each kind of collective, and the least seconds of a step with communication overlapped and not. Ends with exit code 1
-where it does not fit, saying what is largest and what would make it fit.
+each kind of collective, the least seconds of a step with communication overlapped and not, and what they mean in tokens
+a device-day and days. Ends with exit code 1 where it does not fit, saying what is largest and what would make it fit.
 
 example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5e:8x8
 example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v6e:16x16 --num_slices=2 --json_out=plan.json
 example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5p:2x2x4 --search
 example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5e:4x4 --program=decode --decode_rows=256
+example: t5x_ext check --gin_file=runs/vega_mt_4b7_pipeline_v5p_4x4x4.gin --topology=v5p:4x4x4 --stage=best_test
 """
 
 from __future__ import annotations
@@ -19,17 +21,20 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from t5x_ext.cli.files import check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
-from t5x_ext.cli.run_flags import define_run_flags, run_from_flags
+from t5x_ext.cli.pipeline import pipeline_from_flags
+from t5x_ext.cli.run_flags import RUN_FLAGS, define_run_flags, run_from_flags
+from t5x_ext.cli.stage_work import StageWork, stage_work
 
 if TYPE_CHECKING:
     from t5x_ext.decode import DecodeConfig
+    from t5x_ext.plan.report import CheckReport
     from t5x_ext.plan.topology import Target
     from t5x_ext.train import Run
 
@@ -41,6 +46,13 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes", lower_bound=1, flag_values=values)
     flags.DEFINE_enum("program", "train", ["train", "decode"], "what to compile", flag_values=values)
+    flags.DEFINE_string(
+        "stage", None, "of a pipeline: the stage whose training or decoding is compiled", flag_values=values
+    )
+    flags.DEFINE_float(
+        "mfu", None, "model FLOPs utilisation to reckon with beside the bounds, as 0.4", lower_bound=0.001,
+        upper_bound=1.0, flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer(
         "mean_length", 32, "target tokens of an example that model FLOPs are counted for", lower_bound=1,
         flag_values=values,
@@ -52,8 +64,8 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_integer("decode_length", 64, "source tokens of a sentence", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
-        "beam_size", None, "hypotheses of a sentence; by default those of the run's final test", lower_bound=1,
-        flag_values=values,
+        "beam_size", None, "hypotheses of a sentence; by default those of the stage, or of the run's final test",
+        lower_bound=1, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_boolean(
         "search", False, "try meshes, remat policies and numbers of microbatches, and rank those that fit",
@@ -77,13 +89,36 @@ def main(values: flags.FlagValues) -> int:
     vocab_size = values.vocab_size
     # It says how many pieces there are here, not how many to train.
     values["vocab_size"].value = None
-    run, _ = run_from_flags(values)
+    work = _work_of_stage(values) if values.stage else StageWork(run_from_flags(values)[0])
+    if values.program == "decode" and work.decode is None:
+        work = work._replace(decode=work.run.evaluation.test_decode)
 
     from t5x_ext.plan.topology import find_target
 
     target = find_target(values.topology, values.num_slices)
+    vocab_size = vocab_size or _vocab_size(work.run)
     with _compiling_anew():
-        return (_search if values.search else _examine)(values, run, vocab_size or _vocab_size(run), target)
+        if values.search:
+            return _search(values, work.run, vocab_size, target)
+        return _examine(values, work, vocab_size, target)
+
+
+def _work_of_stage(values: flags.FlagValues) -> StageWork:
+    """What the stage of a pipeline computes.
+
+    Raises:
+      UsageError: for flags that do not go with a stage.
+    """
+    require(values, "gin_file")
+    if values["program"].present:
+        raise UsageError("--program goes with a run; a --stage has its own")
+    for name in RUN_FLAGS:
+        if getattr(values, name) not in (None, []):
+            raise UsageError(f"--{name} goes with a run; for a --stage write --gin.NAME=VALUE")
+    work = stage_work(pipeline_from_flags(values)[0], values.stage)
+    if values.search and work.decode is not None:
+        raise UsageError(f"--search goes with training, and --stage={values.stage} decodes")
+    return work
 
 
 @contextlib.contextmanager
@@ -99,24 +134,26 @@ def _compiling_anew() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", used)
 
 
-def _examine(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> int:
-    found = _check(values, run, vocab_size, target)
+def _examine(values: flags.FlagValues, work: StageWork, vocab_size: int, target: Target) -> int:
+    import dataclasses
+
+    found = dataclasses.replace(_check(values, work, vocab_size, target), assumed_mfu=values.mfu)
     report(str(found), found.to_json(), values.json_out)
     return 0 if found.fits else 1
 
 
-def _check(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> Any:
+def _check(values: flags.FlagValues, work: StageWork, vocab_size: int, target: Target) -> CheckReport:
     import dataclasses
 
     from t5x_ext.plan.check import check, check_decoding, on_slices
 
-    if values.program == "train":
+    run, decode = work.run, work.decode
+    if decode is None:
         return check(run, vocab_size, target, values.mean_length)
-    decode = run.evaluation.test_decode
     if values.beam_size:
         decode = dataclasses.replace(decode, beam_size=values.beam_size)
     rows = values.decode_rows or _decode_rows(on_slices(run, target), decode, len(target.devices), values.decode_length)
-    return check_decoding(run, vocab_size, target, decode, rows, values.decode_length)
+    return check_decoding(run, vocab_size, target, decode, rows, values.decode_length, work.members)
 
 
 def _decode_rows(run: Run, decode: DecodeConfig, devices: int, length: int) -> int:

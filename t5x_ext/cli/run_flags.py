@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 DEFAULT_RUN = "runs/two_files.gin"
 _ROLES = {"train": "to learn from", "valid": "to measure on during training", "test": "to score at the end"}
 
+RUN_FLAGS = (
+    *(f"{role}_{kind}" for role in _ROLES for kind in ("source", "target", "tsv")),
+    *("source_language", "target_language", "bidirectional", "vocabulary", "steps", "seed"),
+)
+"""Typed flags that bind values of a run, `vocab_size` apart."""
+
 
 def define_run_flags(values: flags.FlagValues) -> None:
     """Declares the flags that `run_from_flags` reads."""

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_ext.contracts import UserError
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.contracts import PyTree, UserError
+from t5x_ext.decode import DecodeConfig, Ensemble
 from t5x_ext.decode.programs import decode_batch
 from t5x_ext.models import TransformerConfig
 from t5x_ext.parallel import make_mesh
@@ -19,7 +19,15 @@ from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.parallel.mesh import batch_devices
 from t5x_ext.plan.advice import scaled, training_advice
 from t5x_ext.plan.compiling import Compiled, Refused, compile_for, partition
-from t5x_ext.plan.estimate import Stored, Temporaries, device_bytes, estimate_temporaries, stored_bytes
+from t5x_ext.plan.estimate import (
+    DecodingTemporaries,
+    Stored,
+    Temporaries,
+    device_bytes,
+    estimate_decoding,
+    estimate_temporaries,
+    stored_bytes,
+)
 from t5x_ext.plan.hlo_cost import Buffer
 from t5x_ext.plan.report import CheckReport, DeviceMemory
 from t5x_ext.plan.roofline import mfu_bound, roofline
@@ -72,14 +80,20 @@ def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LEN
     else:
         compiled = partition(work.lowered, dict(program.mesh.shape))
         estimate = estimate_temporaries(program)
-    report = _report(work, target, program.mesh, compiled, estimate)
+    report = dataclasses.replace(_report(work, target, program.mesh, compiled, estimate), steps=run.steps)
     return report if report.fits else dataclasses.replace(report, advice=training_advice(program, report, estimate))
 
 
 def check_decoding(
-    run: Run, vocab_size: int, target: Target, decode: DecodeConfig, rows: int, source_length: int
+    run: Run,
+    vocab_size: int,
+    target: Target,
+    decode: DecodeConfig,
+    rows: int,
+    source_length: int,
+    members: int = 1,
 ) -> CheckReport:
-    """Examines the decoding of one batch: weights cut as in training, rows and their caches cut over the devices.
+    """Examines the decoding of one batch: weights cut by the run's axis rules, rows and their caches over the devices.
 
     Every sentence is taken to be as long as `source_length` and its search to go to the maximum length of `decode`, so
     that times are those of the slowest batch of this shape.
@@ -91,6 +105,7 @@ def check_decoding(
       decode: how to decode.
       rows: sentences of a batch, over all devices.
       source_length: tokens of a sentence, tag and end included.
+      members: models that decode together, see `decode.Ensemble`.
 
     Raises:
       UserError: where the rows do not divide among the devices.
@@ -100,12 +115,17 @@ def check_decoding(
     pieces = batch_devices(program.mesh)
     if rows % pieces:
         raise UserError(f"{rows} rows to decode do not divide among {pieces} devices; take a multiple of {pieces}")
-    if not target.is_compiled_for:
-        raise UserError(f"decoding is examined for TPUs only: there is no estimate of its memory on {target.name}")
-    work = _decoding_work(program, decode, rows, source_length)
-    report = _report(
-        work, target, program.mesh, compile_for(work.lowered, dict(program.mesh.shape), work.unknown_trips)
-    )
+    work, lengths = _decoding_work(program, decode, rows, source_length, members)
+    mesh_shape, estimate = dict(program.mesh.shape), None
+    compiled: Compiled | Refused
+    if target.is_compiled_for:
+        compiled = compile_for(work.lowered, mesh_shape, work.unknown_trips)
+    else:
+        compiled = partition(work.lowered, mesh_shape, work.unknown_trips)
+        estimate, step_traffic = estimate_decoding(program, rows, *lengths, members)
+        traffic = float(work.unknown_trips * step_traffic)
+        compiled = compiled._replace(hlo=dataclasses.replace(compiled.hlo, bytes_accessed=traffic))
+    report = _report(work, target, program.mesh, compiled, estimate)
     return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, pieces)))
 
 
@@ -125,6 +145,11 @@ def training_flops(config: TransformerConfig, run: Run, mean_length: int) -> tup
     source_length = length * shape.source_length / shape.target_length
     flops = 3 * shape.rows * examples * config.flops(np.array([source_length]), np.array([length]))
     return flops, round(shape.rows * examples * source_length), round(shape.rows * examples * length)
+
+
+def num_hypotheses(decode: DecodeConfig) -> int:
+    """Hypotheses of a sentence that are searched side by side."""
+    return {"beam": decode.beam_size, "greedy": 1, "sample": decode.n_best}[decode.strategy]
 
 
 def decoding_flops(config: TransformerConfig, rows: int, hypotheses: int, source_length: int, length: int) -> float:
@@ -149,7 +174,10 @@ def _training_work(program: Program, mean_length: int) -> _Work:
     return _Work("train", program.lower(), stored, batch.rows, source_tokens, target_tokens, assumption, flops)
 
 
-def _decoding_work(program: Program, decode: DecodeConfig, rows: int, source_length: int) -> _Work:
+def _decoding_work(
+    program: Program, decode: DecodeConfig, rows: int, source_length: int, members: int
+) -> tuple[_Work, tuple[int, int, int]]:
+    """The work, and hypotheses, source length and maximum length of a sentence."""
     # Room for one forced tag.
     max_length = 1 + decode.max_target_length(source_length)
     row_wise = NamedSharding(program.mesh, PartitionSpec(batch_sharding(program.mesh).spec[0]))
@@ -157,9 +185,9 @@ def _decoding_work(program: Program, decode: DecodeConfig, rows: int, source_len
     key = jax.eval_shape(lambda: jax.random.key(0))
     replicated = NamedSharding(program.mesh, PartitionSpec())
     batch = (integers(rows, source_length), integers(rows), integers(rows, 1), integers(rows), integers(rows))
-    params = program.template.params
+    model, params = (program.model, program.template.params) if members == 1 else _ensemble(program, members)
     lowered = decode_batch.lower(
-        program.model,
+        model,
         params,
         *batch,
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated),
@@ -167,19 +195,36 @@ def _decoding_work(program: Program, decode: DecodeConfig, rows: int, source_len
         max_length=max_length,
         config=decode,
     )
-    hypotheses = {"beam": decode.beam_size, "greedy": 1, "sample": decode.n_best}[decode.strategy]
-    flops = decoding_flops(program.config, rows, hypotheses, source_length, max_length)
+    hypotheses = num_hypotheses(decode)
+    flops = members * decoding_flops(program.config, rows, hypotheses, source_length, max_length)
     stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
+    models = f"{members} models together, " if members > 1 else ""
     assumption = (
-        f"{decode.strategy}, {hypotheses} hypotheses of {max_length} tokens for each sentence of {source_length}"
+        f"{models}{decode.strategy}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
+        f"{source_length}"
     )
-    return _Work(
+    work = _Work(
         "decode", lowered, stored, rows, rows * source_length, rows * max_length, assumption, flops, max_length
     )
+    return work, (hypotheses, source_length, max_length)
+
+
+def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
+    """So many models of the program's shape, and their parameters, cut as those of one."""
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
+        return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=sharding)
+
+    return Ensemble(program.model, members), jax.tree.map(stacked, program.template.params)
 
 
 def _report(
-    work: _Work, target: Target, mesh: Mesh, compiled: Compiled | Refused, estimate: Temporaries | None = None
+    work: _Work,
+    target: Target,
+    mesh: Mesh,
+    compiled: Compiled | Refused,
+    estimate: Temporaries | DecodingTemporaries | None = None,
 ) -> CheckReport:
     """Puts together what is stored, what the compiler said, and the bounds that follow."""
     memory = _memory(work.stored, target, compiled, estimate)
@@ -220,7 +265,9 @@ def _report(
     )
 
 
-def _memory(stored: Stored, target: Target, compiled: Compiled | Refused, estimate: Temporaries | None) -> DeviceMemory:
+def _memory(
+    stored: Stored, target: Target, compiled: Compiled | Refused, estimate: Temporaries | DecodingTemporaries | None
+) -> DeviceMemory:
     if isinstance(compiled, Refused):
         # A message without figures still says that it is more than there is.
         needed = compiled.total or max(target.hbm_bytes + 1, stored.total + (estimate.total if estimate else 0))
@@ -233,7 +280,7 @@ def _memory(stored: Stored, target: Target, compiled: Compiled | Refused, estima
 
 
 def _largest(
-    memory: DeviceMemory, compiled: Compiled | Refused, estimate: Temporaries | None
+    memory: DeviceMemory, compiled: Compiled | Refused, estimate: Temporaries | DecodingTemporaries | None
 ) -> tuple[tuple[int, str], ...]:
     """The compiler's own list where it gives one; else parts, temporaries split by formula."""
     if isinstance(compiled, Refused) and compiled.largest:
@@ -243,7 +290,7 @@ def _largest(
     parts = memory.parts()
     if estimate is not None:
         parts.pop("temporaries")
-        shares = scaled(estimate, memory.temporaries)._asdict()
+        shares = (scaled(estimate, memory.temporaries) if isinstance(estimate, Temporaries) else estimate)._asdict()
         parts |= {f"{name} (of the temporaries, by formula)": size for name, size in shares.items()}
     return tuple(sorted(((size, name) for name, size in parts.items() if size), reverse=True)[:5])
 

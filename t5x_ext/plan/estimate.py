@@ -13,6 +13,17 @@ Parameters, optimizer state, moving average and batch follow from shapes and sha
 
 Compilers fuse, reuse and pad, so this is an estimate: for seven layouts of the 4.7B model (remat none, dots_saveable,
 dots_with_no_batch_dims_saveable and full, tensor 1 and 4) it was 0.76 to 1.6 times what the TPU compiler allocated.
+
+Temporaries of decoding are a sum of
+
+- weights: those that every step reads, in the type they are computed in, where they are stored in another;
+- caches: keys and values of self-attention of all hypotheses, with room for the longest result, so many times
+  (`CACHE_COPIES`) as the TPU compiler keeps them: as the search has them, reordered, and laid out for a step;
+- memory: keys and values of cross-attention, once a sentence;
+- scores: those of one step, float32, and what is computed from them.
+
+Each step moves weights, memory and scores once and the caches so many times (`CACHE_PASSES`) as in the TPU compiler's
+program for heads as wide as its tiles, where nothing is padded.
 """
 
 from __future__ import annotations
@@ -64,6 +75,29 @@ class Temporaries(NamedTuple):
         return sum(self)
 
 
+CACHE_COPIES = 4
+"""How often the caches of a search are there at once."""
+
+CACHE_PASSES = 6
+"""How often a step reads or writes all of them."""
+
+_SCORE_COPIES = 4
+
+
+class DecodingTemporaries(NamedTuple):
+    """Estimated bytes on one device of what decoding a batch computes; see the module."""
+
+    weights: int
+    caches: int
+    memory: int
+    scores: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
 def device_bytes(tree: PyTree) -> int:
     """Bytes of a tree of `ShapeDtypeStruct`s with shardings on one device; exact but for a compiler's padding."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -105,6 +139,40 @@ def accumulated_bytes(program: Program) -> int:
 def tree_bytes(tree: PyTree) -> int:
     """Bytes of a tree of arrays, whole."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def estimate_decoding(
+    program: Program, rows: int, hypotheses: int, source_length: int, max_length: int, members: int = 1
+) -> tuple[DecodingTemporaries, int]:
+    """What a search takes on one device, by the formula of this module: temporaries, and bytes that each step moves.
+
+    Args:
+      program: gives model and mesh.
+      rows: sentences of the batch, over all devices.
+      hypotheses: of a sentence, searched side by side.
+      source_length: tokens of a sentence.
+      max_length: tokens that caches have room for.
+      members: models of an ensemble.
+    """
+    config, rules, mesh = program.config, program.run.axis_rules, program.mesh
+    rows = rows // batch_devices(mesh)
+    itemsize = jnp.dtype(config.compute_dtype).itemsize
+    width = config.embed_dim // _tensor(mesh, rules.heads)
+    # Keys and values of one position of one sentence, in all layers and members.
+    entry = 2 * config.decoder_layers * width * itemsize * members
+    cache = rows * hypotheses * max_length * entry
+    # All but the encoder's: stored as float32.
+    params = {name: tree for name, tree in program.template.params.items() if name != "encoder"}
+    read = members * device_bytes(params) * itemsize // 4
+    cuts = _tensor(mesh, rules.vocab)
+    scores = 4 * members * rows * hypotheses * config.vocab_size // (cuts if config.vocab_size % cuts == 0 else 1)
+    temporaries = DecodingTemporaries(
+        weights=read if itemsize != 4 else 0,
+        caches=CACHE_COPIES * cache,
+        memory=rows * source_length * entry,
+        scores=_SCORE_COPIES * scores,
+    )
+    return temporaries, read + CACHE_PASSES * cache + temporaries.memory + temporaries.scores
 
 
 def _parts(program: Program, config: TransformerConfig) -> dict[int, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5x_ext.plan.hlo_cost import Collective
 from t5x_ext.plan.roofline import Roofline
 
 GIB = 2**30
 _BAR = 40
+_DAY = 24 * 60 * 60
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class DeviceMemory:
         return {name: getattr(self, name) for name in ("params", "optimizer", "ema", "temporaries", "batch")}
 
 
+class Cost(NamedTuple):
+    """What a program does in a day at some speed, and how long a run takes at it."""
+
+    rows_per_device_day: float
+    target_tokens_per_device_day: float
+    run_days: float | None  # None for decoding
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What `check` found.
@@ -56,7 +65,7 @@ class CheckReport:
       hbm_bytes: memory of one device that a program may use.
       memory: what it needs.
       is_estimate: True where no compiler for these devices was asked: memory is then computed by formula, and memory
-        traffic is left out of the bounds.
+        traffic is left out of the bounds of an update; that of decoding is computed by formula, too.
       largest: the largest arrays or parts, for people: (bytes on one device, what it is).
       advice: what would make it fit, the most useful first; empty where it fits.
       model_flops: operations that the model needs for the batch, nothing computed twice; all devices together.
@@ -66,6 +75,8 @@ class CheckReport:
       roofline: least seconds; None where the compiler refused or the kind of device is not in the table.
       mfu_bound: (overlapped, serial) model FLOPs utilisation at those; None likewise.
       compile_seconds: seconds the compiler took.
+      steps: updates of the whole run; None for decoding.
+      assumed_mfu: model FLOPs utilisation to reckon with beside the bounds, 0 to 1; None: the bounds alone.
     """
 
     program: str
@@ -89,6 +100,8 @@ class CheckReport:
     roofline: Roofline | None
     mfu_bound: tuple[float, float] | None
     compile_seconds: float
+    steps: int | None = None
+    assumed_mfu: float | None = None
 
     @property
     def num_devices(self) -> int:
@@ -97,6 +110,26 @@ class CheckReport:
         for size in self.mesh.values():
             count *= size
         return count
+
+    def costs(self) -> dict[str, Cost]:
+        """What the bounds and the assumed MFU mean in days: `overlapped`, `serial`, `assumed`; empty without bounds.
+
+        Tokens are those of rows without padding.
+        """
+        if self.roofline is None or self.mfu_bound is None:
+            return {}
+        seconds = {"overlapped": self.roofline.overlapped, "serial": self.roofline.serial}
+        if self.assumed_mfu is not None:
+            seconds["assumed"] = self.roofline.overlapped * self.mfu_bound[0] / self.assumed_mfu
+        return {name: self._cost(step) for name, step in seconds.items()}
+
+    def _cost(self, step_seconds: float) -> Cost:
+        steps_a_day = _DAY / step_seconds
+        return Cost(
+            rows_per_device_day=self.rows * steps_a_day / self.num_devices,
+            target_tokens_per_device_day=self.target_tokens * steps_a_day / self.num_devices,
+            run_days=None if self.steps is None else self.steps / steps_a_day,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON; sizes in bytes, times in seconds."""
@@ -137,17 +170,24 @@ class CheckReport:
                 "overlapped": self.roofline and self.roofline.overlapped,
                 "serial": self.roofline and self.roofline.serial,
                 "compute": self.roofline and self.roofline.compute_seconds,
-                "hbm": None if self.roofline is None or self.is_estimate else self.roofline.hbm_seconds,
+                "hbm": self.roofline.hbm_seconds if self.roofline and self._knows_traffic else None,
                 "network": self.roofline and self.roofline.network_seconds,
                 "slice_network": self.roofline and self.roofline.slice_network_seconds,
             },
             "mfu_bound": {"overlapped": bounds[0], "serial": bounds[1]},
+            "steps": self.steps,
+            "costs": {name: cost._asdict() for name, cost in self.costs().items()},
             "compile_seconds": self.compile_seconds,
         }
 
     def __str__(self) -> str:
         """The report for people."""
         return "\n".join([*self._head(), "", *self._memory(), "", *self._work(), "", *self._network(), *self._bounds()])
+
+    @property
+    def _knows_traffic(self) -> bool:
+        """Whether memory traffic is among the bounds."""
+        return not self.is_estimate or self.program == "decode"
 
     def _head(self) -> Iterator[str]:
         slices = f" in {self.num_slices} slices" if self.num_slices > 1 else ""
@@ -215,18 +255,30 @@ class CheckReport:
             "network": roofline.network_seconds,
             "between slices": roofline.slice_network_seconds,
         }
-        if self.is_estimate:
+        if not self._knows_traffic:
             parts.pop("HBM")
         if not roofline.slice_network_seconds:
             parts.pop("between slices")
         yield "at least: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
-        local = "compute" if self.is_estimate else "max(compute, HBM)"
+        local = "max(compute, HBM)" if self._knows_traffic else "compute"
         serial = " + ".join([local, *(name for name in parts if name not in ("compute", "HBM"))])
         formulas = {"overlapped": f"max({', '.join(parts)})", "serial": serial}
         seconds = {"overlapped": roofline.overlapped, "serial": roofline.serial}
         for (name, formula), mfu in zip(formulas.items(), self.mfu_bound):
             yield f"  {name:<11}{duration(seconds[name]):>11}  MFU at most {mfu:6.1%}  = {formula}"
+        yield from self._costs()
         yield f"compiled in {self.compile_seconds:.1f} s"
+
+    def _costs(self) -> Iterator[str]:
+        """Work of a device in a day; for training the days of the run, else sentences, too."""
+        last = "sentences a device-day" if self.steps is None else f"{self.steps:,} updates"
+        rows = [("", "target tokens a device-day", last)]
+        for name, cost in self.costs().items():
+            label = f"{self.assumed_mfu:.0%} MFU" if name == "assumed" else name
+            tokens = f"{cost.target_tokens_per_device_day:,.0f}"
+            days = f"{cost.rows_per_device_day:,.0f}" if cost.run_days is None else _days(cost.run_days)
+            rows.append((f"  {label}", tokens, days))
+        yield from table(rows)
 
 
 def amount(size: float) -> str:
@@ -251,6 +303,10 @@ def duration(seconds: float) -> str:
         if seconds >= unit:
             return f"{seconds / unit:,.3f} {name}"
     return f"{seconds * 1e6:.3f} us"
+
+
+def _days(days: float) -> str:
+    return f"{days:,.2f} days" if days >= 1 else f"{days:.2g} days"
 
 
 def bar(size: float, whole: float, width: int = _BAR) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import util
 
+import jax
 import pytest
 
 from t5x_ext.cli.main import main
@@ -71,7 +72,44 @@ def test_a_gpu_node_is_stood_in_for_by_virtual_devices(bare_folder):
     assert (found["is_estimate"], found["num_devices"], found["fits"]) == (True, 2, True)
 
 
+PIPELINE = "--gin_file=runs/vega_mt_tiny.gin"
+
+
+@pytest.fixture
+def quick_compilation():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_a_stage_that_decodes_is_searched_as_it_will_be(quick_compilation, capfd):
+    """One virtual GPU: best_test reads an ensemble of the average and of what it was fine-tuned from."""
+    assert main(f"check {PIPELINE} --stage=best_test --topology=h100:1 --decode_rows=4 --json_out=-".split()) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["program"], found["rows"], found["is_estimate"]) == ("decode", 4, True)
+    # beam 2, ratio 1.0 and 4 more tokens, after a forced tag.
+    assert found["assumption"] == "2 models together, beam, 2 hypotheses of 69 tokens for each sentence of 64"
+
+
+def test_a_stage_that_trains_is_its_update(quick_compilation, capfd):
+    flags = "--stage=pretrain --topology=h100:1 --mfu=0.4 --json_out=- --mean_length=16"
+    assert main(f"check {PIPELINE} {flags}".split()) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["program"], found["rows"], found["steps"]) == ("train", 8, 100)
+    seconds = 86_400 * found["costs"]["assumed"]["run_days"] / 100
+    assert found["model_flops"] / seconds == pytest.approx(0.4 * 989e12)
+
+
 MISTAKES = {
+    f"check {PIPELINE} --topology=h100:1 --stage=pretain": "--stage=pretain: there is no such stage; did you mean pre",
+    f"check {PIPELINE} --topology=h100:1 --stage=scores": "--stage=scores: Evaluate has no program to compile; stages",
+    f"check {PIPELINE} --topology=h100:1 --stage=lm --steps=3": "--steps goes with a run; for a --stage write --gin.N",
+    f"check {PIPELINE} --topology=h100:1 --stage=lm --program=decode": "--program goes with a run; a --stage has its",
+    f"check {PIPELINE} --topology=h100:1 --stage=cycle --search": "--search goes with training, and --stage=cycle dec",
+    "check --gin_file=runs/quickstart.gin --topology=h100:1 --stage=lm": "Pipeline.stages has no value; it must be bo",
+    "check --topology=h100:1 --stage=lm": "--gin_file is missing",
+    f"check {TINY} --topology=h100:1 --mfu=40": "--mfu=40",
     f"check {TINY}": "--topology is missing: devices, as v5e:8x8",
     "check --topology=v5e:2x2": "--train_source is missing",
     f"check {TINY} --topology=v5e": "topology 'v5e': give a kind of device and how many, as in v5e:8x8",

@@ -18,7 +18,7 @@ from t5x_ext.parallel import HARDWARE, MeshConfig, data_parallel, fsdp_tensor, m
 from t5x_ext.plan.advice import scaled, training_advice
 from t5x_ext.plan.check import check, check_decoding, decoding_flops, training_flops
 from t5x_ext.plan.compiling import read_refusal
-from t5x_ext.plan.estimate import Temporaries, estimate_temporaries, stored_bytes
+from t5x_ext.plan.estimate import Temporaries, estimate_decoding, estimate_temporaries, stored_bytes
 from t5x_ext.plan.report import DeviceMemory
 from t5x_ext.plan.topology import find_target
 from t5x_ext.train.program import make_program
@@ -113,6 +113,25 @@ def test_the_report_as_json_and_for_people(gpu_report):
 
 
 @pytest.mark.devices(8)
+def test_days_and_tokens_of_a_run_follow_from_the_bounds(gpu_report):
+    report = dataclasses.replace(gpu_report(), steps=50_000, assumed_mfu=0.001)
+    costs = report.costs()
+    assert costs["overlapped"].run_days == pytest.approx(50_000 * report.roofline.overlapped / 86_400)
+    assert costs["serial"].run_days == pytest.approx(50_000 * report.roofline.serial / 86_400)
+    seconds = report.model_flops / (8 * HARDWARE["h100"].peak_flops * 0.001)
+    assert costs["assumed"].run_days == pytest.approx(50_000 * seconds / 86_400)
+    for cost in costs.values():
+        # Whatever the speed, a day of all devices is so many updates of 16 rows of 32 tokens.
+        updates = 50_000 / cost.run_days
+        assert cost.target_tokens_per_device_day == pytest.approx(updates * 512 / 8)
+    text = str(report)
+    assert "50,000 updates" in text
+    assert "0% MFU" in text
+    assert report.to_json()["costs"]["serial"]["run_days"] == costs["serial"].run_days
+    assert dataclasses.replace(report, roofline=None).costs() == {}
+
+
+@pytest.mark.devices(8)
 def test_nodes_are_replicas_that_exchange_gradients(make_run):
     report = check(make_run(), VOCAB_SIZE, find_target("h100:4", num_slices=2))
     assert report.mesh == {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1}
@@ -123,11 +142,37 @@ def test_nodes_are_replicas_that_exchange_gradients(make_run):
 
 
 @pytest.mark.devices(8)
+def test_decoding_on_a_gpu_node_by_formula(make_run):
+    """One beam of 4 over 8 devices that hold the whole model: every figure in closed form."""
+    run = make_run(mesh=MeshConfig(), axis_rules=data_parallel(), model={"compute_dtype": "bfloat16"})
+    decode = DecodeConfig(beam_size=4, max_length_ratio=1.0, max_length_extra=0)
+    report = check_decoding(run, VOCAB_SIZE, find_target("h100:8"), decode, rows=16, source_length=10)
+    config = dataclasses.replace(run.model, vocab_size=VOCAB_SIZE)
+    d, f = 64, 128
+    encoder = 4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d + 2 * d
+    decoder_weights = 2 * (config.num_params() - encoder)
+    # Two rows a device, with a forced tag; a layer's keys and values, 64 wide, in two bytes.
+    cache, memory = 2 * 4 * 11 * (2 * 64 * 2), 2 * 10 * (2 * 64 * 2)
+    scores = 4 * (4 * 2 * 4 * VOCAB_SIZE)
+    assert report.memory.temporaries == pytest.approx(decoder_weights + 4 * cache + memory + scores)
+    traffic = 11 * (decoder_weights + 6 * cache + memory + scores)
+    assert report.roofline.hbm_seconds == pytest.approx(traffic / HARDWARE["h100"].hbm_bandwidth)
+    assert report.fits
+    assert report.is_estimate
+    assert "max(compute, HBM, network)" in str(report)
+    assert report.to_json()["roofline_step_seconds"]["hbm"] == report.roofline.hbm_seconds
+    # 16 sentences, and 11 target tokens for each, in the time of a batch.
+    cost = report.costs()["overlapped"]
+    assert cost.rows_per_device_day == pytest.approx(16 * 86_400 / report.roofline.overlapped / 8)
+    assert cost.target_tokens_per_device_day == pytest.approx(11 * cost.rows_per_device_day)
+    assert cost.run_days is None
+    assert "sentences a device-day" in str(report)
+
+
+@pytest.mark.devices(8)
 def test_rows_that_do_not_divide_are_refused(make_run):
     with pytest.raises(UserError, match=r"need a multiple of 32$"):
         check(make_run(num_microbatches=4), VOCAB_SIZE, find_target("h100:8"))
-    with pytest.raises(UserError, match="examined for TPUs only"):
-        check_decoding(make_run(), VOCAB_SIZE, find_target("h100:8"), DecodeConfig(), 8, 8)
     with pytest.raises(UserError, match="JAX has started with 8"):
         find_target("h100:8", num_slices=2)
 
@@ -283,6 +328,31 @@ class TestTpu:
         assert report.hlo_flops == pytest.approx(report.model_flops, rel=0.25)
         with pytest.raises(UserError, match="take a multiple of 4"):
             check_decoding(run, VOCAB_SIZE, target, decode, rows=6, source_length=16)
+
+    def test_an_ensemble_has_the_weights_and_operations_of_its_members(self, make_run):
+        run = make_run(mesh=MeshConfig(data=2, tensor=2), axis_rules=fsdp_tensor())
+        decode = DecodeConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
+        one, two = (
+            check_decoding(run, VOCAB_SIZE, find_target("v5e:2x2"), decode, rows=8, source_length=16, members=members)
+            for members in (1, 2)
+        )
+        assert two.memory.params == 2 * one.memory.params
+        assert two.model_flops == 2 * one.model_flops
+        assert two.hlo_flops == pytest.approx(2 * one.hlo_flops, rel=0.1)
+        assert two.assumption.startswith("2 models together, beam, 2 hypotheses")
+
+    @pytest.mark.slow
+    def test_the_formula_for_decoding_is_near_the_compiler(self, make_run):
+        model = {"embed_dim": 512, "mlp_dim": 2048, "num_heads": 4, "encoder_layers": 4, "decoder_layers": 4}
+        model |= {"compute_dtype": "bfloat16", "scan_layers": True}
+        run = make_run(mesh=MeshConfig(), axis_rules=data_parallel(), model=model)
+        target = find_target("v5e:2x2")
+        found = check_decoding(run, VOCAB_SIZE, target, DecodeConfig(), rows=128, source_length=32)
+        program = make_program(run, VOCAB_SIZE, make_mesh(run.mesh, target.devices))
+        temporaries, traffic = estimate_decoding(program, 128, 5, 32, 117)
+        assert found.memory.temporaries / 2 < temporaries.total < 2 * found.memory.temporaries
+        assert found.roofline.hbm_seconds / 2 < 117 * traffic / HARDWARE["v5e"].hbm_bandwidth
+        assert 117 * traffic / HARDWARE["v5e"].hbm_bandwidth < 2 * found.roofline.hbm_seconds
 
     def test_a_program_that_needs_too_much_is_refused_with_advice(self, make_run):
         run = make_run(rows=4096, length=512, num_microbatches=1, model={"remat": "full"})
