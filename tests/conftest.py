@@ -2,10 +2,14 @@
 
 The number of devices is fixed when JAX starts, so such tests need a process of their own. All marked tests of a module
 that ask for the same number share one; each reports its own outcome.
+
+Programs of tests are compiled quickly: their machine code is not optimised. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles
+them as users do. Processes that they start compile as users do, too, unless a test says otherwise.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -14,13 +18,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 OUTCOMES_FILE = "T5X_EXT_TEST_OUTCOMES"
 """Set in the inner process only: the file to which it appends one JSON line a test."""
 
-_outcomes: dict[str, tuple[str, str]] = {}
+MOST_RESIDENT_BYTES = 3 * 2**29
+"""A module of tests may leave so much; beyond it compiled programs are dropped, which others would have used."""
 
+_outcomes: dict[str, tuple[str, str]] = {}
 
 _programs: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -34,6 +41,9 @@ def no_thread_count_left_behind() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A small program that is run a few times: to compile it takes most of the time.
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        jax.config.update("jax_disable_most_optimizations", True)
     # Commands keep compiled programs: those of tests in a folder of their own, one a process.
     _programs.append(tempfile.TemporaryDirectory(prefix="programs"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs[-1].name
@@ -63,6 +73,22 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if outcome == "failed":
         pytest.fail(report, pytrace=False)
     return True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if sys.platform == "linux" and (nextitem is None or nextitem.path != item.path):
+        _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Programs stay in JAX's caches, and what compilers have freed in the C library's: gigabytes in a whole run."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if resident_pages * os.sysconf("SC_PAGE_SIZE") > MOST_RESIDENT_BYTES:
+        jax.clear_caches()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -39,14 +39,6 @@ def check_equal(found, expected):
         np.testing.assert_allclose([h.score for h in ours], [h.score for h in theirs], rtol=1e-5)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(("mesh", "settings"), [("copies", "sample"), ("cut", "beam")])
 def test_eight_devices_give_what_one_gives(translator, mesh, settings):

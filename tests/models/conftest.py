@@ -14,14 +14,6 @@ SMALL = TransformerConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compilation costs more than execution here: leave optimisations out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def small_config():
     """A config as small as a Transformer can be, with fields replaced."""

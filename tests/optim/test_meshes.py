@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from t5x_ext.optim import adam, flora, fsam, ginger, sam
 from t5x_ext.parallel import state_shardings
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 MESH_AXES = ("slices", "data", "fsdp", "tensor")
 MESHES = [(1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 4, 2), (8, 1, 1, 1)]
 KINDS = [

@@ -28,7 +28,6 @@ from table import run as run_steps
 from t5x_ext.checkpoints import CheckpointStore
 from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh, state_shardings, tree_shardings
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,15 +55,25 @@ def loss(model, params, batch):
     return jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(scores), batch["target_labels"][..., None], -1))
 
 
+@cache
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+@cache
+def on_one_device(rows):
+    """Loss and gradient of a model that is not placed; most cases have the same rows."""
+    return jax.jit(jax.value_and_grad(partial(loss, EncoderDecoder(CONFIG))))(params(), batch(rows))
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("case", CASES)
 def test_a_placed_model_has_the_same_loss_and_gradient(case):
     """Float32 sums in another order: 1e-5 of the largest gradient."""
     config, rules, rows = CASES[case]
     mesh = make_mesh(config)
-    params = init_params(CONFIG, jax.random.key(0))
-    plain = jax.jit(jax.value_and_grad(partial(loss, EncoderDecoder(CONFIG))))(params, batch(rows))
-    placed_params = jax.device_put(params, tree_shardings(mesh, rules, logical_axes(CONFIG), params))
+    plain = on_one_device(rows)
+    placed_params = jax.device_put(params(), tree_shardings(mesh, rules, logical_axes(CONFIG), params()))
     rows_cut = NamedSharding(mesh, PartitionSpec()) if rows == 6 else batch_sharding(mesh)
     model = EncoderDecoder(CONFIG, placement=MeshPlacement(mesh, rules))
     placed = jax.jit(jax.value_and_grad(partial(loss, model)))(placed_params, jax.device_put(batch(rows), rows_cut))

@@ -47,14 +47,6 @@ def test_an_update_that_is_due_counts_by_its_interval(monkeypatch):
     assert found["seconds"]["fsam"] == {1: [4.0] * 3, 0: [24.0] * 3}
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_an_update_begins_at_the_count_that_is_asked_for():
     adam = optim_cost.arms(4)[0]
     training = optim_cost._Training(adam, QUICK_SIZES, init_params(QUICK_SIZES.model, jax.random.key(0)))
@@ -125,7 +117,6 @@ def test_both_are_timed_with_the_batch_that_both_can_take(one_card, monkeypatch,
     assert timed == [("flora", 1), ("flora", 2), ("adam", 1)]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_trial_trains(one_card):
     found = bench_one_card.trial(one_card(), "flora", 2, 1)
     assert found["fits"] is True

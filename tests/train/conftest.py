@@ -147,9 +147,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="session")
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs are compiled quickly, and those that one test has compiled are loaded by the next one."""
+    """Programs that one test has compiled are loaded by the next one."""
     settings = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -39,15 +38,6 @@ class LinearTagger:
         picked = jnp.take_along_axis(log_probs, batch["target_labels"][..., None], axis=-1)[..., 0]
         weights = self.label_weights(batch)
         return Loss(-jnp.sum(picked * weights), jnp.sum(weights), {"accuracy": (jnp.zeros(()), jnp.ones(()))})
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Compiling takes most of the time here."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -52,15 +51,6 @@ def method(name: str) -> dict[str, Any]:
     compresses_sums = name in ("flora_accumulator", "flora_twice")
     accumulator = flora_accumulator(4, **compressed) if compresses_sums else mean_accumulator()
     return {"optimizer": make[name](), "accumulator": accumulator}
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Compiling takes nearly all the time of these tests."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def packed_batch(step: int) -> dict[str, np.ndarray]:
