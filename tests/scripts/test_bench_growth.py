@@ -62,8 +62,8 @@ data.BatchConfig.target_length = 16
 
 
 def measure(folder: Path, *flags: str) -> dict:
-    """What the script writes, run in `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    """What the script writes, run in `folder`; programs that run for seconds are compiled quickly."""
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, str(SCRIPT), "--quick", "--json_out=out.json", *flags]
     subprocess.run(command, cwd=folder, check=True, env=environment, stdout=subprocess.DEVNULL)
     return json.loads((folder / "out.json").read_text())
