@@ -14,8 +14,12 @@ from t5x_ext.cli.run_flags import define_run_flags, run_from_flags
 from t5x_ext.models import TransformerConfig
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
-# Not those of a pipeline, which is many runs.
-RUNS = [name for name in FILES if name.startswith("runs/") and "Pipeline" not in (gin_root() / name).read_text("utf-8")]
+# Not those that include a pipeline, which is many runs.
+RUNS = [
+    name
+    for name in FILES
+    if name.startswith("runs/") and "include 'pipelines/" not in (gin_root() / name).read_text("utf-8")
+]
 MODELS = [name for name in FILES if name.startswith("models/")]
 CORPORA = [
     *(f"--{role}_{side}={role}.{side}" for role in ("train", "valid", "test") for side in ("source", "target")),
