@@ -70,14 +70,15 @@ def main(values: flags.FlagValues) -> int:
 
     from etils import epath
 
-    from t5x_ext.parallel import barrier, primary_first
+    from t5x_ext.parallel import barrier, failing_together, primary_first
     from t5x_ext.train import execute
 
     with primary_first("texts"):
         if primary and not (epath.Path(values.run_dir) / "checkpoints").is_dir():
             check_texts(run)
 
-    results = execute(run, values.run_dir, config_text=text, cache_dir=values.cache_dir, init_from=init_from)
+    with failing_together():
+        results = execute(run, values.run_dir, config_text=text, cache_dir=values.cache_dir, init_from=init_from)
     if not results:
         return 130
     if primary:
