@@ -41,6 +41,8 @@ LABELS = {
     "onward2": "no round, updates of two",
     "stay": "one round, updates of two",
     "no_cycle": "first round without cycle translation",
+    "onward1_again": "no round, another seed",
+    "retrain1_again": "first round, another seed",
     "plain": "back-translation alone (tau = 0)",
     "cycled": "cycle translation alone",
     "further": "no P4, updates of P4",
@@ -195,9 +197,9 @@ def draw(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
       tables: rows by table, see `rows_of`.
       path: the PNG to write.
     """
-    figure = Figure(figsize=(10.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     stages, arms = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    _draw_stages(stages, tables["scores"])
+    _draw_stages(stages, tables["scores"], {row["stage"]: row for row in tables["controlled"]})
     _draw_differences(arms, [row for row in tables["controlled"] if "against" in row])
     for axes in (stages, arms):
         axes.grid(alpha=0.3)
@@ -206,16 +208,23 @@ def draw(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _draw_stages(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_stages(axes: Axes, rows: Sequence[Mapping[str, Any]], controlled: Mapping[str, Mapping[str, Any]]) -> None:
     places = range(len(rows))
     for number, direction in enumerate(DIRECTIONS):
         points = [(place, row["bleu"][direction]) for place, row in zip(places, rows) if direction in row["bleu"]]
         axes.plot(*zip(*points), "o-", color=f"C{number}", label=direction, linewidth=1.2, markersize=4)
     axes.plot(places, [row["mean"] for row in rows], "s-", color="black", label="mean", linewidth=2, markersize=5)
+    controls = [
+        (place, controlled[controlled[row["stage"]]["against"]]["mean"])
+        for place, row in zip(places, rows)
+        if "against" in controlled.get(row["stage"], {})
+    ]
+    if controls:
+        axes.plot(*zip(*controls), "D", color="black", fillstyle="none", label="mean, its control", markersize=6)
     axes.set_xticks(places, [row["stage"] for row in rows], rotation=35, ha="right")
     axes.set_ylabel("BLEU, test_2016_flickr")
     axes.set_title("After every stage", fontsize=10.5)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.18))
 
 
 def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -229,5 +238,5 @@ def _draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row['stage']} − {row['against']}" for row in rows], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlabel("BLEU, mean over directions, 95 % of the paired bootstrap")
-    axes.set_title("Against the control: as many updates without it", fontsize=10.5)
+    axes.set_xlabel("BLEU, mean over directions, and 95 % of the bootstrap")
+    axes.set_title("One against another; grey where 0 is within", fontsize=10.5)

@@ -135,6 +135,8 @@ def test_arms_differ_from_their_controls_in_what_they_say():
         ("no_cycle", "retrain1"): {"Train.corpora"},
         ("onward1", "no_cycle"): {"Train.corpora", "Train.upsample", "Train.provenance"},
         ("onward2", "onward1"): {"Train.init_from"},
+        ("onward1_again", "onward1"): {"Run.seed"},
+        ("retrain1_again", "retrain1"): {"Run.seed"},
         ("stay", "retrain2"): {"Train.corpora"},
         ("stay", "retrain1"): {"Train.init_from"},
         ("tuned", "generalise"): {"Train.corpora", "Train.upsample", "Train.provenance", "CheckpointConfig.keep_last"},
