@@ -16,11 +16,9 @@ example: t5x_ext check --gin_file=runs/vega_mt_4b7_pipeline_v5p_4x4x4.gin --topo
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -97,10 +95,9 @@ def main(values: flags.FlagValues) -> int:
 
     target = find_target(values.topology, values.num_slices)
     vocab_size = vocab_size or _vocab_size(work.run)
-    with _compiling_anew():
-        if values.search:
-            return _search(values, work.run, vocab_size, target)
-        return _examine(values, work, vocab_size, target)
+    if values.search:
+        return _search(values, work.run, vocab_size, target)
+    return _examine(values, work, vocab_size, target)
 
 
 def _work_of_stage(values: flags.FlagValues) -> StageWork:
@@ -119,19 +116,6 @@ def _work_of_stage(values: flags.FlagValues) -> StageWork:
     if values.search and work.decode is not None:
         raise UsageError(f"--search goes with training, and --stage={values.stage} decodes")
     return work
-
-
-@contextlib.contextmanager
-def _compiling_anew() -> Iterator[None]:
-    """No program comes from JAX's cache: it would not have been compiled, and there would be no time to report."""
-    import jax
-
-    used = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", used)
 
 
 def _examine(values: flags.FlagValues, work: StageWork, vocab_size: int, target: Target) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from t5x_ext.plan.hlo import Computation, Instruction, parse_module
 from t5x_ext.plan.hlo_cost import HloReport, analyse
@@ -43,6 +46,21 @@ class Refused(NamedTuple):
     seconds: float
 
 
+@contextmanager
+def _anew() -> Iterator[None]:
+    """No program comes from JAX's cache: it would bring neither the time it took nor what the partitioner said."""
+    used = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX reads the setting once in a process.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", used)
+        compilation_cache.reset_cache()
+
+
+@_anew()
 def compile_for(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_trips: int = 1) -> Compiled | Refused:
     """Compiles for the devices that the program was lowered for.
 
@@ -74,6 +92,7 @@ def read_refusal(message: str, seconds: float = 0.0) -> Refused:
     return Refused(_bytes(*needed.groups()) if needed else None, largest, seconds)
 
 
+@_anew()
 def partition(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_trips: int = 1) -> Compiled:
     """The program of one device as the partitioner leaves it, before any device's compiler changes it.
 
