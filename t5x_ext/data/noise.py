@@ -10,11 +10,12 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data.filters.text import is_unsegmented
 
-_Draw = Callable[[], float]
+_Draw: TypeAlias = Callable[[], float]
 
 _LATIN = "A-Za-z0-9À-ɏ"
 _UNIT = re.compile(rf"[{_LATIN}]+|\S")

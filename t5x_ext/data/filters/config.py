@@ -14,8 +14,8 @@ class FilterConfig:
     """The rules of a filtering. None switches a rule off.
 
     Every line is first cleaned: control characters and odd spaces (`clean_line`), Unicode NFC, entities, punctuation.
-    Then rules look at pairs, in the order of `RULES`, and the first that speaks against a pair is counted. Duplicates
-    are sought among the pairs that no other rule drops.
+    Then rules look at pairs, in the order of `PAIR_RULES`, and the first that speaks against a pair is counted.
+    Duplicates are sought among the pairs that no other rule drops.
 
     Lengths are in words between spaces. Chinese and Japanese have none: their length is the number of characters over
     the characters that a word has on average (see `length`), so that one limit fits all languages; words of other
@@ -36,8 +36,8 @@ class FilterConfig:
       max_repetition: share of a line's word pairs (character pairs in Chinese and Japanese) that have occurred in it
         before; lines of at least ten words. With it go lines in which one character stands ten times in a row.
       min_script_share: share of a line's letters that belong to a script of its language; against Chinese and Japanese
-        characters a word of other letters counts as one. Placeholders, tags and addresses are no letters, nor here
-        below.
+        characters a word of other letters counts as one. Placeholders, tags and addresses have no letters, for this
+        rule and the next.
       min_language_probability: lines of some length (24 bytes of letters: 8 Chinese characters) that look more like
         another language and are in theirs with less than this probability.
       duplicates: what may occur once only: `pair`, `source`, `target`, several of them, or nothing. Letter case, width
