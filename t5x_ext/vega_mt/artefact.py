@@ -22,6 +22,7 @@ RECORD_FILE = "record.json"
 FORMAT = 1
 
 Kind = Literal["corpora", "models", "scores"]
+_WANTED = {"corpora": "reads texts", "models": "needs a model"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ class Artefact:
         )
         models = tuple(map(Model.from_json, fields["models"]))
         return cls(fields["kind"], tuple(corpora), models, fields["scores"], fields["counts"])
+
+
+def wrong_kind(stage: str, needed: str, wanted: Kind, makes: Kind) -> UserError:
+    """What to say where a stage is given another kind of artefact than it reads."""
+    return UserError(f"stage {stage!r} {_WANTED[wanted]}, but {needed!r} makes {makes}")
 
 
 def describe(output_dir: Path, stage: str, artefact: Artefact) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate.metrics import chrf_metric
-from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
 from t5x_ext.vega_mt.texts import languages_of
 from t5x_ext.vega_mt.workspace import Workspace
 
@@ -45,6 +46,8 @@ class Synthesize:
       Zan et al., arXiv 2209.09444, whose text on self-training was not at hand: this is our formalisation.
     """
 
+    makes: ClassVar[Kind] = "corpora"
+
     name: str
     model: str
     texts: tuple[str, ...]
@@ -64,6 +67,10 @@ class Synthesize:
     def inputs(self) -> tuple[str, ...]:
         """The model and the texts."""
         return (self.model, *self.texts)
+
+    def models(self) -> tuple[str, ...]:
+        """The model."""
+        return (self.model,)
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""
@@ -142,6 +149,8 @@ class CycleTranslate:
       replaced, and the guards, are ours.
     """
 
+    makes: ClassVar[Kind] = "corpora"
+
     name: str
     model: str
     language_model: str
@@ -168,6 +177,10 @@ class CycleTranslate:
     def inputs(self) -> tuple[str, ...]:
         """The models and the texts."""
         return (self.model, self.language_model, *self.texts)
+
+    def models(self) -> tuple[str, ...]:
+        """The models."""
+        return (self.model, self.language_model)
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""

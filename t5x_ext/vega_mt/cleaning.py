@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from t5x_ext.contracts import Corpus
 from t5x_ext.data import monolingual_text
 from t5x_ext.data.filters import FilterConfig, filter_corpora
-from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
 from t5x_ext.vega_mt.texts import corpus_of
 from t5x_ext.vega_mt.workspace import Workspace
 
@@ -25,6 +26,8 @@ class Clean:
       config: the rules.
     """
 
+    makes: ClassVar[Kind] = "corpora"
+
     name: str
     corpora: tuple[Corpus, ...] = ()
     texts: tuple[str, ...] = ()
@@ -34,6 +37,10 @@ class Clean:
     def inputs(self) -> tuple[str, ...]:
         """The stages of the texts, and of those that are held out."""
         return (*self.texts, *self.held_out)
+
+    def models(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def sources(self) -> tuple[Corpus, ...]:
         """The raw corpora."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_run, write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.decode.ensemble import Combine
 from t5x_ext.evaluate import bleu, tokenizer_for
-from t5x_ext.vega_mt.artefact import FORMAT, Artefact, Model, TextFiles, Weights, read_record
+from t5x_ext.vega_mt.artefact import FORMAT, Artefact, Kind, Model, TextFiles, Weights, read_record
+from t5x_ext.vega_mt.finishing import Finished, Postprocess
+from t5x_ext.vega_mt.pipeline import Stage
+from t5x_ext.vega_mt.training import Train
 from t5x_ext.vega_mt.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 _Member = TypeVar("_Member", bound=Hashable)
 
@@ -25,12 +31,14 @@ class Average:
     Attributes:
       name: of the stage.
       model: the stage of the runs; they must have kept the checkpoints (`CheckpointConfig.keep_last`, `keep_best`).
-      last: so many of the newest.
+      last: so many of the newest; those there are where training ended before there were so many.
       best: so many of the best, instead.
 
     Raises:
-      UserError: unless one of the two is given.
+      UserError: unless one of the two is given; in a pipeline, where the runs keep fewer.
     """
+
+    makes: ClassVar[Kind] = "models"
 
     name: str
     model: str
@@ -46,9 +54,26 @@ class Average:
         """The stage of the runs."""
         return (self.model,)
 
+    def models(self) -> tuple[str, ...]:
+        """The stage of the runs."""
+        return (self.model,)
+
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""
         return ()
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        """Raises UserError where the runs delete what is to be averaged."""
+        stage = earlier[self.model]
+        if not isinstance(stage, Train):
+            return
+        setting = "last" if self.last else "best"
+        wanted, kept = getattr(self, setting), getattr(stage.run.checkpoints, f"keep_{setting}")
+        if wanted > kept:
+            raise UserError(
+                f"stage {self.name!r}: Average.{setting}={wanted}, but the runs of {self.model!r} keep {kept}; "
+                f"set CheckpointConfig.keep_{setting} of {self.model!r} to {wanted} or more"
+            )
 
     def make(self, workspace: Workspace) -> Artefact:
         """Averages run by run."""
@@ -66,13 +91,15 @@ class Average:
         run_dir = workspace.own(Path(weights.run_dir).name)
         with CheckpointStore(source.checkpoints) as store:
             ranked = store.steps()[::-1] if self.last else store.ranked_steps()
-            wanted = self.last or self.best or 0
-            if wanted > len(ranked):
-                kind = "finished" if self.last else "measured"
-                raise UserError(
-                    f"stage {self.name!r}: {weights.run_dir} has {len(ranked)} {kind} checkpoints, not {wanted}"
-                )
-            steps = sorted(ranked[:wanted])
+        if not ranked:
+            raise UserError(
+                f"stage {self.name!r}: {weights.run_dir} has no {'finished' if self.last else 'measured'} checkpoint"
+            )
+        wanted = self.last or self.best or 0
+        steps = sorted(ranked[:wanted])
+        if len(steps) < wanted:
+            # A run that stopped early has what it has; to fail here would cost all that came before.
+            logger.warning("%s: %d checkpoints are averaged, there are not %d", weights.run_dir, len(steps), wanted)
         output = Path(workspace.path(run_dir))
         if not output.exists():
             average_run(source, steps, output)
@@ -128,20 +155,29 @@ class GreedyEnsemble:
       candidates: stages of models of one shape and vocabulary.
       dev: stages of pairs to score on, read in every direction that the candidates translate.
       decode: how they are decoded.
+      normalize: see `finishing.Finished`; what is right for `Translate` is right here.
+      postprocess: see there.
       delta: BLEU that a further member must gain.
       max_members: most members; None: as many as there are candidates.
       combine: how predictions are averaged, see `decode.Ensemble`.
     """
 
+    makes: ClassVar[Kind] = "models"
+
     name: str
     candidates: tuple[str, ...]
     dev: tuple[str, ...]
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    normalize: bool = True
+    postprocess: Postprocess = "widths"
     delta: float = 0.0
     max_members: int | None = None
     combine: Combine = "log_prob"
 
     def __post_init__(self) -> None:
+        for name in ("candidates", "dev"):
+            if not getattr(self, name):
+                raise UserError(f"GreedyEnsemble.{name}: there is no stage; give at least one")
         if self.delta < 0 or (self.max_members is not None and self.max_members < 1):
             raise UserError(
                 f"GreedyEnsemble.delta={self.delta}, max_members={self.max_members}: delta must be 0 or more, "
@@ -151,6 +187,10 @@ class GreedyEnsemble:
     def inputs(self) -> tuple[str, ...]:
         """The candidates and the development text."""
         return (*self.candidates, *self.dev)
+
+    def models(self) -> tuple[str, ...]:
+        """The candidates."""
+        return self.candidates
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""
@@ -228,5 +268,6 @@ class _Trials:
         input_file, reference = (text.files[side] for side in order)
         # Ensembles are tried in the same order when they are tried again.
         output = space.scratch(f"{self._directions[0]}.{self.count}.{number}.{target}")
-        space.translate_with(model, input_file, output, (source, target), self._stage.decode)
+        finished = Finished(self._stage.decode, self._stage.normalize, self._stage.postprocess)
+        finished.translate(model, input_file, output, (source, target), space)
         return bleu(list(space.lines(output)), list(space.lines(reference)), tokenizer_for(target)).value

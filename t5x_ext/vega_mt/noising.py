@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data.noise import TypingNoise
-from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
 from t5x_ext.vega_mt.workspace import Workspace
 
 
@@ -21,6 +22,8 @@ class NoisyDev:
       directions: those that get a noisy copy; empty: both of every pair.
     """
 
+    makes: ClassVar[Kind] = "corpora"
+
     name: str
     texts: tuple[str, ...]
     noise: TypingNoise = field(default_factory=TypingNoise)
@@ -29,6 +32,10 @@ class NoisyDev:
     def inputs(self) -> tuple[str, ...]:
         """The texts."""
         return self.texts
+
+    def models(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""

@@ -24,7 +24,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,10 +41,12 @@ from t5x_ext.vega_mt.artefact import (
     FORMAT,
     RECORD_FILE,
     Artefact,
+    Kind,
     describe,
     file_digest,
     read_artefact,
     read_record,
+    wrong_kind,
 )
 from t5x_ext.vega_mt.manifest import write_manifest
 from t5x_ext.vega_mt.tasks import Task, ask, asked
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_FILE = "environment.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("cache",)
+_DRAFT = re.compile(r"\..+\.(json|txt|gin)\.[0-9]+\.tmp")
 
 _FREE = ("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules.", "Run.log_every", "Run.tensorboard")
 """Settings that do not decide what a stage makes: devices may be others when it goes on, and so may its log."""
@@ -101,6 +104,36 @@ class SharedStage(Stage, Protocol):
         ...
 
 
+@runtime_checkable
+class TypedStage(Stage, Protocol):
+    """A stage that says what it reads and makes, so that a wrong one is noticed before days of training, not after."""
+
+    @property
+    def makes(self) -> Kind:
+        """The kind of its artefact."""
+        ...
+
+    def models(self) -> tuple[str, ...]:
+        """Those of its inputs that must be models; all others must be texts."""
+        ...
+
+
+@runtime_checkable
+class CheckedStage(Stage, Protocol):
+    """A stage that can tell from the settings of those before it that it could not be made."""
+
+    def check(self, earlier: Mapping[str, Stage]) -> None:
+        """Looks at them when the pipeline is built.
+
+        Args:
+          earlier: the stages before it, by name.
+
+        Raises:
+          UserError: where it could not be made.
+        """
+        ...
+
+
 class Interrupted(Exception):
     """A stage was asked to stop before it had finished; the same call goes on."""
 
@@ -116,7 +149,8 @@ class Pipeline:
       axis_rules: how weights are cut over it.
 
     Raises:
-      UserError: for two stages of one name, and for one that reads what is not there before it.
+      UserError: for two stages of one name, for one that reads what is not there before it or is of another kind, and
+        for whatever a `CheckedStage` raises.
     """
 
     stages: tuple[Stage, ...]
@@ -126,7 +160,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         if not self.stages:
             raise UserError("Pipeline.stages: there is no stage; give at least one")
-        known: list[str] = []
+        known: dict[str, Stage] = {}
         for stage in self.stages:
             if not _NAME.fullmatch(stage.name) or stage.name in _RESERVED:
                 raise UserError(f"Pipeline.stages: the name {stage.name!r} must be lower case letters, digits, _ and -")
@@ -138,7 +172,10 @@ class Pipeline:
                         f"Pipeline.stages: {stage.name!r} reads {needed!r}, which is no stage before it; "
                         f"before it there are: {', '.join(known) or 'none'}"
                     )
-            known.append(stage.name)
+            _check_kinds(stage, known)
+            if isinstance(stage, CheckedStage):
+                stage.check(known)
+            known[stage.name] = stage
 
     def descendants(self, name: str) -> list[str]:
         """A stage and all that are made from it, in order."""
@@ -155,6 +192,16 @@ class Pipeline:
             if stage.name in names or stage.name in found:
                 found |= set(stage.inputs())
         return found
+
+
+def _check_kinds(stage: Stage, earlier: Mapping[str, Stage]) -> None:
+    if not isinstance(stage, TypedStage):
+        return
+    for needed in stage.inputs():
+        wanted: Kind = "models" if needed in stage.models() else "corpora"
+        other = earlier[needed]
+        if isinstance(other, TypedStage) and other.makes != wanted:
+            raise wrong_kind(stage.name, needed, wanted, other.makes)
 
 
 State = Literal["finished", "unfinished", "changed", "new"]
@@ -226,6 +273,7 @@ def _make_all(
 ) -> dict[str, Artefact]:
     """`execute` in the first process."""
     folder.mkdir(parents=True, exist_ok=True)
+    _delete_drafts(folder.glob(".*.tmp"))
     if not (folder / ENVIRONMENT_FILE).exists():
         # Whoever goes on elsewhere takes over what decides the last bits.
         write_json(folder / ENVIRONMENT_FILE, environment())
@@ -237,7 +285,7 @@ def _make_all(
         if status.state != "finished":
             if only and stage.name not in only:
                 raise UserError(f"stage {stage.name!r} has not finished; add it to --stages, or run it first")
-            _run(stage, folder, texts.get(stage.name, ""), opener, anew=status.state == "changed")
+            _run(stage, folder, texts.get(stage.name, ""), opener, status.state)
             write_manifest(folder, names)
         _tidy(folder / stage.name)
         artefact = read_artefact(folder, stage.name)
@@ -249,11 +297,16 @@ def _make_all(
 
 
 def _tidy(folder: Path) -> None:
-    """Deletes what a finished stage need not keep, and drafts that killed processes have left there."""
-    for path in (folder / SCRATCH, *folder.glob(".*.tmp")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+    """Deletes what a finished stage need not keep, and drafts that were left there and in its run folders."""
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    _delete_drafts(folder.glob(".*.tmp"))
+    _delete_drafts(folder.glob("*/.*.tmp"))
+
+
+def _delete_drafts(paths: Iterable[Path]) -> None:
+    """Deletes of these files the drafts of `checkpoints.write_text` that killed processes have left."""
+    for path in paths:
+        if _DRAFT.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
@@ -294,9 +347,11 @@ def status_of(stage: Stage, output_dir: Path, configuration: str = "") -> Status
         return Status(stage.name, "new")
     now = _made_from(stage, output_dir, configuration)
     difference = _difference(before, now)
-    if difference:
-        return Status(stage.name, "changed", difference)
     artefact = read_artefact(output_dir, stage.name)
+    if difference:
+        # Of a stage that was refused at once nothing is lost: its mistake is mended and it is run, and that is all.
+        bare = {path.name for path in (output_dir / stage.name).iterdir()} == {RECORD_FILE}
+        return Status(stage.name, "new") if bare else Status(stage.name, "changed", difference)
     if artefact is None:
         return Status(stage.name, "unfinished")
     for text in artefact.corpora:
@@ -358,17 +413,17 @@ def _refusal(pipeline: Pipeline, output_dir: Path, status: Status) -> str:
     )
 
 
-def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, anew: bool) -> None:
+def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, state: State) -> None:
     """Runs one stage and writes its records; what an unfinished one has left is gone on from."""
     folder, start = output_dir / stage.name, time.monotonic()
     record = _made_from(stage, output_dir, configuration)
     deleted = folder.with_name(f".{stage.name}.deleted")
-    if anew:
+    if state == "changed":
         # Under its name a stage is there wholly or not at all.
         shutil.rmtree(deleted, ignore_errors=True)
         folder.rename(deleted)
     shutil.rmtree(deleted, ignore_errors=True)
-    if not (folder / RECORD_FILE).exists():
+    if state != "unfinished":
         _check_free(folder)
         folder.mkdir(exist_ok=True)
         write_json(folder / RECORD_FILE, record)
@@ -399,6 +454,10 @@ def _speed(decoding: Mapping[str, Any]) -> str:
 
 
 def _check_free(folder: Path) -> None:
-    """Raises UserError where something lies that no stage has written; drafts of a record do not count."""
-    if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
+    """Raises UserError where something lies that no stage has written; its record and drafts of it do not count."""
+    if folder.exists() and (not folder.is_dir() or any(_is_foreign(path.name) for path in folder.iterdir())):
         raise UserError(f"{folder}: is there already and is not of a pipeline; name another --output_dir")
+
+
+def _is_foreign(name: str) -> bool:
+    return name[0] != "." and name != RECORD_FILE

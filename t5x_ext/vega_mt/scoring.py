@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.filters import normalize_punctuation, unescape_entities
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test
-from t5x_ext.vega_mt.artefact import Artefact, TextFiles
-from t5x_ext.vega_mt.postprocess import POSTPROCESSORS
+from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test, tokenizer_for
+from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
+from t5x_ext.vega_mt.finishing import Finished, Postprocess
 from t5x_ext.vega_mt.texts import check_distinct
 from t5x_ext.vega_mt.workspace import Workspace
 
@@ -28,10 +26,11 @@ class Translate:
       texts: stages of pairs, one side of which is translated and the other kept as its reference.
       directions: those that are translated; empty: all of the model.
       decode: how.
-      normalize: whether the punctuation of what is translated gets the form that `Clean` gives to what is learned from
-        (`data.filters.normalize_punctuation`).
-      postprocess: how the punctuation of Chinese and Japanese is written, see `postprocess.POSTPROCESSORS`.
+      normalize: see `finishing.Finished`.
+      postprocess: see there.
     """
+
+    makes: ClassVar[Kind] = "corpora"
 
     name: str
     model: str
@@ -39,11 +38,15 @@ class Translate:
     directions: tuple[str, ...] = ()
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     normalize: bool = True
-    postprocess: Literal["widths", "released", "none"] = "widths"
+    postprocess: Postprocess = "widths"
 
     def inputs(self) -> tuple[str, ...]:
         """The model and the texts."""
         return (self.model, *self.texts)
+
+    def models(self) -> tuple[str, ...]:
+        """The model."""
+        return (self.model,)
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""
@@ -69,24 +72,12 @@ class Translate:
         source, target = (text.languages[side] for side in order)
         input_file, reference = (text.files[side] for side in order)
         name = f"{text.name}.{source}-{target}"
-        raw, output = workspace.scratch(f"{name}.{target}"), workspace.own(f"{name}.{target}")
-        if not os.path.exists(workspace.path(output)):
-            plain = self._normalized(input_file, workspace.scratch(f"{name}.{source}"), source, workspace)
-            workspace.translate(self.model, plain, raw, (source, target), self.decode)
-            finish = POSTPROCESSORS[self.postprocess]
-            workspace.write_lines(output, (finish(line, target) for line in workspace.lines(raw)))
+        output = workspace.own(f"{name}.{target}")
+        finished = Finished(self.decode, self.normalize, self.postprocess)
+        model = workspace.model_for(self.model, (source, target))
+        finished.translate(model, input_file, output, (source, target), workspace)
         files = (input_file, output)
         return TextFiles(name, (source, target), files, text.lines, "target", one_way=True, reference=reference)
-
-    def _normalized(self, input_file: str, output_file: str, language: str, workspace: Workspace) -> str:
-        """The file that is translated."""
-        if not self.normalize:
-            return input_file
-        workspace.write_lines(
-            output_file,
-            (normalize_punctuation(unescape_entities(line), language) for line in workspace.lines(input_file)),
-        )
-        return output_file
 
 
 class _Row(NamedTuple):
@@ -115,6 +106,8 @@ class Evaluate:
       seed: of the bootstrap.
     """
 
+    makes: ClassVar[Kind] = "scores"
+
     name: str
     translations: tuple[str, ...]
     baseline: str | Mapping[str, str] | None = None
@@ -122,6 +115,12 @@ class Evaluate:
     seed: int = 12345
 
     def __post_init__(self) -> None:
+        if not self.translations:
+            raise UserError("Evaluate.translations: there are none; give at least one stage")
+        if self.seed < 0:
+            raise UserError(f"Evaluate.seed={self.seed}: must be at least 0")
+        for language, tokenizer in self.tokenizers.items():
+            tokenizer_for(language, tokenizer)
         given = self.baseline if isinstance(self.baseline, Mapping) else {self.baseline: self.baseline}
         for name in (*given, *given.values()):
             if name is not None and name not in self.translations:
@@ -130,6 +129,10 @@ class Evaluate:
     def inputs(self) -> tuple[str, ...]:
         """The translations."""
         return self.translations
+
+    def models(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
 from t5x_ext.vega_mt.workspace import Workspace
 
 
@@ -61,6 +62,8 @@ class Select:
       UserError: for a share outside its range, or no domain.
     """
 
+    makes: ClassVar[Kind] = "corpora"
+
     name: str
     texts: tuple[str, ...]
     in_domain: tuple[str, ...]
@@ -78,6 +81,10 @@ class Select:
     def inputs(self) -> tuple[str, ...]:
         """The language models and the texts."""
         return (*self.in_domain, self.general, *self.texts)
+
+    def models(self) -> tuple[str, ...]:
+        """The language models."""
+        return (*self.in_domain, self.general)
 
     def sources(self) -> tuple[Corpus, ...]:
         """Nothing from outside."""

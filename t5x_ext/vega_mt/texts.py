@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Literal
+from itertools import chain, islice
+from typing import ClassVar, Literal
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import ParallelText, monolingual_text
-from t5x_ext.vega_mt.artefact import Artefact, TextFiles
+from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
 from t5x_ext.vega_mt.workspace import Workspace
 
 
@@ -25,6 +25,8 @@ class Texts:
       side: `both`, or the one that is kept.
     """
 
+    makes: ClassVar[Kind] = "corpora"
+
     name: str
     corpora: tuple[Corpus, ...]
     start: int = 0
@@ -37,6 +39,10 @@ class Texts:
 
     def inputs(self) -> tuple[str, ...]:
         """No earlier stage."""
+        return ()
+
+    def models(self) -> tuple[str, ...]:
+        """None."""
         return ()
 
     def sources(self) -> tuple[Corpus, ...]:
@@ -55,10 +61,10 @@ class Texts:
         name = pair_name(corpus)
         files = tuple(workspace.own(f"{name}.{language}") for language in languages)
         rows = ([pair[side] for side in sides] for pair in islice(corpus.pairs(), self.start, self.stop))
-        lines = workspace.write_aligned(files, rows)
-        if not lines:
+        first = next(rows, None)
+        if first is None:
             raise UserError(f"stage {self.name!r}: {corpus.name} has no pair {self.start}; lower Texts.start")
-        return TextFiles(name, languages, files, lines)
+        return TextFiles(name, languages, files, workspace.write_aligned(files, chain([first], rows)))
 
 
 @dataclass(frozen=True)

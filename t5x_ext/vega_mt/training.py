@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import DataConfig, TextDirection, VocabularyConfig, text_directions
 from t5x_ext.train import InitFrom, Run, execute
-from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, Weights
+from t5x_ext.vega_mt.artefact import Artefact, Kind, Model, TextFiles, Weights
 from t5x_ext.vega_mt.pipeline import Interrupted
 from t5x_ext.vega_mt.texts import corpus_of, reversed_corpus, sides_of
 from t5x_ext.vega_mt.workspace import Workspace
@@ -53,6 +53,8 @@ class Train:
       UserError: for settings that do not go together.
     """
 
+    makes: ClassVar[Kind] = "models"
+
     name: str
     run: Run
     corpora: tuple[str, ...] = ()
@@ -90,6 +92,10 @@ class Train:
         """Texts, weights and vocabulary."""
         named = (*self.corpora, *self.valid, self.init_from, self.vocabulary)
         return tuple(dict.fromkeys(name for name in named if name is not None))
+
+    def models(self) -> tuple[str, ...]:
+        """Those of weights and vocabulary."""
+        return tuple(name for name in (self.init_from, self.vocabulary) if name is not None)
 
     def sources(self) -> tuple[Corpus, ...]:
         """Corpora of the run that no stage takes the place of."""

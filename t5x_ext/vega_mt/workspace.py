@@ -16,7 +16,7 @@ from t5x_ext.contracts import UserError
 from t5x_ext.data import read_lines
 from t5x_ext.decode import DecodeConfig, FileReport, Translator
 from t5x_ext.parallel import AxisRules, MeshConfig, make_mesh
-from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, read_artefact
+from t5x_ext.vega_mt.artefact import Artefact, Model, TextFiles, read_artefact, wrong_kind
 from t5x_ext.vega_mt.decoding import Decoding, Journal
 from t5x_ext.vega_mt.tasks import Task, ask
 
@@ -100,7 +100,7 @@ class Workspace:
         for stage in stages:
             artefact = self.artefact(stage)
             if artefact.kind != "corpora":
-                raise UserError(f"stage {self.stage!r} reads texts, but {stage!r} makes {artefact.kind}")
+                raise wrong_kind(self.stage, stage, "corpora", artefact.kind)
             found += artefact.corpora
         return found
 
@@ -112,7 +112,7 @@ class Workspace:
         """
         artefact = self.artefact(stage)
         if artefact.kind != "models":
-            raise UserError(f"stage {self.stage!r} needs a model, but {stage!r} makes {artefact.kind}")
+            raise wrong_kind(self.stage, stage, "models", artefact.kind)
         return artefact
 
     def open(self, model: Model) -> Translator:
@@ -122,8 +122,12 @@ class Workspace:
             self._opened[model] = self._opener(self.output_dir, model)
         return self._opened[model]
 
-    def _model_for(self, stage: str, languages: tuple[str, str]) -> Model:
-        """The model of an earlier stage for a direction."""
+    def model_for(self, stage: str, languages: tuple[str, str]) -> Model:
+        """The model of an earlier stage for a direction.
+
+        Raises:
+          UserError: where it has none.
+        """
         artefact, direction = self.models(stage), "-".join(languages)
         model = artefact.model_for(direction)
         if model is None:
@@ -177,7 +181,7 @@ class Workspace:
         Raises:
           UserError: where the stage has no model for the direction.
         """
-        self.translate_with(self._model_for(stage, direction), input_file, output_file, direction, config)
+        self.translate_with(self.model_for(stage, direction), input_file, output_file, direction, config)
 
     def translate_with(
         self, model: Model, input_file: str, output_file: str, direction: tuple[str, str], config: DecodeConfig
@@ -201,7 +205,7 @@ class Workspace:
           UserError: where the stage has no model of the language.
         """
         direction = (language, language)
-        model = self._model_for(stage, direction)
+        model = self.model_for(stage, direction)
         self._decode(Decoding(model, input_file, output_file, direction, config, scores=True))
         return [float(line) for line in self.lines(output_file)]
 

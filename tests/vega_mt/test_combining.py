@@ -5,13 +5,30 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
+import optax
 import pytest
-from stand_ins import Given, StandIn
+from stand_ins import Given, Lines, StandIn
 
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder
 from t5x_ext.contracts import UserError
+from t5x_ext.data import DataConfig
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.vega_mt import Artefact, Average, GreedyEnsemble, Model, Pipeline, Weights, audit, choose_greedily, execute
+from t5x_ext.models import TransformerConfig
+from t5x_ext.train import CheckpointConfig, Run
+from t5x_ext.vega_mt import (
+    Artefact,
+    Average,
+    Evaluate,
+    GreedyEnsemble,
+    Model,
+    Pipeline,
+    Train,
+    Translate,
+    Weights,
+    audit,
+    choose_greedily,
+    execute,
+)
 
 GREEDY = DecodeConfig(strategy="greedy")
 
@@ -82,8 +99,22 @@ def test_averages_that_cannot_be(tmp_path):
     for fields in ({}, {"last": 1, "best": 1}, {"last": 0}):
         with pytest.raises(UserError, match="give one of them, at least 1"):
             Average("mean", "p1", **fields)
-    with pytest.raises(UserError, match="p1/run has 3 finished checkpoints, not 4"):
-        execute(Pipeline((Runs("p1", ("run",)), Average("mean", "p1", last=4))), tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["last", "best"])
+def test_runs_that_keep_too_few_are_refused_before_anything_is_trained(setting):
+    data, kept = DataConfig((Lines("a", ("en", "de"), ()),)), CheckpointConfig(keep_last=3, keep_best=3)
+    train = Train("p1", Run(data, TransformerConfig(), optax.sgd(0.1), 2, checkpoints=kept))
+    Pipeline((train, Average("mean", "p1", **{setting: 3})))
+    message = f"Average.{setting}=4, but the runs of 'p1' keep 3; set CheckpointConfig.keep_{setting} of 'p1' to 4"
+    with pytest.raises(UserError, match=message):
+        Pipeline((train, Average("mean", "p1", **{setting: 4})))
+
+
+def test_a_run_that_stopped_early_is_averaged_as_far_as_it_came(tmp_path, caplog):
+    made = execute(Pipeline((Runs("p1", ("run",)), Average("mean", "p1", last=4))), tmp_path)
+    assert made["mean"].counts == {"run": {"averaged": [1, 2, 3]}}
+    assert "p1/run: 3 checkpoints are averaged, there are not 4" in caplog.text
 
 
 # Greedy ensembles
@@ -184,7 +215,31 @@ def test_what_was_tried_is_not_tried_again(tmp_path):
     assert made == ensemble(tmp_path / "whole", "bac", [])
 
 
+def test_models_are_chosen_by_what_translate_would_give_readers(tmp_path):
+    """The score of the one candidate is that of `Evaluate` for its translation of the same text."""
+    rows = tuple((f"“w{n}”", f"你好，世界，第{n}行，很好。") for n in range(9))
+    dev = Given("dev", texts=(("d", ("en", "zh"), rows),))
+    # Knows straight quotes only, and writes half-width punctuation.
+    model = StandIn(lambda source, target, line: f"你好,世界,第{line[2:-1]}行,很好." if line[0] == '"' else "?")
+    bleu = {}
+    for name, options in (("readers", {}), ("raw", {"normalize": False}), ("half", {"postprocess": "none"})):
+        stages = (
+            Given("a", directions=("en-zh",)),
+            GreedyEnsemble("best", ("a",), ("dev",), **options),
+            Translate("out", "best", ("dev",), **options),
+            Evaluate("scores", ("out",)),
+        )
+        made = execute(Pipeline((dev, *stages)), tmp_path / name, opener=lambda folder, model_: model)
+        (bleu[name],) = made["best"].counts["en-zh"]["bleu"]
+        assert bleu[name] == made["scores"].scores["out"]["d.en-zh"]["bleu"]
+    assert bleu["readers"] == pytest.approx(100)
+    assert bleu["raw"] < bleu["half"] < bleu["readers"]
+
+
 def test_ensembles_that_cannot_be(tmp_path):
+    for empty in ({"candidates": (), "dev": ("d",)}, {"candidates": ("a",), "dev": ()}):
+        with pytest.raises(UserError, match="there is no stage; give at least one"):
+            GreedyEnsemble("best", **empty)
     with pytest.raises(UserError, match="delta must be 0 or more"):
         GreedyEnsemble("best", ("a",), ("dev",), delta=-1.0)
     stages = (DEV, Given("a", directions=("en-de",)), Given("b", directions=("de-en",)))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +21,16 @@ from t5x_ext.data import ParallelText
 from t5x_ext.parallel import AxisRules, MeshConfig
 from t5x_ext.vega_mt import (
     Artefact,
+    Average,
+    GreedyEnsemble,
     Interrupted,
     Model,
+    NoisyDev,
     Pipeline,
     Stage,
     TextFiles,
     Texts,
+    Translate,
     Weights,
     Workspace,
     audit,
@@ -283,6 +288,27 @@ def test_what_a_stage_refuses_leaves_it_unfinished(corpus, tmp_path, monkeypatch
     assert list(json.loads((tmp_path / "out/manifest.json").read_text())["stages"]) == ["texts"]
 
 
+def test_a_mistake_that_is_mended_leaves_no_trace(corpus, tmp_path):
+    """No file is lost where there was none: the stage need not be named to be made from something else."""
+    wrong = Pipeline((Texts("texts", (corpus,), start=9), *stages(corpus).stages[1:]))
+    with pytest.raises(UserError, match="has no pair 9"):
+        execute(wrong, tmp_path / "out", configurations=texts_for(texts="9"))
+    execute(stages(corpus), tmp_path / "out", configurations=texts_for())
+    assert json.loads((tmp_path / "out/texts/record.json").read_text())["configuration"] == texts_for()["texts"]
+    assert not any(stage.problems for stage in audit(tmp_path / "out"))
+
+
+def test_drafts_of_killed_processes_are_deleted_and_nothing_else_is(whole, corpus):
+    drafts = [whole / name for name in (".manifest.json.12.tmp", "upper/.record.json.7.tmp", "upper/run/.a.json.7.tmp")]
+    others = [whole / name for name in (".mine.tmp", "upper/.12.tmp", ".manifest.json.12.tmp.old")]
+    (whole / "upper/run").mkdir()
+    for path in (*drafts, *others):
+        path.write_text("")
+    execute(stages(corpus), whole, configurations=texts_for())
+    assert not any(path.exists() for path in drafts)
+    assert all(path.exists() for path in others)
+
+
 def test_a_folder_that_is_not_of_a_pipeline_is_left_alone(corpus, tmp_path):
     (tmp_path / "upper").mkdir()
     (tmp_path / "upper/mine.txt").write_text("dear to me")
@@ -338,6 +364,21 @@ def test_stages_that_cannot_be_put_together(names, message):
         Pipeline((Texts("a", ()), Texts("a", ())))
     with pytest.raises(UserError, match="there is no stage"):
         Pipeline(())
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Translate("b", "texts", ("texts",)), "stage 'b' needs a model, but 'texts' makes corpora"),
+        (GreedyEnsemble("b", ("texts",), ("texts",)), "stage 'b' needs a model, but 'texts' makes corpora"),
+        (NoisyDev("b", ("mean",)), "stage 'b' reads texts, but 'mean' makes models"),
+        (Translate("b", "mean", ("mean", "texts")), None),
+    ],
+)
+def test_another_kind_of_stage_than_is_needed_is_noticed_before_any_is_run(stage, message):
+    earlier = (Texts("texts", ()), Given("model"), Average("mean", "model", last=1))
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        Pipeline((*earlier, stage))
 
 
 # The audit

@@ -111,6 +111,12 @@ def test_mistakes(tmp_path):
             Evaluate("scores", ("one", "two"), baseline=baseline)
     with pytest.raises(UserError, match="baseline='three': must be one of one, two"):
         Evaluate("scores", ("one", "two"), baseline="three")
+    with pytest.raises(UserError, match=r"tokenizer='zhh': one of .*did you mean 'zh'"):
+        Evaluate("scores", ("one",), tokenizers={"zh": "zhh"})
+    with pytest.raises(UserError, match="seed=-1: must be at least 0"):
+        Evaluate("scores", ("one",), seed=-1)
+    with pytest.raises(UserError, match="there are none; give at least one stage"):
+        Evaluate("scores", ())
     with pytest.raises(UserError, match="there is no pair for en-cs"):
         execute(pipeline(Translate("out", "model", ("test",), ("en-cs",))), tmp_path / "a", opener=opener())
     twice = (Given("again", texts=TEST.texts), Translate("out", "model", ("test", "again")))
