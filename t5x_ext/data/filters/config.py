@@ -14,7 +14,7 @@ class FilterConfig:
     """The rules of a filtering. None switches a rule off.
 
     Every line is first cleaned: control characters and odd spaces (`clean_line`), Unicode NFC, entities, punctuation.
-    Then rules look at pairs, in the order of `PAIR_RULES`, and the first that speaks against a pair is counted.
+    Then rules look at pairs, in the order of `RULES`, and the first that speaks against a pair is counted.
     Duplicates are sought among the pairs that no other rule drops.
 
     Lengths are in words between spaces. Chinese and Japanese have none: their length is the number of characters over

@@ -21,7 +21,12 @@ _UNSEGMENTED = (
 )
 # Punctuation by itself is no word but a character, in whatever width.
 _UNITS = re.compile(rf"([{_UNSEGMENTED}]|[^\w\s{_UNSEGMENTED}]+(?![^\s{_UNSEGMENTED}]))|[^\s{_UNSEGMENTED}]+")
-_CODE = re.compile(r"%\(\w+\)[a-z]|%[sd]|\{\w*\}|</?[A-Za-z][^<>]{0,300}>|https?://\S+|\S+@\S+")
+# Addresses end where a text without spaces goes on. Without a limit before the @, a line without spaces would take time
+# that grows with the square of its length.
+_CODE = re.compile(
+    r"%\(\w+\)[a-z]|%[sd]|\{\w*\}|</?[A-Za-z][^<>]{0,300}>"
+    rf"|https?://[^\s{_UNSEGMENTED}]+|[^\s@{_UNSEGMENTED}]{{1,64}}@[^\s{_UNSEGMENTED}]+"
+)
 
 _ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,30}|\#[0-9]{1,7}|\#[xX][0-9A-Fa-f]{1,6});")
 _FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(94)}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from t5x_ext.data.cleaning import clean_line
 from t5x_ext.data.filters import ChunkFilter, FilterConfig, duplicate_key, length, normalize_punctuation
+from t5x_ext.data.filters.text import without_code
 
 BARE = FilterConfig(
     max_length=None,
@@ -121,3 +123,24 @@ def test_duplicate_keys_ignore_form_only():
     assert duplicate_key("ＯＫ， Straße") == duplicate_key("ok, STRASSE")
     assert duplicate_key("a b") != duplicate_key("ab")
     assert normalize_punctuation("，", "zh") != duplicate_key("，")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("请写信到foo@bar.org。谢谢", "请写信到 。谢谢"),
+        ("見て：https://a.b/c?d=e、はい", "見て： 、はい"),
+        ("mail <a.b@c.de>, now @home", "mail  , now @home"),
+        ("пишите на почта@пример.рф !", "пишите на   !"),
+    ],
+)
+def test_addresses_end_where_the_text_goes_on(line, expected):
+    assert without_code(line) == expected
+
+
+@pytest.mark.parametrize("unit", ["好", "QmFz", "a@"])
+def test_a_line_without_spaces_takes_time_in_proportion(unit):
+    """From every character to the end of the line it would be minutes."""
+    start = time.process_time()
+    without_code(unit * (200_000 // len(unit)))
+    assert time.process_time() - start < 10
