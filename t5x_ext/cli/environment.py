@@ -11,6 +11,8 @@ import os
 
 from absl import flags
 
+from t5x_ext.cli.messages import UsageError
+
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -33,7 +35,12 @@ def restore_environment(folder: str, deterministic: bool = False) -> None:
     from etils import epath
 
     path = epath.Path(folder) / "environment.json"
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        recorded = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise UsageError(f"{path}: not a record of ours; delete it, and this machine's threads and kernels are taken")
     if "NPROC" not in os.environ and "cpu_threads" in recorded:
         os.environ["NPROC"] = str(recorded["cpu_threads"])
     given = os.environ.get("XLA_FLAGS", "")

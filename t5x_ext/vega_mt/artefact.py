@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -145,25 +146,50 @@ def read_artefact(output_dir: Path, stage: str) -> Artefact | None:
     Raises:
       UserError: where the file is damaged or of another format.
     """
-    record = read_record(output_dir / stage / ARTEFACT_FILE)
-    return None if record is None else Artefact.from_json(record["artefact"])
+    path = output_dir / stage / ARTEFACT_FILE
+    record = read_record(path, "artefact", "outputs")
+    if record is None:
+        return None
+    with damaged(path):
+        return Artefact.from_json(record["artefact"])
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path, *fields: str) -> dict[str, Any] | None:
     """A JSON record of ours; None where there is none.
+
+    Args:
+      path: the file.
+      fields: what must be in it.
 
     Raises:
       UserError: where it is damaged or of another format.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; was it changed by hand? Delete {path.parent} to make it anew") from None
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise UserError(f"{path}: {reason}; {_hint(path)}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path}: not a record of format {FORMAT}")
-    return record
+    with damaged(path):
+        return {"format": FORMAT} | {name: record[name] for name in fields} | record
+
+
+def _hint(path: Path) -> str:
+    """What to do about a damaged record; the manifest is only gathered from others, and nothing is made anew for it."""
+    what = path.parent if path.name in (RECORD_FILE, ARTEFACT_FILE) else path
+    return f"was it changed by hand? Delete {what} to make it anew"
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Says in one line that a record has not the fields that are read from it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: a field is missing or wrong ({error}); {_hint(path)}") from error
 
 
 def digests(output_dir: Path, stage: str, artefact: Artefact) -> dict[str, str]:
@@ -182,6 +208,18 @@ def digests(output_dir: Path, stage: str, artefact: Artefact) -> dict[str, str]:
                 found[str(path.relative_to(output_dir))] = file_digest(Path(path))
             found[str(weights)] = weights_digest(run, weights.step)
     return dict(sorted(found.items()))
+
+
+def missing(output_dir: Path, artefact: Artefact) -> Iterator[str]:
+    """The files and the weights of an artefact that are not there."""
+    for file in (file for text in artefact.corpora for file in text.files):
+        if not (output_dir / file).exists():
+            yield f"its file {file}"
+    for weights in (weights for model in artefact.models for weights in model.members):
+        folder = output_dir / weights.run_dir
+        # Stages that plug in may name models that have no folder here.
+        if folder.exists() and not any((folder / "checkpoints").glob(f"{weights.step:08d}*")):
+            yield f"its checkpoint {weights}"
 
 
 def _tables(output_dir: Path, stage: str) -> list[str]:

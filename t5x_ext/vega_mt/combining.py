@@ -245,7 +245,7 @@ class _Trials:
             raise UserError(f"stage {stage.name!r}: there is no development text for {', '.join(directions)}")
         self._directions = directions
         self._path = Path(workspace.path(workspace.scratch(f"{directions[0]}.json")))
-        record = read_record(self._path) or {"scores": {}}
+        record = read_record(self._path, "scores") or {"scores": {}}
         self._scores: dict[str, float] = record["scores"]
 
     @property

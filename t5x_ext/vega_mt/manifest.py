@@ -10,7 +10,15 @@ from typing import Any
 from t5x_ext.checkpoints import RunFolder, write_json
 from t5x_ext.contracts import UserError
 from t5x_ext.data import ParallelText
-from t5x_ext.vega_mt.artefact import ARTEFACT_FILE, FORMAT, RECORD_FILE, file_digest, read_record, weights_digest
+from t5x_ext.vega_mt.artefact import (
+    ARTEFACT_FILE,
+    FORMAT,
+    RECORD_FILE,
+    damaged,
+    file_digest,
+    read_record,
+    weights_digest,
+)
 
 MANIFEST_FILE = "manifest.json"
 
@@ -73,11 +81,12 @@ def audit(output_dir: str | Path) -> list[StageAudit]:
       UserError: where there is no manifest, or it is damaged.
     """
     folder = Path(output_dir)
-    manifest = read_record(folder / MANIFEST_FILE)
+    manifest = read_record(folder / MANIFEST_FILE, "stages")
     if manifest is None:
         raise UserError(f"{folder}: has no {MANIFEST_FILE}; give the --output_dir of `t5x_ext pipeline`")
     stages = manifest["stages"]
-    return [_audit(folder, name, stages) for name in reversed(stages)]
+    with damaged(folder / MANIFEST_FILE):
+        return [_audit(folder, name, stages) for name in reversed(stages)]
 
 
 def _audit(folder: Path, name: str, stages: Mapping[str, Any]) -> StageAudit:

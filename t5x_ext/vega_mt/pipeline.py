@@ -42,8 +42,10 @@ from t5x_ext.vega_mt.artefact import (
     RECORD_FILE,
     Artefact,
     Kind,
+    damaged,
     describe,
     file_digest,
+    missing,
     read_artefact,
     read_record,
     wrong_kind,
@@ -342,11 +344,13 @@ def status_of(stage: Stage, output_dir: Path, configuration: str = "") -> Status
     Raises:
       UserError: where a source cannot be read, or a record is damaged.
     """
-    before = read_record(output_dir / stage.name / RECORD_FILE)
+    path = output_dir / stage.name / RECORD_FILE
+    before = read_record(path, "configuration", "inputs", "sources")
     if before is None:
         return Status(stage.name, "new")
     now = _made_from(stage, output_dir, configuration)
-    difference = _difference(before, now)
+    with damaged(path):
+        difference = _difference(before, now)
     artefact = read_artefact(output_dir, stage.name)
     if difference:
         # Of a stage that was refused at once nothing is lost: its mistake is mended and it is run, and that is all.
@@ -354,10 +358,8 @@ def status_of(stage: Stage, output_dir: Path, configuration: str = "") -> Status
         return Status(stage.name, "new") if bare else Status(stage.name, "changed", difference)
     if artefact is None:
         return Status(stage.name, "unfinished")
-    for text in artefact.corpora:
-        for file in text.files:
-            if not (output_dir / file).exists():
-                return Status(stage.name, "changed", f"its file {file} is missing")
+    for name in missing(output_dir, artefact):
+        return Status(stage.name, "changed", f"{name} is missing")
     return Status(stage.name, "finished")
 
 

@@ -61,6 +61,14 @@ def test_it_runs_and_runs_again_and_is_audited(folder, capsys):
     assert json.loads((folder / "audit.json").read_text())[0]["problems"] == ["german/a.en-de.de has changed"]
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_record_of_the_machine_is_one_line(folder, capsys, text):
+    (folder / "out").mkdir()
+    (folder / "out/environment.json").write_text(text)
+    assert main(RUN) == 2
+    assert "out/environment.json: not a record of ours; delete it" in capsys.readouterr().err
+
+
 def test_each_stage_has_its_own_configuration(folder, capsys):
     assert main(RUN) == 0
     stages = json.loads((folder / "out/manifest.json").read_text())["stages"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -286,6 +287,29 @@ def test_what_a_stage_refuses_leaves_it_unfinished(corpus, tmp_path, monkeypatch
             execute(stages(corpus), tmp_path / "out")
     assert status_of(Upper("upper", "texts"), tmp_path / "out").state == "unfinished"
     assert list(json.loads((tmp_path / "out/manifest.json").read_text())["stages"]) == ["texts"]
+
+
+@pytest.mark.parametrize("file", ["upper/record.json", "upper/artefact.json", "manifest.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 1, "artefact": {}, "outputs": {}}', None])
+def test_damaged_records_are_one_line_that_says_what_to_delete(whole, corpus, file, text):
+    path = whole / file
+    path.unlink()
+    path.mkdir() if text is None else path.write_text(text)
+    gathered = file == "manifest.json"
+    with pytest.raises(UserError, match=re.escape(str(path))) as error:
+        audit(whole) if gathered else execute(stages(corpus), whole, configurations=texts_for())
+    if text != "[]":
+        assert f"Delete {path if gathered else path.parent} to make it anew" in str(error.value)
+
+
+def test_a_checkpoint_that_was_deleted_is_noticed(tmp_path):
+    run = Given("model", directions=("en-de",))
+    execute(Pipeline((run,)), tmp_path)
+    assert status_of(run, tmp_path).state == "finished"
+    (tmp_path / "stand-ins/model/checkpoints").mkdir(parents=True)
+    assert status_of(run, tmp_path).difference == "its checkpoint stand-ins/model:1 is missing"
+    (tmp_path / "stand-ins/model/checkpoints/00000001").mkdir()
+    assert status_of(run, tmp_path).state == "finished"
 
 
 def test_a_mistake_that_is_mended_leaves_no_trace(corpus, tmp_path):
