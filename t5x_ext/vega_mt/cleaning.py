@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from t5x_ext.contracts import Corpus
+from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import monolingual_text
 from t5x_ext.data.filters import FilterConfig, filter_corpora
 from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
@@ -33,6 +33,10 @@ class Clean:
     texts: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     config: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self) -> None:
+        if not self.corpora and not self.texts:
+            raise UserError("Clean.corpora and Clean.texts are both empty: give what is to be filtered")
 
     def inputs(self) -> tuple[str, ...]:
         """The stages of the texts, and of those that are held out."""

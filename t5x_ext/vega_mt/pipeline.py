@@ -61,6 +61,15 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("cache",)
 _DRAFT = re.compile(r"\..+\.(json|txt|gin)\.[0-9]+\.tmp")
 
+_REFUSED = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+}
+"""What a disk may say, and what helps."""
+
 _FREE = ("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules.", "Run.log_every", "Run.tensorboard")
 """Settings that do not decide what a stage makes: devices may be others when it goes on, and so may its log."""
 
@@ -314,14 +323,14 @@ def _delete_drafts(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def _room(output_dir: Path) -> Iterator[None]:
-    """Says in one line that a disk is full."""
+    """Says in one line that a disk is full, or no longer takes what is written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _REFUSED:
             raise
         raise UserError(
-            f"{error.filename or output_dir}: {error.strerror}; make room, the same command goes on"
+            f"{error.filename or output_dir}: {error.strerror}; {_REFUSED[error.errno]}, the same command goes on"
         ) from error
 
 

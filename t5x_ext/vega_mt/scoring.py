@@ -40,6 +40,10 @@ class Translate:
     normalize: bool = True
     postprocess: Postprocess = "widths"
 
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise UserError("Translate.texts: there is no stage; give at least one")
+
     def inputs(self) -> tuple[str, ...]:
         """The model and the texts."""
         return (self.model, *self.texts)

@@ -36,6 +36,12 @@ class Texts:
     def __post_init__(self) -> None:
         if self.start < 0 or (self.stop is not None and self.stop <= self.start):
             raise UserError(f"Texts.start={self.start}, Texts.stop={self.stop}: nothing is between them")
+        for corpus in self.corpora if self.side == "both" else ():
+            if corpus.languages[0] == corpus.languages[1]:
+                raise UserError(
+                    f"stage {self.name!r}: {corpus.name} is {corpus.languages[0]} on both sides; text of one language "
+                    "wants Texts.side = 'source' or 'target'"
+                )
 
     def inputs(self) -> tuple[str, ...]:
         """No earlier stage."""

@@ -359,13 +359,16 @@ def test_killed_while_a_stage_is_deleted_it_is_made_anew(whole, corpus, tmp_path
     assert contents(whole) == contents(tmp_path / "other")
 
 
-def test_a_full_disk_is_one_line_and_the_same_call_goes_on(whole, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOSPC, "make room"), (errno.EFBIG, "ulimit -f"), (errno.EROFS, "make it writable")]
+)
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on(whole, corpus, tmp_path, monkeypatch, number, advice):
     def full(sink):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(workspace, "to_disk", full)
-        with pytest.raises(UserError, match="out: No space left on device; make room, the same command goes on"):
+        with pytest.raises(UserError, match=f"out: {os.strerror(number)}; .*{advice}.*the same command goes on"):
             execute(stages(corpus), tmp_path / "out", configurations=texts_for())
     assert contents(tmp_path / "out") == {}
     execute(stages(corpus), tmp_path / "out", configurations=texts_for())

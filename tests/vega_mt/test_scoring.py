@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from stand_ins import Given, StandIn, opener, read
+from stand_ins import Given, Lines, StandIn, opener, read
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data.filters import FilterConfig
 from t5x_ext.evaluate import evaluate_texts, paired_test
-from t5x_ext.vega_mt import Clean, Evaluate, Pipeline, TextFiles, Translate, audit, execute
+from t5x_ext.vega_mt import Clean, Evaluate, Pipeline, TextFiles, Texts, Translate, audit, execute
 
 ROWS = tuple((f"this is line number {n} of all", f"这 是 第 {n} 行 , 好 .") for n in range(8))
 TEST = Given("test", texts=(("t", ("en", "zh"), ROWS), ("m", ("zh",), (("x",),))))
@@ -115,6 +115,12 @@ def test_mistakes(tmp_path):
         Evaluate("scores", ("one",), tokenizers={"zh": "zhh"})
     with pytest.raises(UserError, match="seed=-1: must be at least 0"):
         Evaluate("scores", ("one",), seed=-1)
+    with pytest.raises(UserError, match=r"Translate.texts: there is no stage"):
+        Translate("out", "model", ())
+    with pytest.raises(UserError, match=r"Clean.corpora and Clean.texts are both empty"):
+        Clean("out")
+    with pytest.raises(UserError, match=r"m is de on both sides; .* Texts.side = 'source' or 'target'"):
+        Texts("out", (Lines("m", ("de", "de"), ()),))
     with pytest.raises(UserError, match="there are none; give at least one stage"):
         Evaluate("scores", ())
     with pytest.raises(UserError, match="there is no pair for en-cs"):
