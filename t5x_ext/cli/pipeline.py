@@ -72,9 +72,12 @@ def main(values: flags.FlagValues) -> int:
     restore_environment(values.output_dir, values.deterministic)
     primary = join_processes(values)
     keep_compiled_programs(values)
-    pipeline, texts = pipeline_from_flags(values)
 
-    from t5x_ext.parallel import barrier
+    from t5x_ext.parallel import barrier, failing_together
+
+    with failing_together():
+        pipeline, texts = pipeline_from_flags(values)
+
     from t5x_ext.vega_mt import Interrupted, execute, status_of
 
     if values.dry_run:

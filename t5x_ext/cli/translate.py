@@ -55,29 +55,31 @@ def main(values: flags.FlagValues) -> None:
     # Before anything touches a device.
     primary = join_processes(values)
     config = decode_config(values)
-    translator = open_translator(values)
-    if from_file_to_file:
-        _translate_file(translator, values, config, primary)
-    else:
-        report("", _stream(translator, values, config), values.json_out)
+    from t5x_ext.parallel import failing_together
+
+    with failing_together():
+        translator = open_translator(values)
+        if from_file_to_file:
+            _translate_file(translator, values, config, primary)
+        else:
+            report("", _stream(translator, values, config), values.json_out)
 
 
 def _translate_file(translator: Translator, values: flags.FlagValues, config: DecodeConfig, primary: bool) -> None:
     """Translates from file to file; process 0 says what all have done."""
     from t5x_ext.decode import translate_file
-    from t5x_ext.parallel import barrier, failing_together
+    from t5x_ext.parallel import barrier
 
-    with failing_together():
-        done = translate_file(
-            translator,
-            values.input,
-            values.output,
-            values.source_language,
-            values.target_language,
-            config,
-            chunk_lines=values.chunk_lines,
-            show_progress=sys.stderr.isatty(),
-        )
+    done = translate_file(
+        translator,
+        values.input,
+        values.output,
+        values.source_language,
+        values.target_language,
+        config,
+        chunk_lines=values.chunk_lines,
+        show_progress=sys.stderr.isatty(),
+    )
     if primary:
         report(_summary(done, values), done.to_json(), values.json_out)
     barrier("end")  # the first to leave would wait for the last for seconds only

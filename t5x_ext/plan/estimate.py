@@ -161,18 +161,32 @@ def estimate_decoding(
     # Keys and values of one position of one sentence, in all layers and members.
     entry = 2 * config.decoder_layers * width * itemsize * members
     cache = rows * hypotheses * max_length * entry
-    # All but the encoder's: stored as float32.
+    # All but the encoder's: stored as float32. Of what is cut over `fsdp` a device needs all, and is taken to keep it.
     params = {name: tree for name, tree in program.template.params.items() if name != "encoder"}
-    read = members * device_bytes(params) * itemsize // 4
+    read = members * _gathered_bytes(params) * itemsize // 4
     cuts = _tensor(mesh, rules.vocab)
     scores = 4 * members * rows * hypotheses * config.vocab_size // (cuts if config.vocab_size % cuts == 0 else 1)
     temporaries = DecodingTemporaries(
-        weights=read if itemsize != 4 else 0,
+        weights=read if itemsize != 4 or mesh.shape["fsdp"] > 1 else 0,
         caches=CACHE_COPIES * cache,
         memory=rows * source_length * entry,
         scores=_SCORE_COPIES * scores,
     )
     return temporaries, read + CACHE_PASSES * cache + temporaries.memory + temporaries.scores
+
+
+def _gathered_bytes(params: PyTree) -> int:
+    """Bytes on one device of what is cut over other axes than `fsdp` only."""
+
+    def of(leaf: jax.ShapeDtypeStruct) -> int:
+        axes = jax.tree.leaves(tuple(leaf.sharding.spec))
+        return (
+            leaf.size
+            * leaf.dtype.itemsize
+            // math.prod(leaf.sharding.mesh.shape[axis] for axis in axes if axis != "fsdp")
+        )
+
+    return sum(map(of, jax.tree.leaves(params)))
 
 
 def _parts(program: Program, config: TransformerConfig) -> dict[int, int]:

@@ -10,10 +10,8 @@ from typing import Any
 
 from t5x_ext.checkpoints import write_json
 from t5x_ext.decode import DecodeConfig, FileReport, Translator, score_file, translate_file
+from t5x_ext.decode.files import CHUNK_LINES
 from t5x_ext.vega_mt.artefact import Model
-
-CHUNK_LINES = 4096
-"""Lines that one process decodes and keeps together."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from t5x_ext.contracts import UserError
 from t5x_ext.data import BatchConfig
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.models import TransformerConfig
-from t5x_ext.parallel import HARDWARE, MeshConfig, data_parallel, fsdp_tensor, make_mesh
+from t5x_ext.parallel import HARDWARE, MeshConfig, data_parallel, fsdp, fsdp_tensor, make_mesh
 from t5x_ext.plan.advice import scaled, training_advice
 from t5x_ext.plan.check import check, check_decoding, decoding_flops, training_flops
 from t5x_ext.plan.compiling import read_refusal
@@ -142,9 +142,10 @@ def test_nodes_are_replicas_that_exchange_gradients(make_run):
 
 
 @pytest.mark.devices(8)
-def test_decoding_on_a_gpu_node_by_formula(make_run):
-    """One beam of 4 over 8 devices that hold the whole model: every figure in closed form."""
-    run = make_run(mesh=MeshConfig(), axis_rules=data_parallel(), model={"compute_dtype": "bfloat16"})
+@pytest.mark.parametrize("layout", [(MeshConfig(), data_parallel()), (MeshConfig(data=1, fsdp=-1), fsdp())])
+def test_decoding_on_a_gpu_node_by_formula(make_run, layout):
+    """One beam of 4 over 8 devices that hold the whole model, or gather it: every figure in closed form."""
+    run = make_run(mesh=layout[0], axis_rules=layout[1], model={"compute_dtype": "bfloat16"})
     decode = DecodeConfig(beam_size=4, max_length_ratio=1.0, max_length_extra=0)
     report = check_decoding(run, VOCAB_SIZE, find_target("h100:8"), decode, rows=16, source_length=10)
     config = dataclasses.replace(run.model, vocab_size=VOCAB_SIZE)
