@@ -3,7 +3,7 @@
 
   taskset -c 0 scripts/bench_vega_mt.py --output_dir=study --json_out=study.json --figure_out=vega_mt_stages.png
 
-Runs the pipeline of vega_mt_arms.gin, whose head says what is compared with what, in some two and a half hours of a
+Runs the pipeline of vega_mt_arms.gin, whose head says what is compared with what, in some three hours of a
 core. The same command goes on where it was stopped, and only tells what was found where all has finished. Until then,
 `t5x_ext pipeline --stages=...` with the same files takes some of the arms to another core.
 """

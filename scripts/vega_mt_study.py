@@ -41,6 +41,8 @@ LABELS = {
     "onward2": "no round, updates of two",
     "stay": "one round, updates of two",
     "no_cycle": "first round without cycle translation",
+    "onward3": "no round, updates of three",
+    "backward": "back-translation one way by that of two",
     "onward1_again": "no round, another seed",
     "retrain1_again": "first round, another seed",
     "plain": "back-translation alone (tau = 0)",
