@@ -12,10 +12,11 @@ from t5x_ext.vega_mt.cleaning import Clean
 from t5x_ext.vega_mt.combining import Average, Choice, GreedyEnsemble, choose_greedily
 from t5x_ext.vega_mt.manifest import StageAudit, audit
 from t5x_ext.vega_mt.noising import NoisyDev
-from t5x_ext.vega_mt.pipeline import Interrupted, Pipeline, SharedStage, Stage, Status, execute, status_of
+from t5x_ext.vega_mt.pipeline import Pipeline, Status, execute, status_of
 from t5x_ext.vega_mt.postprocess import narrow_punctuation, widen_as_released, widen_punctuation
 from t5x_ext.vega_mt.scoring import Evaluate, Translate
 from t5x_ext.vega_mt.selection import Select, moore_lewis
+from t5x_ext.vega_mt.stage import CheckedStage, Interrupted, SharedStage, Stage, TypedStage
 from t5x_ext.vega_mt.texts import Texts
 from t5x_ext.vega_mt.training import Train
 from t5x_ext.vega_mt.workspace import Workspace, open_model
@@ -23,6 +24,7 @@ from t5x_ext.vega_mt.workspace import Workspace, open_model
 __all__ = [
     "Artefact",
     "Average",
+    "CheckedStage",
     "Choice",
     "Clean",
     "CycleTranslate",
@@ -42,6 +44,7 @@ __all__ = [
     "Texts",
     "Train",
     "Translate",
+    "TypedStage",
     "Weights",
     "Workspace",
     "audit",

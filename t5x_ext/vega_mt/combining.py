@@ -15,7 +15,7 @@ from t5x_ext.decode.ensemble import Combine
 from t5x_ext.evaluate import bleu, tokenizer_for
 from t5x_ext.vega_mt.artefact import FORMAT, Artefact, Kind, Model, TextFiles, Weights, read_record
 from t5x_ext.vega_mt.finishing import Finished, Postprocess
-from t5x_ext.vega_mt.pipeline import Stage
+from t5x_ext.vega_mt.stage import Stage
 from t5x_ext.vega_mt.training import Train
 from t5x_ext.vega_mt.workspace import Workspace
 

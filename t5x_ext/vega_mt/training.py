@@ -11,7 +11,7 @@ from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import DataConfig, TextDirection, VocabularyConfig, text_directions
 from t5x_ext.train import InitFrom, Run, execute
 from t5x_ext.vega_mt.artefact import Artefact, Kind, Model, TextFiles, Weights
-from t5x_ext.vega_mt.pipeline import Interrupted
+from t5x_ext.vega_mt.stage import Interrupted
 from t5x_ext.vega_mt.texts import corpus_of, reversed_corpus, sides_of
 from t5x_ext.vega_mt.workspace import Workspace
 
