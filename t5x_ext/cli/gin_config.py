@@ -33,6 +33,8 @@ from t5x_ext.cli.messages import did_you_mean
 from t5x_ext.cli.type_check import annotations_of, describe, fits
 from t5x_ext.contracts import UserError
 
+_PIPELINE = "; this is a pipeline: t5x_ext pipeline runs it, t5x_ext check takes one --stage of it"
+
 
 def build_run(
     gin_files: Sequence[str], bindings: Sequence[str | Source] = (), root: type | None = None
@@ -240,7 +242,7 @@ def _refuse_unused(config: Config, builder: _Builder) -> None:
     for (scopes, target, name), binding in unused.items():
         if binding.is_flag or target not in replaced:
             full = "/".join((*scopes, f"{_name(target)}.{name}"))
-            hint = _instead(target, name, scopes, builder.records)
+            hint = _PIPELINE if full == "Pipeline.stages" else _instead(target, name, scopes, builder.records)
             raise UserError(f"{binding.where}: nothing in this run uses {full}{hint}")
     for name, binding in macros.items():
         if binding.is_flag or name not in replaced:

@@ -209,11 +209,7 @@ def _make_all(
     pipeline: Pipeline, folder: Path, texts: Mapping[str, str], only: Sequence[str], opener: OpenModel
 ) -> dict[str, Artefact]:
     """`execute` in the first process."""
-    folder.mkdir(parents=True, exist_ok=True)
     _delete_drafts(folder.glob(".*.tmp"))
-    if not (folder / ENVIRONMENT_FILE).exists():
-        # Whoever goes on elsewhere takes over what decides the last bits.
-        write_json(folder / ENVIRONMENT_FILE, environment())
     names, artefacts = [stage.name for stage in pipeline.stages], {}
     for stage in _wanted(pipeline, only):
         status = status_of(stage, folder, texts.get(stage.name, ""))
@@ -354,6 +350,7 @@ def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, 
     """Runs one stage and writes its records; what an unfinished one has left is gone on from."""
     folder, start = output_dir / stage.name, time.monotonic()
     record = _made_from(stage, output_dir, configuration)
+    _begin(output_dir)
     deleted = folder.with_name(f".{stage.name}.deleted")
     if state == "changed":
         # Under its name a stage is there wholly or not at all.
@@ -378,6 +375,14 @@ def _run(stage: Stage, output_dir: Path, configuration: str, opener: OpenModel, 
         logger.info("stage %s: %s", stage.name, _speed(decoding))
     write_json(folder / RECORD_FILE, record)
     write_json(folder / ARTEFACT_FILE, described)
+
+
+def _begin(output_dir: Path) -> None:
+    """Makes the pipeline's folder, once there is something to be made in it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not (output_dir / ENVIRONMENT_FILE).exists():
+        # Whoever goes on elsewhere takes over what decides the last bits.
+        write_json(output_dir / ENVIRONMENT_FILE, environment())
 
 
 def _speed(decoding: Mapping[str, Any]) -> str:

@@ -69,6 +69,19 @@ def test_a_damaged_record_of_the_machine_is_one_line(folder, capsys, text):
     assert "out/environment.json: not a record of ours; delete it" in capsys.readouterr().err
 
 
+def test_of_a_text_that_is_not_there_nothing_is_left(folder, capsys):
+    (folder / "a.de").unlink()
+    assert main(RUN) == 2
+    assert capsys.readouterr().err == "t5x_ext pipeline: a.de: no such file\n"
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train --run_dir=run", "check --topology=h100:1"])
+def test_a_command_for_one_run_names_those_for_a_pipeline(folder, capsys, command):
+    assert main([*command.split(), "--gin_file=runs/vega_mt_tiny.gin"]) == 2
+    assert "this is a pipeline: t5x_ext pipeline runs it, t5x_ext check takes one --stage" in capsys.readouterr().err
+
+
 def test_each_stage_has_its_own_configuration(folder, capsys):
     assert main(RUN) == 0
     stages = json.loads((folder / "out/manifest.json").read_text())["stages"]
