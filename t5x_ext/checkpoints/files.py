@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
 
 DIGESTS = "digests.json"
 """Name of the file that holds size and SHA-256 of every other file of a folder; a folder without it is not whole."""
+
+# As `write_text` names them, of the kinds of files that are ours in a folder which others may use, too.
+_DRAFT = re.compile(r"\..+\.(json|txt|gin)\.[0-9]+\.tmp")
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -34,6 +39,13 @@ def write_text(path: epath.PathLike, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def delete_drafts(folder: Path) -> None:
+    """Deletes the drafts of records that killed processes have left in `write_text` to a local folder."""
+    for path in folder.glob(".*.tmp"):
+        if _DRAFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def to_disk(file: IO[Any]) -> None:

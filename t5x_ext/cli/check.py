@@ -1,11 +1,11 @@
 """Compiles a run's update, or its decoding, for accelerators that are not here, and says whether it fits and how fast.
 
 Takes the flags of t5x_ext train, or a pipeline and --stage, whose training or decoding it is then; texts need not be
-there. TPUs (v4, v5e, v5p, v6e, any shape) are compiled for by their
-own compiler, from pip install 't5x_ext[tpu]'. For GPUs (h100:8) sharding, operations and collectives come from virtual
-CPU devices, and memory is an estimate by formula. Prints memory of one device by what it is for, operations, bytes of
-each kind of collective, the least seconds of a step with communication overlapped and not, and what they mean in tokens
-a device-day and days. Ends with exit code 1 where it does not fit, saying what is largest and what would make it fit.
+there. TPUs (v4, v5e, v5p, v6e, any shape) are compiled for by their own compiler, from pip install 't5x_ext[tpu]'. For
+GPUs (h100:8) sharding, operations and collectives come from virtual CPU devices, and memory is an estimate by formula.
+Prints memory of one device by what it is for, operations, bytes of each kind of collective, the least seconds of a step
+with communication overlapped and not, and what they mean in tokens a device-day and days. Ends with exit code 1 where
+it does not fit, saying what is largest and what would make it fit.
 
 example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v5e:8x8
 example: t5x_ext check --gin_file=runs/vega_mt_4b7_v5e_8x8.gin --topology=v6e:16x16 --num_slices=2 --json_out=plan.json

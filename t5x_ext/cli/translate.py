@@ -55,6 +55,7 @@ def main(values: flags.FlagValues) -> None:
     # Before anything touches a device.
     primary = join_processes(values)
     config = decode_config(values)
+
     from t5x_ext.parallel import failing_together
 
     with failing_together():

@@ -179,12 +179,9 @@ def _gathered_bytes(params: PyTree) -> int:
     """Bytes on one device of what is cut over other axes than `fsdp` only."""
 
     def of(leaf: jax.ShapeDtypeStruct) -> int:
-        axes = jax.tree.leaves(tuple(leaf.sharding.spec))
-        return (
-            leaf.size
-            * leaf.dtype.itemsize
-            // math.prod(leaf.sharding.mesh.shape[axis] for axis in axes if axis != "fsdp")
-        )
+        axes = [axis for axis in jax.tree.leaves(tuple(leaf.sharding.spec)) if axis != "fsdp"]
+        pieces = math.prod(leaf.sharding.mesh.shape[axis] for axis in axes)
+        return leaf.size * leaf.dtype.itemsize // pieces
 
     return sum(map(of, jax.tree.leaves(params)))
 

@@ -26,6 +26,20 @@ Kind = Literal["corpora", "models", "scores"]
 _WANTED = {"corpora": "reads texts", "models": "needs a model"}
 
 
+class Reading(NamedTuple):
+    """One of the two ways in which a pair of files can be read."""
+
+    languages: tuple[str, str]
+    """Source and target."""
+    files: tuple[str, str]
+    """What is translated, and what people or models have made of it."""
+
+    @property
+    def direction(self) -> str:
+        """The languages as one name, `en-de`."""
+        return "-".join(self.languages)
+
+
 @dataclass(frozen=True)
 class TextFiles:
     """Plain text, UTF-8, one sentence a line: a pair of aligned files, or one of monolingual text.
@@ -52,6 +66,13 @@ class TextFiles:
     def is_pair(self) -> bool:
         """Whether it has two sides."""
         return len(self.files) == 2
+
+    def readings(self) -> tuple[Reading, ...]:
+        """A pair in its own order and in the other; of monolingual text nothing."""
+        if not self.is_pair:
+            return ()
+        (first, second), (one, other) = self.languages, self.files
+        return Reading((first, second), (one, other)), Reading((second, first), (other, one))
 
     def file_in(self, language: str) -> str | None:
         """The file in that language; None where there is none."""
@@ -174,7 +195,7 @@ def read_record(path: Path, *fields: str) -> dict[str, Any] | None:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path}: not a record of format {FORMAT}")
     with damaged(path):
-        return {"format": FORMAT} | {name: record[name] for name in fields} | record
+        return {name: record[name] for name in fields} | record
 
 
 def _hint(path: Path) -> str:

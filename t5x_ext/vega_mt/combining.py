@@ -13,7 +13,7 @@ from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.decode.ensemble import Combine
 from t5x_ext.evaluate import bleu, tokenizer_for
-from t5x_ext.vega_mt.artefact import FORMAT, Artefact, Kind, Model, TextFiles, Weights, read_record
+from t5x_ext.vega_mt.artefact import FORMAT, Artefact, Kind, Model, Reading, Weights, read_record
 from t5x_ext.vega_mt.finishing import Finished, Postprocess
 from t5x_ext.vega_mt.stage import Stage
 from t5x_ext.vega_mt.training import Train
@@ -234,14 +234,13 @@ class _Trials:
 
     def __init__(self, stage: GreedyEnsemble, directions: tuple[str, ...], workspace: Workspace):
         self._stage, self._workspace = stage, workspace
-        self._texts = [
-            (text, order)
+        self._readings = [
+            reading
             for text in workspace.corpora(stage.dev)
-            if text.is_pair
-            for order in ((0, 1), (1, 0))
-            if "-".join(text.languages[side] for side in order) in directions
+            for reading in text.readings()
+            if reading.direction in directions
         ]
-        if not self._texts:
+        if not self._readings:
             raise UserError(f"stage {stage.name!r}: there is no development text for {', '.join(directions)}")
         self._directions = directions
         self._path = Path(workspace.path(workspace.scratch(f"{directions[0]}.json")))
@@ -258,16 +257,16 @@ class _Trials:
         key = " ".join(map(str, members))
         if key not in self._scores:
             model = Model(self._directions, members, self._stage.combine)
-            values = [self._bleu(model, number, *text) for number, text in enumerate(self._texts)]
+            values = [self._bleu(model, number, reading) for number, reading in enumerate(self._readings)]
             self._scores[key] = sum(values) / len(values)
             write_json(self._path, {"format": FORMAT, "scores": self._scores})
         return self._scores[key]
 
-    def _bleu(self, model: Model, number: int, text: TextFiles, order: tuple[int, int]) -> float:
-        space, (source, target) = self._workspace, (text.languages[side] for side in order)
-        input_file, reference = (text.files[side] for side in order)
+    def _bleu(self, model: Model, number: int, reading: Reading) -> float:
+        space, (languages, (input_file, reference)) = self._workspace, reading
+        target = languages[1]
         # Ensembles are tried in the same order when they are tried again.
         output = space.scratch(f"{self._directions[0]}.{self.count}.{number}.{target}")
         finished = Finished(self._stage.decode, self._stage.normalize, self._stage.postprocess)
-        finished.translate(model, input_file, output, (source, target), space)
+        finished.translate(model, input_file, output, languages, space)
         return bleu(list(space.lines(output)), list(space.lines(reference)), tokenizer_for(target)).value

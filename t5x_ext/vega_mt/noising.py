@@ -46,18 +46,16 @@ class NoisyDev:
         found = []
         changed = 0
         for text in workspace.corpora(self.texts):
-            for order in ((0, 1), (1, 0)) if text.is_pair else ():
-                source, target = (text.languages[side] for side in order)
-                direction = f"{source}-{target}"
-                if self.directions and direction not in self.directions:
+            for reading in text.readings():
+                if self.directions and reading.direction not in self.directions:
                     continue
-                clean, kept = (text.files[side] for side in order)
-                name = f"{text.name}.noisy.{direction}"
-                noisy = workspace.own(f"{name}.{source}")
+                clean, kept = reading.files
+                name = f"{text.name}.noisy.{reading.direction}"
+                noisy = workspace.own(f"{name}.{reading.languages[0]}")
                 lines = [(line, self.noise(line, number)) for number, line in enumerate(workspace.lines(clean))]
                 workspace.write_lines(noisy, (typed for _, typed in lines))
                 changed += sum(line != typed for line, typed in lines)
-                found.append(TextFiles(name, (source, target), (noisy, kept), text.lines, one_way=True))
+                found.append(TextFiles(name, reading.languages, (noisy, kept), text.lines, one_way=True))
         if not found:
             raise UserError(
                 f"stage {self.name!r}: there is no pair for {', '.join(self.directions) or 'any direction'}"

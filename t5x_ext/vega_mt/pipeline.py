@@ -24,14 +24,14 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from t5x_ext.checkpoints import write_json
+from t5x_ext.checkpoints import delete_drafts, write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import ParallelText
 from t5x_ext.parallel import AxisRules, MeshConfig, failing_together, is_primary
@@ -60,7 +60,6 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_FILE = "environment.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = ("cache",)
-_DRAFT = re.compile(r"\..+\.(json|txt|gin)\.[0-9]+\.tmp")
 
 _REFUSED = {
     errno.ENOSPC: "make room",
@@ -209,7 +208,7 @@ def _make_all(
     pipeline: Pipeline, folder: Path, texts: Mapping[str, str], only: Sequence[str], opener: OpenModel
 ) -> dict[str, Artefact]:
     """`execute` in the first process."""
-    _delete_drafts(folder.glob(".*.tmp"))
+    delete_drafts(folder)
     names, artefacts = [stage.name for stage in pipeline.stages], {}
     for stage in _wanted(pipeline, only):
         status = status_of(stage, folder, texts.get(stage.name, ""))
@@ -232,15 +231,10 @@ def _make_all(
 def _tidy(folder: Path) -> None:
     """Deletes what a finished stage need not keep, and drafts that were left there and in its run folders."""
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-    _delete_drafts(folder.glob(".*.tmp"))
-    _delete_drafts(folder.glob("*/.*.tmp"))
-
-
-def _delete_drafts(paths: Iterable[Path]) -> None:
-    """Deletes of these files the drafts of `checkpoints.write_text` that killed processes have left."""
-    for path in paths:
-        if _DRAFT.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    delete_drafts(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            delete_drafts(path)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test, tokenizer_for
-from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
+from t5x_ext.vega_mt.artefact import Artefact, Kind, Reading, TextFiles
 from t5x_ext.vega_mt.finishing import Finished, Postprocess
 from t5x_ext.vega_mt.texts import check_distinct
 from t5x_ext.vega_mt.workspace import Workspace
@@ -60,28 +60,26 @@ class Translate:
         """Translates text by text, and goes on where it was killed."""
         directions = self.directions or workspace.models(self.model).directions
         jobs = [
-            (text, order)
+            (text, reading)
             for direction in directions
             for text in workspace.corpora(self.texts)
-            for order in ((0, 1), (1, 0))
-            if text.is_pair and "-".join(text.languages[side] for side in order) == direction
+            for reading in text.readings()
+            if reading.direction == direction
         ]
         if not jobs:
             raise UserError(f"stage {self.name!r}: there is no pair for {', '.join(directions)}")
-        check_distinct(f"{text.name}.{text.languages[order[0]]}" for text, order in jobs)
-        found = [self._translated(text, order, workspace) for text, order in jobs]
+        check_distinct(f"{text.name}.{reading.languages[0]}" for text, reading in jobs)
+        found = [self._translated(text, reading, workspace) for text, reading in jobs]
         return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
 
-    def _translated(self, text: TextFiles, order: tuple[int, int], workspace: Workspace) -> TextFiles:
-        source, target = (text.languages[side] for side in order)
-        input_file, reference = (text.files[side] for side in order)
-        name = f"{text.name}.{source}-{target}"
-        output = workspace.own(f"{name}.{target}")
+    def _translated(self, text: TextFiles, reading: Reading, workspace: Workspace) -> TextFiles:
+        languages, (input_file, reference) = reading
+        name = f"{text.name}.{reading.direction}"
+        output = workspace.own(f"{name}.{languages[1]}")
         finished = Finished(self.decode, self.normalize, self.postprocess)
-        model = workspace.model_for(self.model, (source, target))
-        finished.translate(model, input_file, output, (source, target), workspace)
+        finished.translate(workspace.model_for(self.model, languages), input_file, output, languages, workspace)
         files = (input_file, output)
-        return TextFiles(name, (source, target), files, text.lines, "target", one_way=True, reference=reference)
+        return TextFiles(name, languages, files, text.lines, "target", one_way=True, reference=reference)
 
 
 class _Row(NamedTuple):
