@@ -38,10 +38,10 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from t5x_ext.corpora import CleaningConfig
 from t5x_ext.data import (
     BatchConfig,
     BatchPlan,
-    CleaningConfig,
     PackedBatches,
     Stream,
     SubwordSampling,

@@ -23,17 +23,8 @@ from jaxtyping import Array, Float, Int
 from optim_arms import Arm
 
 from t5x_ext.contracts import Batch, Context, Objective, Params, UserError
-from t5x_ext.data import (
-    BatchConfig,
-    DataConfig,
-    TagPolicy,
-    Vocabulary,
-    VocabularyConfig,
-    aligned_files,
-    prepare,
-    read_lines,
-    train_vocabulary,
-)
+from t5x_ext.corpora import aligned_files, read_lines
+from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, Vocabulary, VocabularyConfig, prepare, train_vocabulary
 from t5x_ext.decode import DecodeConfig, Translator
 from t5x_ext.evaluate import bleu
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params, logical_axes

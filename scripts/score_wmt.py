@@ -41,7 +41,7 @@ from t5x_ext.cli.files import check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.contracts import UserError
-from t5x_ext.data import read_lines
+from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import (
     CometTexts,
     Comparison,

@@ -16,7 +16,8 @@ def shaped_run(
     model: TransformerConfig, rows: int, length: int, optimizer: optax.GradientTransformation, **run: Any
 ) -> Run:
     """A run whose texts are never opened, with rows of the same length on both sides."""
-    from t5x_ext.data import BatchConfig, DataConfig, ParallelText
+    from t5x_ext.corpora import ParallelText
+    from t5x_ext.data import BatchConfig, DataConfig
     from t5x_ext.train import Run
 
     data = DataConfig(

@@ -22,6 +22,7 @@ TIMEOUT_SECONDS = 300
 
 GIN = """
 from __gin__ import dynamic_registration
+from t5x_ext import corpora
 from t5x_ext import data
 from t5x_ext import decode
 from t5x_ext import models
@@ -49,19 +50,19 @@ models.TransformerConfig:
     dropout = 0.1
     attention_dropout = 0.1
 data.DataConfig:
-    train = (@train/data.CldrCorpus(),)
-    valid = (@valid/data.CldrCorpus(),)
+    train = (@train/corpora.CldrCorpus(),)
+    valid = (@valid/corpora.CldrCorpus(),)
     bidirectional = True
     tags = @data.TagPolicy()
     subword = @data.SubwordSampling()
     vocabulary = @data.VocabularyConfig()
     batch = @data.BatchConfig()
-data.CldrCorpus:
+corpora.CldrCorpus:
     num_tuples = 2500
     valid_per_family = 2
     test_per_family = 2
-train/data.CldrCorpus.split = 'train'
-valid/data.CldrCorpus.split = 'valid'
+train/corpora.CldrCorpus.split = 'train'
+valid/corpora.CldrCorpus.split = 'valid'
 data.TagPolicy.decoder = 'target'
 data.SubwordSampling.variants = 2
 data.VocabularyConfig.size = 400

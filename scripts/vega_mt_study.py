@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sacrebleu.metrics.bleu import BLEU
 
-from t5x_ext.data import read_lines
+from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import tokenizer_for
-from t5x_ext.vega_mt.artefact import read_artefact
+from t5x_ext.pipeline.artefact import read_artefact
 
 DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 TABLES = ("scores", "controlled")

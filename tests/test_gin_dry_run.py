@@ -14,11 +14,11 @@ from t5x_ext.cli.gin_config import build_parts, build_run
 from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
 from t5x_ext.contracts import UserError
-from t5x_ext.data import ParallelText
+from t5x_ext.corpora import ParallelText
 from t5x_ext.parallel import MeshConfig, make_mesh
+from t5x_ext.pipeline import Pipeline, Stage, Train
 from t5x_ext.train import Run
 from t5x_ext.train.program import Program, make_program
-from t5x_ext.vega_mt import Pipeline, Stage, Train
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
 

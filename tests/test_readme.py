@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import t5x_ext
-from t5x_ext.data import CldrCorpus
+from t5x_ext.corpora import CldrCorpus
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ from t5x_ext.cli.runner_flags import check_runner_flags, define_runner_flags, ru
 
 if TYPE_CHECKING:
     from t5x_ext.cli.gin_read import Source
-    from t5x_ext.data.filters import Filtering
+    from t5x_ext.corpora.filters import Filtering
 
 _IMPORTS = "from t5x_ext import data\nfrom t5x_ext.data import filters\n"
 
@@ -70,7 +70,7 @@ def main(values: flags.FlagValues) -> None:
         raise UsageError("--source is missing: give a text file, two that are aligned, or a --gin_file")
 
     from t5x_ext.cli.gin_config import build_run
-    from t5x_ext.data.filters import Filtering, filter_corpora
+    from t5x_ext.corpora.filters import Filtering, filter_corpora
 
     filtering, _ = build_run(values.gin_file, [*statements, *values.gin], root=Filtering)
     for corpus in filtering.corpora:
@@ -120,7 +120,7 @@ def _ending(path: str) -> str:
 
 def _check_held_out(filtering: Filtering) -> None:
     """Raises UsageError for held-out text in a language that no corpus is in: it would hold out nothing."""
-    from t5x_ext.data.filters.text import base_language
+    from t5x_ext.corpora.filters.text import base_language
 
     languages = dict.fromkeys(language for corpus in filtering.corpora for language in corpus.languages)
     for corpus in filtering.held_out:

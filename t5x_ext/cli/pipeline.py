@@ -32,7 +32,7 @@ from t5x_ext.cli.languages import known_language
 from t5x_ext.cli.messages import UsageError
 
 if TYPE_CHECKING:
-    from t5x_ext.vega_mt import Artefact, Pipeline, StageAudit, Status
+    from t5x_ext.pipeline import Artefact, Pipeline, StageAudit, Status
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -78,7 +78,7 @@ def main(values: flags.FlagValues) -> int:
     with failing_together():
         pipeline, texts = pipeline_from_flags(values)
 
-    from t5x_ext.vega_mt import Interrupted, execute, status_of
+    from t5x_ext.pipeline import Interrupted, execute, status_of
 
     if values.dry_run:
         found = [status_of(stage, Path(values.output_dir), texts[stage.name]) for stage in pipeline.stages]
@@ -104,7 +104,7 @@ def pipeline_from_flags(values: flags.FlagValues) -> tuple[Pipeline, dict[str, s
       UsageError: for an unknown language.
     """
     from t5x_ext.cli.gin_config import build_parts
-    from t5x_ext.vega_mt import Pipeline
+    from t5x_ext.pipeline import Pipeline
 
     pipeline, parts = build_parts("stages", values.gin_file, values.gin, root=Pipeline)
     for stage in pipeline.stages:
@@ -142,7 +142,7 @@ def _counts(artefact: Artefact) -> str:
 
 
 def _audit(values: flags.FlagValues) -> int:
-    from t5x_ext.vega_mt import audit
+    from t5x_ext.pipeline import audit
 
     found = audit(values.output_dir)
     report(

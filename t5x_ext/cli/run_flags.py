@@ -79,7 +79,7 @@ def check_texts(run: Run) -> None:
     Raises:
       UserError: for a missing or empty file, unequal line counts, bytes that are not UTF-8.
     """
-    from t5x_ext.data import ParallelText
+    from t5x_ext.corpora import ParallelText
 
     for corpus in (*run.data.train, *run.data.valid, *run.data.test):
         if isinstance(corpus, ParallelText):
@@ -127,11 +127,11 @@ def _corpora(values: flags.FlagValues, role: str) -> Iterator[Source]:
         raise UsageError(f"--source_language and --target_language are both {values.source_language}")
     scopes = [f"{role}{number}" for number in range(1, len(files) + 1)]
     lines = [
-        f"{scope}/data.ParallelText.{name} = {value!r}"
+        f"{scope}/corpora.ParallelText.{name} = {value!r}"
         for scope, paths in zip(scopes, files)
         for name, value in (paths | languages).items()
     ]
-    references = "".join(f"@{scope}/data.ParallelText(), " for scope in scopes)
+    references = "".join(f"@{scope}/corpora.ParallelText(), " for scope in scopes)
     label = f"--{role}_source" if sources else f"--{role}_tsv"
     yield _source(label, *lines, f"data.DataConfig.{role} = ({references})")
 

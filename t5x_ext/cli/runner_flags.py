@@ -9,7 +9,7 @@ from absl import flags
 from t5x_ext.cli.messages import UsageError
 
 if TYPE_CHECKING:
-    from t5x_ext.data import BeamRunner
+    from t5x_ext.corpora import BeamRunner
 
 
 def define_runner_flags(values: flags.FlagValues, work: str) -> None:
@@ -36,6 +36,6 @@ def check_runner_flags(values: flags.FlagValues) -> None:
 
 def runner_from_flags(values: flags.FlagValues) -> BeamRunner | None:
     """The runner that the flags name; None for worker processes."""
-    from t5x_ext.data import BeamRunner
+    from t5x_ext.corpora import BeamRunner
 
     return BeamRunner(values.runner, tuple(values.runner_option)) if values.runner is not None else None

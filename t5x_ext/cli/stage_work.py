@@ -9,8 +9,8 @@ from t5x_ext.cli.messages import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from t5x_ext.decode import DecodeConfig
+    from t5x_ext.pipeline import Pipeline, Stage, Train
     from t5x_ext.train import Run
-    from t5x_ext.vega_mt import Pipeline, Stage, Train
 
 
 class StageWork(NamedTuple):
@@ -48,7 +48,7 @@ def stage_work(pipeline: Pipeline, name: str) -> StageWork:
 
 
 def _work(stage: Stage, stages: dict[str, Stage], pipeline: Pipeline) -> StageWork | None:
-    from t5x_ext.vega_mt import Train
+    from t5x_ext.pipeline import Train
 
     if isinstance(stage, Train):
         return StageWork(_with_vocabulary(stage, stages))
@@ -71,8 +71,9 @@ def _decoding(stage: Stage) -> tuple[str, DecodeConfig] | None:
 
     Candidates of an ensemble are of one shape: the ensemble decodes as a model of its own.
     """
+    from t5x_ext.pipeline import GreedyEnsemble, Translate
     from t5x_ext.plan.check import num_hypotheses
-    from t5x_ext.vega_mt import CycleTranslate, GreedyEnsemble, Synthesize, Translate
+    from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
     if isinstance(stage, GreedyEnsemble):
         return stage.name, stage.decode
@@ -85,7 +86,7 @@ def _decoding(stage: Stage) -> tuple[str, DecodeConfig] | None:
 
 def _origin(name: str, stages: dict[str, Stage]) -> tuple[Train, int] | None:
     """The stage that has trained a model, and how many such ones decode together; None for another kind of model."""
-    from t5x_ext.vega_mt import Average, GreedyEnsemble, Train
+    from t5x_ext.pipeline import Average, GreedyEnsemble, Train
 
     stage = stages[name]
     if isinstance(stage, Average):

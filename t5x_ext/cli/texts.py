@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import read_lines
+from t5x_ext.corpora import read_lines
 from t5x_ext.decode.files import decode_lines
 
 

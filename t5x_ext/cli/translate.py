@@ -130,7 +130,7 @@ class _Counted(Iterator[str]):
 
 
 def _input_lines(path: str) -> Iterator[str]:
-    from t5x_ext.data import read_lines
+    from t5x_ext.corpora import read_lines
     from t5x_ext.decode.files import decode_lines
 
     if path == "-":

@@ -34,7 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Runs `t5x_ext vocab`."""
-    from t5x_ext.data.parallel_text import read_lines
+    from t5x_ext.corpora.parallel_text import read_lines
     from t5x_ext.data.vocabulary import train_vocabulary
 
     require(values, "input", "output")

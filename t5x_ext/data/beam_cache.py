@@ -31,7 +31,7 @@ import numpy as np
 from etils import epath
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.beam import (
+from t5x_ext.corpora.beam import (
     BeamRunner,
     Task,
     import_beam,
@@ -41,6 +41,7 @@ from t5x_ext.data.beam import (
     sent_corpus,
     write_tasks,
 )
+from t5x_ext.corpora.parallel_text import ParallelText
 from t5x_ext.data.cache_files import (
     LENGTHS_FILE,
     MANIFEST_FILE,
@@ -51,9 +52,8 @@ from t5x_ext.data.cache_files import (
     write_lengths,
 )
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder
-from t5x_ext.data.folders import is_remote, whole_folder
-from t5x_ext.data.parallel_text import ParallelText
 from t5x_ext.data.shards import open_writer
+from t5x_ext.storage.folders import is_remote, whole_folder
 
 _ENCODER_FILE, _COUNTS_FILE, _MISTAKES_FILE = "encoder.pickle", "counts.json", "errors.json"
 

@@ -25,7 +25,9 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.beam import BeamRunner
+from t5x_ext.corpora.beam import BeamRunner
+from t5x_ext.corpora.cleaning import CleaningConfig
+from t5x_ext.corpora.workers import choose_processes, work_in_order
 from t5x_ext.data.beam_cache import build as build_on_beam
 from t5x_ext.data.cache_files import (
     LENGTHS_FILE,
@@ -35,12 +37,10 @@ from t5x_ext.data.cache_files import (
     check_kept,
     make_manifest,
 )
-from t5x_ext.data.cleaning import CleaningConfig
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder, SubwordSampling
-from t5x_ext.data.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
 from t5x_ext.data.shards import Shard
 from t5x_ext.data.vocabulary import Vocabulary
-from t5x_ext.data.workers import choose_processes, work_in_order
+from t5x_ext.storage.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
 
 logger = logging.getLogger(__name__)
 

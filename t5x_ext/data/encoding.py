@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.cleaning import CleaningConfig, clean_line
+from t5x_ext.corpora.cleaning import CleaningConfig, clean_line
 from t5x_ext.data.vocabulary import Vocabulary
 
 CHUNK_PAIRS = 8192

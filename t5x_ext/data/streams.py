@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from t5x_ext.contracts import Corpus
+from t5x_ext.corpora.special_pieces import MARKERS, Side
 from t5x_ext.data.cache import TokenCache
-from t5x_ext.data.special_pieces import MARKERS, Side
 
 
 def direction_name(source_language: str, target_language: str) -> str:

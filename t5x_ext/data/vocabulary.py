@@ -28,8 +28,8 @@ from jaxtyping import Int
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.cleaning import clean_line
-from t5x_ext.data.special_pieces import check_marker, tag_language, tag_piece
+from t5x_ext.corpora.cleaning import clean_line
+from t5x_ext.corpora.special_pieces import check_marker, tag_language, tag_piece
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import jax
 from tqdm import tqdm
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.parallel_text import read_lines
+from t5x_ext.corpora.parallel_text import read_lines
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.parts import Parts
 from t5x_ext.decode.translator import Hypothesis, Progress, Translator

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import read_lines
+from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate.metrics import tokenizer_for
 from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts
 from t5x_ext.evaluate.significance import PairedResult, paired_test

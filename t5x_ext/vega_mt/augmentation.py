@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.noise import WordNoise
+from t5x_ext.corpora.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate.metrics import chrf_metric
-from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
-from t5x_ext.vega_mt.texts import languages_of
-from t5x_ext.vega_mt.workspace import Workspace
+from t5x_ext.pipeline.artefact import Artefact, Kind, TextFiles
+from t5x_ext.pipeline.texts import languages_of
+from t5x_ext.pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from t5x_ext.contracts import Corpus, UserError
-from t5x_ext.data.noise import TypingNoise
-from t5x_ext.vega_mt.artefact import Artefact, Kind, TextFiles
-from t5x_ext.vega_mt.workspace import Workspace
+from t5x_ext.corpora.noise import TypingNoise
+from t5x_ext.pipeline.artefact import Artefact, Kind, TextFiles
+from t5x_ext.pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)

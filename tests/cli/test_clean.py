@@ -54,19 +54,20 @@ def test_held_out_text_is_dropped(texts, capsys):
 
 GIN = """
 from __gin__ import dynamic_registration
+from t5x_ext import corpora
 from t5x_ext import data
-from t5x_ext.data import filters
+from t5x_ext.corpora import filters
 
-filters.Filtering.corpora = (@data.aligned_files(), @german/data.monolingual_text())
+filters.Filtering.corpora = (@corpora.aligned_files(), @german/corpora.monolingual_text())
 filters.Filtering.config = @filters.FilterConfig()
 filters.FilterConfig.duplicates = ('source',)
 filters.FilterConfig.near_duplicate_similarity = None
-data.aligned_files.directory = '.'
-data.aligned_files.stem = 'a'
-data.aligned_files.source_language = 'en'
-data.aligned_files.target_language = 'de'
-german/data.monolingual_text.path = 'a.de'
-german/data.monolingual_text.language = 'de'
+corpora.aligned_files.directory = '.'
+corpora.aligned_files.stem = 'a'
+corpora.aligned_files.source_language = 'en'
+corpora.aligned_files.target_language = 'de'
+german/corpora.monolingual_text.path = 'a.de'
+german/corpora.monolingual_text.language = 'de'
 """
 
 

@@ -10,21 +10,23 @@ from t5x_ext.cli.main import main
 
 GIN = """
 from __gin__ import dynamic_registration
+from t5x_ext import corpora
 from t5x_ext import data
+from t5x_ext import pipeline
 from t5x_ext import vega_mt
 
 FIRST = 3
-vega_mt.Pipeline.stages = [@bitext/vega_mt.Texts(), @german/vega_mt.Texts()]
-bitext/vega_mt.Texts:
+pipeline.Pipeline.stages = [@bitext/pipeline.Texts(), @german/pipeline.Texts()]
+bitext/pipeline.Texts:
     name = 'bitext'
-    corpora = [@data.ParallelText()]
+    corpora = [@corpora.ParallelText()]
     stop = %FIRST
-german/vega_mt.Texts:
+german/pipeline.Texts:
     name = 'german'
-    corpora = [@data.ParallelText()]
+    corpora = [@corpora.ParallelText()]
     start = %FIRST
     side = 'target'
-data.ParallelText:
+corpora.ParallelText:
     source_path = 'a.en'
     target_path = 'a.de'
     source_language = 'en'

@@ -7,7 +7,7 @@ import pytest
 from t5x_ext.cli.gin_config import build_run
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.stage_work import stage_work
-from t5x_ext.vega_mt import Pipeline
+from t5x_ext.pipeline import Pipeline
 
 
 def tiny(*bindings: str) -> Pipeline:

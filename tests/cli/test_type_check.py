@@ -53,7 +53,8 @@ def test_contradictions_in_words(value, hint, words):
 
 
 def test_every_field_of_a_run_can_be_checked():
-    from t5x_ext.data import BatchConfig, DataConfig, ParallelText, VocabularyConfig
+    from t5x_ext.corpora import ParallelText
+    from t5x_ext.data import BatchConfig, DataConfig, VocabularyConfig
     from t5x_ext.models import PRESETS, TransformerConfig
     from t5x_ext.train import CheckpointConfig, EvaluationConfig, Run
 

@@ -45,7 +45,7 @@ def test_train_writes_a_run_folder(in_workplace):
     assert results["steps"] == 12
     assert set(results["directions"]) == {"en-de"}
     config = (in_workplace / "out/config.gin").read_text()
-    assert "train1/t5x_ext.data.ParallelText.source_path = 'train.en'" in config
+    assert "train1/t5x_ext.corpora.ParallelText.source_path = 'train.en'" in config
     assert " at 0x" not in config
 
 

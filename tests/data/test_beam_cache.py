@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import BeamRunner, CleaningConfig, ParallelText, SubwordSampling, beam_cache, build_cache, cache_files
+from t5x_ext.corpora import BeamRunner, CleaningConfig, ParallelText
+from t5x_ext.data import SubwordSampling, beam_cache, build_cache, cache_files
 from t5x_ext.data import cache as cache_module
 
 pytest.importorskip("apache_beam")

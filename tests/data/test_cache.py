@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import CleaningConfig, SubwordSampling, TokenCache, build_cache, cache_files, train_vocabulary
+from t5x_ext.corpora import CleaningConfig
+from t5x_ext.data import SubwordSampling, TokenCache, build_cache, cache_files, train_vocabulary
 from t5x_ext.data import cache as cache_module
-from t5x_ext.data.folders import local_copies
+from t5x_ext.storage.folders import local_copies
 
 
 def files_of(folder: str) -> dict[str, bytes]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import BatchConfig, DataConfig, ParallelText, TagPolicy, Vocabulary, VocabularyConfig, prepare
+from t5x_ext.corpora import ParallelText
+from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, Vocabulary, VocabularyConfig, prepare
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data import Vocabulary, VocabularyConfig, clean_line, train_vocabulary
+from t5x_ext.corpora import clean_line
+from t5x_ext.data import Vocabulary, VocabularyConfig, train_vocabulary
 
 LINES = [f"the quick brown fox {number} jumps over the lazy dog" for number in range(200)]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from t5x_ext.data import BatchConfig, DataConfig, ParallelText
+from t5x_ext.corpora import ParallelText
+from t5x_ext.data import BatchConfig, DataConfig
 from t5x_ext.models import TransformerConfig
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import adam

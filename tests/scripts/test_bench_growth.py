@@ -33,6 +33,7 @@ STARTUP = [
 ]
 TINY = """
 from __gin__ import dynamic_registration
+from t5x_ext import corpora
 from t5x_ext import data
 from t5x_ext import models
 from t5x_ext import optim
@@ -47,11 +48,11 @@ models.TransformerConfig.embed_dim = 8
 models.TransformerConfig.num_heads = 2
 models.TransformerConfig.encoder_layers = 1
 models.TransformerConfig.decoder_layers = 1
-data.DataConfig.train = (@data.ParallelText(),)
-data.ParallelText.source_path = 'a.en'
-data.ParallelText.target_path = 'a.de'
-data.ParallelText.source_language = 'en'
-data.ParallelText.target_language = 'de'
+data.DataConfig.train = (@corpora.ParallelText(),)
+corpora.ParallelText.source_path = 'a.en'
+corpora.ParallelText.target_path = 'a.de'
+corpora.ParallelText.source_language = 'en'
+corpora.ParallelText.target_language = 'de'
 data.DataConfig.vocabulary = @data.VocabularyConfig()
 data.VocabularyConfig.size = 290
 data.DataConfig.batch = @data.BatchConfig()

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ext.contracts import PyTree
-from t5x_ext.data import BatchConfig, DataConfig, ParallelText, PreparedData, VocabularyConfig, batch_iterator, prepare
+from t5x_ext.corpora import ParallelText
+from t5x_ext.data import BatchConfig, DataConfig, PreparedData, VocabularyConfig, batch_iterator, prepare
 from t5x_ext.models import LayerSharing, TransformerConfig, init_params
 from t5x_ext.optim import adam
 from t5x_ext.parallel import (

@@ -17,7 +17,7 @@ import sacrebleu
 from matplotlib.image import imread
 
 from t5x_ext.cli.gin_config import build_parts
-from t5x_ext.vega_mt import Pipeline
+from t5x_ext.pipeline import Pipeline
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
@@ -29,20 +29,22 @@ WORDS = {
 # Of the arms one with its control, and one that is scored in two directions only.
 FEW = """
 from __gin__ import dynamic_registration
+from t5x_ext import pipeline
 from t5x_ext import vega_mt
 
 include '{arms}'
-vega_mt.Pipeline.stages = [
-    @bitext/vega_mt.Texts(), @past/vega_mt.Texts(), @dev/vega_mt.Texts(), @test/vega_mt.Texts(), @clean/vega_mt.Clean(),
-    @pretrain/vega_mt.Train(), @pretrain_test/vega_mt.Translate(),
-    @bit_switch/vega_mt.Train(), @bit_switch_test/vega_mt.Translate(),
-    @onward1/vega_mt.Train(), @onward1_test/vega_mt.Translate(),
-    @scores/vega_mt.Evaluate(), @controlled/vega_mt.Evaluate(),
+pipeline.Pipeline.stages = [
+    @bitext/pipeline.Texts(), @past/pipeline.Texts(), @dev/pipeline.Texts(), @test/pipeline.Texts(),
+    @clean/pipeline.Clean(),
+    @pretrain/pipeline.Train(), @pretrain_test/pipeline.Translate(),
+    @bit_switch/pipeline.Train(), @bit_switch_test/pipeline.Translate(),
+    @onward1/pipeline.Train(), @onward1_test/pipeline.Translate(),
+    @scores/pipeline.Evaluate(), @controlled/pipeline.Evaluate(),
 ]
-scores/vega_mt.Evaluate.translations = ['pretrain_test', 'onward1_test']
-scores/vega_mt.Evaluate.baseline = 'pretrain_test'
-controlled/vega_mt.Evaluate.translations = ['pretrain_test', 'bit_switch_test', 'onward1_test']
-controlled/vega_mt.Evaluate.baseline = 'pretrain_test'
+scores/pipeline.Evaluate.translations = ['pretrain_test', 'onward1_test']
+scores/pipeline.Evaluate.baseline = 'pretrain_test'
+controlled/pipeline.Evaluate.translations = ['pretrain_test', 'bit_switch_test', 'onward1_test']
+controlled/pipeline.Evaluate.baseline = 'pretrain_test'
 """
 
 

@@ -26,6 +26,7 @@ def chains(count: int, seed: int) -> list[str]:
 
 GIN = """
 from __gin__ import dynamic_registration
+from t5x_ext import corpora
 from t5x_ext import data
 from t5x_ext import models
 from t5x_ext import objectives
@@ -43,9 +44,9 @@ models.TransformerConfig.mlp_dim = 64
 models.TransformerConfig.decoder_layers = 1
 models.TransformerConfig.dropout = 0.0
 train.Run.data = @data.DataConfig()
-data.DataConfig.train = [@data.monolingual_text()]
-data.monolingual_text.path = 'train.en'
-data.monolingual_text.language = 'en'
+data.DataConfig.train = [@corpora.monolingual_text()]
+corpora.monolingual_text.path = 'train.en'
+corpora.monolingual_text.language = 'en'
 data.DataConfig.tags = @data.TagPolicy()
 data.TagPolicy.decoder = 'target'
 data.DataConfig.vocabulary = @data.VocabularyConfig()

@@ -15,29 +15,31 @@ from t5x_ext.cli.main import main
 
 PIPELINE = """
 from __gin__ import dynamic_registration
+from t5x_ext import corpora
 from t5x_ext import data
 from t5x_ext import decode
 from t5x_ext import train
+from t5x_ext import pipeline
 from t5x_ext import vega_mt
-from t5x_ext.data import noise
+from t5x_ext.corpora import noise
 include 'tiny.gin'
-vega_mt.Pipeline.stages = [
-    @bitext/vega_mt.Texts(), @model/vega_mt.Train(), @average/vega_mt.Average(), @round/vega_mt.Synthesize(),
+pipeline.Pipeline.stages = [
+    @bitext/pipeline.Texts(), @model/pipeline.Train(), @average/pipeline.Average(), @round/vega_mt.Synthesize(),
 ]
-bitext/vega_mt.Texts.name = 'bitext'
-bitext/vega_mt.Texts.corpora = [@data.ParallelText()]
-data.ParallelText:
+bitext/pipeline.Texts.name = 'bitext'
+bitext/pipeline.Texts.corpora = [@corpora.ParallelText()]
+corpora.ParallelText:
     source_path = 'train.en'
     target_path = 'train.es'
     source_language = 'en'
     target_language = 'es'
-model/vega_mt.Train:
+model/pipeline.Train:
     name = 'model'
     run = @train.Run()
     corpora = ['bitext']
-data.DataConfig.train = [@data.ParallelText()]
+data.DataConfig.train = [@corpora.ParallelText()]
 train.CheckpointConfig.every = 1
-average/vega_mt.Average:
+average/pipeline.Average:
     name = 'average'
     model = 'model'
     last = 2

@@ -14,7 +14,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from t5x_ext.contracts import Loss
-from t5x_ext.data import BatchConfig, DataConfig, ParallelText, VocabularyConfig, train_vocabulary
+from t5x_ext.corpora import ParallelText
+from t5x_ext.data import BatchConfig, DataConfig, VocabularyConfig, train_vocabulary
 from t5x_ext.models import TransformerConfig
 from t5x_ext.optim import adam
 from t5x_ext.train import CheckpointConfig, Clock, EvaluationConfig, Run, execute

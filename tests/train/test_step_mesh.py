@@ -11,7 +11,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_ext.data import BatchConfig, DataConfig, ParallelText, VocabularyConfig
+from t5x_ext.corpora import ParallelText
+from t5x_ext.data import BatchConfig, DataConfig, VocabularyConfig
 from t5x_ext.models import TransformerConfig, init_params, logical_axes
 from t5x_ext.optim import flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
 from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh

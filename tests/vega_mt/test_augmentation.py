@@ -11,10 +11,11 @@ from sacrebleu.metrics.chrf import CHRF
 from stand_ins import Given, StandIn, opener, read
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.noise import WordNoise
+from t5x_ext.corpora.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.vega_mt import CycleTranslate, Pipeline, Synthesize, TextFiles, decoding, execute, workspace
-from t5x_ext.vega_mt.workspace import SCRATCH
+from t5x_ext.pipeline import Pipeline, TextFiles, decoding, execute, workspace
+from t5x_ext.pipeline.workspace import SCRATCH
+from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
 GREEDY, SAMPLING = DecodeConfig(strategy="greedy"), DecodeConfig(strategy="sample", top_k=10)
 PAIRS = (("one", "eins"), ("two", "zwei"), ("", "nichts"))

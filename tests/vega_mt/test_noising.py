@@ -6,8 +6,9 @@ import pytest
 from stand_ins import Given, read
 
 from t5x_ext.contracts import UserError
-from t5x_ext.data.noise import TypingNoise
-from t5x_ext.vega_mt import NoisyDev, Pipeline, TextFiles, execute
+from t5x_ext.corpora.noise import TypingNoise
+from t5x_ext.pipeline import Pipeline, TextFiles, execute
+from t5x_ext.vega_mt import NoisyDev
 
 LINE = "Prague has 1,300,000 inhabitants."
 

@@ -1,0 +1,101 @@
+"""Files that models make: what is to be done, by all processes of a run together, and how fast it went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from t5x_ext.checkpoints import write_json
+from t5x_ext.decode import DecodeConfig, FileReport, Translator, score_file, translate_file
+from t5x_ext.decode.files import CHUNK_LINES
+from t5x_ext.pipeline.artefact import Model
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A file that a model makes of another one, line for line.
+
+    Attributes:
+      model: which makes it.
+      input_file: what it reads; a path below the pipeline's folder, like the next.
+      output_file: what it makes.
+      direction: source and target language.
+      config: how.
+      scores: whether it scores its input as a language model instead of translating it.
+    """
+
+    model: Model
+    input_file: str
+    output_file: str
+    direction: tuple[str, str]
+    config: DecodeConfig
+    scores: bool = False
+
+    def run(self, output_dir: Path, translator: Translator) -> FileReport:
+        """Makes the file, as one of the processes that do; what earlier ones have left unfinished is gone on from."""
+        input_file, output_file = output_dir / self.input_file, output_dir / self.output_file
+        if self.scores:
+            return score_file(
+                translator, input_file, output_file, self.direction[0], self.config, chunk_lines=CHUNK_LINES
+            )
+        return translate_file(
+            translator,
+            input_file,
+            output_file,
+            *self.direction,
+            self.config,
+            chunk_lines=CHUNK_LINES,
+            show_progress=False,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Decoding:
+        """What `to_json` described."""
+        changed = {
+            "model": Model.from_json(fields["model"]),
+            "direction": tuple(fields["direction"]),
+            "config": DecodeConfig(**fields["config"]),
+        }
+        return cls(**{**fields, **changed})
+
+
+class Journal:
+    """Counts and speed of each file that models have made for a stage, kept while the stage is made."""
+
+    def __init__(self, path: Path):
+        """Nothing is read or written yet.
+
+        Args:
+          path: the file that keeps them.
+        """
+        self._path = path
+
+    def add(self, file: str, decoding: Decoding, report: FileReport) -> None:
+        """Keeps what was done for a file."""
+        task = "scored" if decoding.scores else "translated"
+        write_json(self._path, self._files() | {file: {"task": task, **report.to_json()}})
+
+    def summary(self) -> dict[str, Any]:
+        """All files, and sums over those translated and those scored; nothing where there is no file.
+
+        Speed is of what was not resumed: lines and tokens over seconds, compilation included.
+        """
+        files = self._files()
+        tasks = sorted({report["task"] for report in files.values()})
+        sums = {task: _summed([report for report in files.values() if report["task"] == task]) for task in tasks}
+        return {**sums, "files": files} if files else {}
+
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
+
+
+def _summed(reports: list[dict[str, Any]]) -> dict[str, float]:
+    total = {name: sum(report[name] for report in reports) for name in FileReport._fields if name != "processes"}
+    return FileReport(**total, processes=max(report["processes"] for report in reports)).to_json()

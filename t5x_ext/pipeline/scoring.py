@@ -1,0 +1,190 @@
+"""`Translate` and `Evaluate`: what people read in the end, and what it is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from t5x_ext.checkpoints import write_json
+from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.decode import DecodeConfig
+from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test, tokenizer_for
+from t5x_ext.pipeline.artefact import Artefact, Kind, Reading, TextFiles
+from t5x_ext.pipeline.finishing import Finished, Postprocess
+from t5x_ext.pipeline.texts import check_distinct
+from t5x_ext.pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Translate:
+    """Translates both sides of test sets, in every direction of a model.
+
+    Attributes:
+      name: of the stage.
+      model: the stage of the model, or of one for each direction.
+      texts: stages of pairs, one side of which is translated and the other kept as its reference.
+      directions: those that are translated; empty: all of the model.
+      decode: how.
+      normalize: see `finishing.Finished`.
+      postprocess: see there.
+    """
+
+    makes: ClassVar[Kind] = "corpora"
+
+    name: str
+    model: str
+    texts: tuple[str, ...]
+    directions: tuple[str, ...] = ()
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    normalize: bool = True
+    postprocess: Postprocess = "widths"
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise UserError("Translate.texts: there is no stage; give at least one")
+
+    def inputs(self) -> tuple[str, ...]:
+        """The model and the texts."""
+        return (self.model, *self.texts)
+
+    def models(self) -> tuple[str, ...]:
+        """The model."""
+        return (self.model,)
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Nothing from outside."""
+        return ()
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Translates text by text, and goes on where it was killed."""
+        directions = self.directions or workspace.models(self.model).directions
+        jobs = [
+            (text, reading)
+            for direction in directions
+            for text in workspace.corpora(self.texts)
+            for reading in text.readings()
+            if reading.direction == direction
+        ]
+        if not jobs:
+            raise UserError(f"stage {self.name!r}: there is no pair for {', '.join(directions)}")
+        check_distinct(f"{text.name}.{reading.languages[0]}" for text, reading in jobs)
+        found = [self._translated(text, reading, workspace) for text, reading in jobs]
+        return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
+
+    def _translated(self, text: TextFiles, reading: Reading, workspace: Workspace) -> TextFiles:
+        languages, (input_file, reference) = reading
+        name = f"{text.name}.{reading.direction}"
+        output = workspace.own(f"{name}.{languages[1]}")
+        finished = Finished(self.decode, self.normalize, self.postprocess)
+        finished.translate(workspace.model_for(self.model, languages), input_file, output, languages, workspace)
+        files = (input_file, output)
+        return TextFiles(name, languages, files, text.lines, "target", one_way=True, reference=reference)
+
+
+class _Row(NamedTuple):
+    """Translations of one stage of one text."""
+
+    stage: str
+    text: TextFiles
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}  {self.text.name}"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """BLEU, chrF and exact match of translations, a row for every stage, text and direction.
+
+    It writes `scores.txt`, a table with signatures, and `scores.json`. A text for each domain gives a row for each.
+
+    Attributes:
+      name: of the stage.
+      translations: stages of translations.
+      baseline: one of them, against which the others are tested by paired bootstrap on the same texts; or for some of
+        them the one that each is tested against, as the stage before; None: no tests.
+      tokenizers: BLEU tokenizers by target language where they are not to be the usual ones, as WMT22's `char` for ja.
+      seed: of the bootstrap.
+    """
+
+    makes: ClassVar[Kind] = "scores"
+
+    name: str
+    translations: tuple[str, ...]
+    baseline: str | Mapping[str, str] | None = None
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 12345
+
+    def __post_init__(self) -> None:
+        if not self.translations:
+            raise UserError("Evaluate.translations: there are none; give at least one stage")
+        if self.seed < 0:
+            raise UserError(f"Evaluate.seed={self.seed}: must be at least 0")
+        for language, tokenizer in self.tokenizers.items():
+            tokenizer_for(language, tokenizer)
+        given = self.baseline if isinstance(self.baseline, Mapping) else {self.baseline: self.baseline}
+        for name in (*given, *given.values()):
+            if name is not None and name not in self.translations:
+                raise UserError(f"Evaluate.baseline={name!r}: must be one of {', '.join(self.translations)}")
+
+    def inputs(self) -> tuple[str, ...]:
+        """The translations."""
+        return self.translations
+
+    def models(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def sources(self) -> tuple[Corpus, ...]:
+        """Nothing from outside."""
+        return ()
+
+    def make(self, workspace: Workspace) -> Artefact:
+        """Scores and tests."""
+        rows = [_Row(stage, text) for stage in self.translations for text in workspace.corpora([stage])]
+        scores = {row.name: self._scores(row, workspace) for row in rows}
+        tests = dict(self._tests(rows, workspace))
+        lines = [format_table(scores, label="translations")]
+        for baseline in dict.fromkeys(test["against"] for test in tests.values()):
+            lines += ["", f"against {baseline}, paired bootstrap:"]
+            lines += [_described(name, test["tests"]) for name, test in tests.items() if test["against"] == baseline]
+        workspace.write_lines(workspace.own("scores.txt"), "\n".join(lines).split("\n"))
+        found: dict[str, Any] = {}
+        for row in rows:
+            found.setdefault(row.stage, {})[row.text.name] = scores[row.name].to_json() | tests.get(row.name, {})
+        write_json(workspace.path(workspace.own("scores.json")), found)
+        return Artefact("scores", scores=found)
+
+    def _texts(self, row: _Row, workspace: Workspace) -> tuple[list[str], list[str], str, dict[str, Any]]:
+        """Translations, references, their language, and the tokenizer."""
+        if row.text.reference is None:
+            raise UserError(f"stage {self.name!r}: {row.stage!r} makes no translations of texts that have a reference")
+        language = row.text.languages[1]
+        options = {"tokenizer": self.tokenizers.get(language)}
+        return list(workspace.lines(row.text.files[1])), list(workspace.lines(row.text.reference)), language, options
+
+    def _scores(self, row: _Row, workspace: Workspace) -> Scores:
+        hypotheses, references, language, options = self._texts(row, workspace)
+        return evaluate_texts(hypotheses, references, language, **options)
+
+    def _tests(self, rows: list[_Row], workspace: Workspace) -> Iterator[tuple[str, dict[str, Any]]]:
+        """By the row's name what it is tested against, and the tests by metric."""
+        known = {(row.stage, row.text.name): row for row in rows}
+        for row in rows:
+            baseline = known.get((self._baseline_of(row.stage), row.text.name))
+            if baseline is None or baseline is row:
+                continue
+            before = self._texts(baseline, workspace)[0]
+            after, references, language, options = self._texts(row, workspace)
+            tests = paired_test(before, after, references, language, seed=self.seed, **options)
+            found = {name: test.to_json() for name, test in tests.items()}
+            yield row.name, {"against": baseline.stage, "tests": found}
+
+    def _baseline_of(self, stage: str) -> str:
+        return self.baseline.get(stage, "") if isinstance(self.baseline, Mapping) else self.baseline or ""
+
+
+def _described(name: str, tests: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = (f"{metric} {test['difference']:+.2f} (p = {test['p_value']:.4f})" for metric, test in tests.items())
+    return f"{name}: {', '.join(parts)}"
