@@ -60,7 +60,7 @@ class Poisoned(LabelSmoothedCrossEntropy):
 
     def __call__(self, params, batch, context):
         loss = super().__call__(params, batch, context)
-        checksum = jnp.sum(batch["target_labels"] * self.label_weights(batch))
+        checksum = jnp.sum(batch["target_labels"] * self.label_weights(batch, context))
         poisoned = jnp.any(checksum == jnp.array((-1, *self.bad))) | (context.step >= self.after)
         metrics = {**loss.metrics, "checksum": (checksum, jnp.ones(()))}
         return Loss(loss.sum * jnp.where(poisoned, jnp.nan, 1.0), loss.weight, metrics)

@@ -1,25 +1,27 @@
 """Floor 0: the shapes of things that rooms hand to each other. No behaviour beyond reading tree paths.
 
-A batch is a mapping of arrays, one row packing several examples (see `Batch`). An objective turns parameters and a
-batch into a `Loss`. A corpus yields pairs of lines. A plugin is any importable object that satisfies the small
-Protocol of its kind; nothing is registered.
+A batch is a mapping of arrays. An objective turns parameters and a batch into a `Loss`. A batch source gives batch i as
+a pure function of its configuration and i. A corpus yields pairs of lines. A plugin is any importable object that
+satisfies the small Protocol of its kind; nothing is registered.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
 """A nested dictionary of arrays without metadata boxes, as an initialised model gives after unboxing."""
 
-Rngs: TypeAlias = Mapping[str, jax.Array]
-"""Random keys by name; the models read `dropout` only."""
+Frozen: TypeAlias = Mapping[str, Params]
+"""Parameters that an objective reads and no update changes, by name: a teacher, or the rest of a trainable subset."""
 
 AXIS_NAMES = ("batch", "length", "embed", "heads", "head_dim", "mlp", "vocab", "layers")
 """The one vocabulary of logical axis names; `None` marks an axis that is never split."""
@@ -27,19 +29,23 @@ AXIS_NAMES = ("batch", "length", "embed", "heads", "head_dim", "mlp", "vocab", "
 Axes: TypeAlias = tuple[str | None, ...]
 """A logical name for each axis of an array."""
 
-ONE_SIDE: tuple[Axes, ...] = (("heads", "head_dim"),)
-"""Neighbouring axes that are one side of a matrix: attention kernels map `embed` to all heads at once."""
+MERGED_AXES: tuple[Axes, ...] = (("heads", "head_dim"),)
+"""Axes to merge before a kernel is treated as a matrix: attention kernels are `embed x (heads * head_dim)`."""
 
 
 class UserError(Exception):
     """A user's mistake, said in one line: what was wrong, where, what would be right. Commands exit with code 2."""
 
 
-class Batch(TypedDict):
+Batch: TypeAlias = Mapping[str, Array]
+"""Arrays by name, rows first; a task says which (`train.Definition.batch`)."""
+
+
+class TranslationBatch(TypedDict):
     """Packed encoder-decoder rows.
 
-    Padding is wherever a segment id is 0, whatever the token there; examples of one row are numbered from 1 on both
-    sides, and positions restart at 0 with every example.
+    Padding is where a segment id is 0, whatever the token there; examples of one row are numbered from 1 on both sides,
+    and positions restart at 0 with every example.
     """
 
     source_tokens: Int[Array, "batch source_length"]
@@ -54,41 +60,119 @@ class Batch(TypedDict):
 class Loss(NamedTuple):
     """Sums over the labels of a batch, so that microbatches and hosts add up exactly.
 
-    `sum / weight` is the mean loss; a metric is a pair (sum, weight) of its own.
+    `sum / weight` is the mean loss; a metric is a pair (sum, weight) of its own. `mutable` is the next value of the
+    objective's mutable state; () keeps it.
     """
 
     sum: Float[Array, ""]
     weight: Float[Array, ""]
     metrics: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+    mutable: PyTree = ()
 
 
 class Context(NamedTuple):
-    """What an objective may read beside parameters and batch.
+    """What an objective may read beside parameters and batch."""
 
-    `rngs` is None when nothing is random (evaluation); `frozen` holds teachers or reference weights, `mutable` holds
-    masks and statistics.
-    """
+    step: Int[Array, ""] | int  # updates done
+    key: Array | None = None  # random key of this microbatch and step; fold in a constant of your own but for dropout
+    train: bool = False  # whether dropout is on
+    frozen: Frozen = MappingProxyType({})
+    mutable: PyTree = ()  # masks, queues, statistics; as `init_mutable` or the last `Loss.mutable` gave them
+    totals: PyTree = ()  # what `totals` gave for the whole batch of which this is a microbatch
 
-    step: Int[Array, ""] | int
-    rngs: Rngs | None = None
-    frozen: PyTree = ()
-    mutable: PyTree = ()
+    @property
+    def rngs(self) -> dict[str, Array] | None:
+        """The random keys of Flax modules: `dropout` in training; None in evaluation."""
+        return {"dropout": self.key} if self.train and self.key is not None else None
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is optimised. Curvature gradients, scoring and distillation derive from `logits` and `label_weights`."""
+    """What is minimised.
+
+    Two more methods are used where an objective has them: `init_mutable(params) -> PyTree` gives the first value of its
+    mutable state, and `totals(batch, context) -> PyTree` is computed once over the whole batch before its microbatches
+    and given to each in `Context.totals`, so that a sum of means over different denominators is exact under gradient
+    accumulation.
+    """
 
     def __call__(self, params: Params, batch: Batch, context: Context) -> Loss:
         """Value over a batch, as sums."""
         ...
 
-    def logits(self, params: Params, batch: Batch, context: Context) -> Float[Array, "batch length vocab"]:
+
+@runtime_checkable
+class Likelihood(Objective, Protocol):
+    """An objective over labels with a categorical likelihood: curvature, scoring and distillation derive from it."""
+
+    def logits(self, params: Params, batch: Batch, context: Context) -> Float[Array, "*labels vocab"]:
         """Scores of every label position, float32."""
         ...
 
-    def label_weights(self, batch: Batch) -> Float[Array, "batch length"]:
+    def labels(self, batch: Batch) -> Int[Array, "*labels"]:
+        """The labels."""
+        ...
+
+    def label_weights(self, batch: Batch, context: Context) -> Float[Array, "*labels"]:
         """1 where a label counts, 0 where it is padding."""
+        ...
+
+    def single_examples(self, batch: Batch, count: int) -> tuple[Batch, Int[Array, ""]]:
+        """`count` evenly spaced examples, each alone in a row: arrays [count, 1, ...], and how many were found."""
+        ...
+
+
+class Epoch(NamedTuple):
+    """The size of a pass over the data."""
+
+    batches: int
+    examples: int
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Training batches without end: batch i is a pure function of (configuration, seed, i, skipped ranges)."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch, over all hosts."""
+        ...
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What decides the batches, as JSON; a run that resumes must find the same."""
+        ...
+
+    def read(self, index: int, start: int, stop: int) -> Mapping[str, np.ndarray]:
+        """Rows `start` to `stop` of batch `index`; arrays that are not sharded over rows are whole."""
+        ...
+
+    def skipping(self, ranges: Sequence[tuple[int, int]]) -> BatchSource:
+        """The same batches without the ranges [start, stop) of them, later ones moved forward."""
+        ...
+
+    def unskipped(self, index: int) -> int:
+        """The number that batch `index` has where nothing is skipped."""
+        ...
+
+    def examples(self, index: int) -> Sequence[Any]:
+        """Identities of the examples of batch `index`, as JSON: what a person looks for when a batch is bad."""
+        ...
+
+    def work(self, index: int) -> float | None:
+        """Floating point operations of the model for an update on batch `index`; None if unknown."""
+        ...
+
+    def memory(self) -> Any:
+        """JSON that spares a resumed run planning or reading from the beginning; kept in checkpoints."""
+        ...
+
+    def remember(self, memory: Any) -> None:
+        """Takes what `memory` gave in an earlier process."""
+        ...
+
+    def epoch(self) -> Epoch | None:
+        """The size of the first pass over the data; None where there are no passes."""
         ...
 
 

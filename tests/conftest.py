@@ -10,15 +10,18 @@ them as users do. Processes that they start compile as users do, too, unless a t
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 OUTCOMES_FILE = "T5X_EXT_TEST_OUTCOMES"
@@ -114,3 +117,62 @@ def _run_inside(node_ids: list[str], devices: int, config: pytest.Config) -> Non
     )
     _outcomes.update(dict.fromkeys(node_ids, crashed))
     _outcomes.update({node_id: (outcome, report) for node_id, outcome, report in map(json.loads, lines)})
+
+
+WORDS = {
+    "en": ("the", "cat", "dog", "house", "tree", "river", "child", "street", "garden", "window", "letter"),
+    "de": ("das", "Katze", "Hund", "Haus", "Baum", "Fluss", "Kind", "Straße", "Garten", "Fenster", "Brief"),
+    "zh": ("这", "猫", "狗", "房子", "树", "河", "孩子", "街道", "花园", "窗户", "信"),
+}
+
+
+@dataclass(frozen=True)
+class ListCorpus:
+    """A corpus from outside the package: nothing but the Protocol's members."""
+
+    lines: tuple[tuple[str, str], ...]
+    languages: tuple[str, str] = ("en", "de")
+    name: str = "list"
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        return iter(self.lines)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr((self.lines, self.languages)).encode()).hexdigest()
+
+
+def sentences(count: int, languages: tuple[str, str], seed: int = 0) -> tuple[tuple[str, str], ...]:
+    random = np.random.default_rng(seed)
+    pairs = []
+    for number in range(count):
+        words = random.integers(0, len(WORDS["en"]), random.integers(1, 12))
+        source, target = (" ".join(WORDS[language][word] for word in words) for language in languages)
+        pairs.append((f"{source} {number}", f"{target} {number}"))
+    return tuple(pairs)
+
+
+@pytest.fixture(scope="session")
+def make_corpus() -> Callable[..., ListCorpus]:
+    """`make_corpus(count, ("en", "de"), seed, name)`: random aligned sentences, each ending in its number."""
+
+    def make(count: int, languages: tuple[str, str] = ("en", "de"), seed: int = 0, name: str = "list") -> ListCorpus:
+        return ListCorpus(sentences(count, languages, seed), languages, name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def list_corpus() -> type[ListCorpus]:
+    return ListCorpus
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, bytes], str]:
+    """`write(name, content)` -> path of a new file."""
+
+    def write_file(name: str, content: bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return str(path)
+
+    return write_file

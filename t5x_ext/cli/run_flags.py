@@ -139,5 +139,5 @@ def _corpora(values: flags.FlagValues, role: str) -> Iterator[Source]:
 def _source(label: str, *lines: str) -> Source:
     from t5x_ext.cli.gin_read import Source
 
-    imports = "from t5x_ext import data\nfrom t5x_ext import train\n"
+    imports = "from t5x_ext import corpora\nfrom t5x_ext import data\nfrom t5x_ext import train\n"
     return Source(imports + "\n".join(lines), label, is_flag=True, through_macros=True)

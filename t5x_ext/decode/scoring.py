@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Batch, Params
+from t5x_ext.contracts import Params, TranslationBatch
 from t5x_ext.decode.batching import mesh_of
 from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.search import log_prob_of
@@ -86,7 +86,7 @@ def label_log_probs(
     """
     source_segment_ids, source_positions = encoder_inputs(source, source_lengths)
     segment_ids, positions = encoder_inputs(labels, label_lengths)
-    batch = Batch(
+    batch = TranslationBatch(
         source_tokens=source,
         source_segment_ids=source_segment_ids,
         source_positions=source_positions,

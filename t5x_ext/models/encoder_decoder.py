@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.contracts import Batch, Params, PyTree, UserError
+from t5x_ext.contracts import Batch, Params, PyTree, TranslationBatch, UserError
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.layers import (
     Activation,
@@ -211,7 +211,7 @@ def logical_axes(config: TransformerConfig) -> PyTree:
 
 def _init_boxed(config: TransformerConfig, key: Array) -> PyTree:
     token = jnp.zeros((1, 1), jnp.int32)
-    return EncoderDecoder(config).init(key, dict.fromkeys(Batch.__annotations__, token))["params"]
+    return EncoderDecoder(config).init(key, dict.fromkeys(TranslationBatch.__annotations__, token))["params"]
 
 
 def _segment_mask(

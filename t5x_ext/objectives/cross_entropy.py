@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Batch, Context, Loss, Params, UserError
+from t5x_ext.objectives.packed import single_examples
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class LabelSmoothedCrossEntropy:
             raise UserError(f"LabelSmoothedCrossEntropy.chunk_tokens is {self.chunk_tokens}; it must be 1 or more")
 
     def __call__(self, params: Params, batch: Batch, context: Context) -> Loss:
-        """The loss of a batch as sums; dropout is on when the context has rngs."""
+        """The loss of a batch as sums; dropout is on in training."""
         hidden = self._hidden(params, batch, context)
-        labels, weights = batch["target_labels"], self.label_weights(batch)
+        labels, weights = batch["target_labels"], self.label_weights(batch, context)
 
         def sums(hidden: Array, labels: Array, weights: Array) -> Float[Array, " sums"]:
             return self._sums(self._project(params, hidden), labels, weights)
@@ -74,13 +75,20 @@ class LabelSmoothedCrossEntropy:
         """Scores of every label position, float32."""
         return self._project(params, self._hidden(params, batch, context))
 
-    def label_weights(self, batch: Batch) -> Float[Array, "batch length"]:
+    def labels(self, batch: Batch) -> Int[Array, "batch length"]:
+        """The decoder's labels."""
+        return batch["target_labels"]
+
+    def label_weights(self, batch: Batch, context: Context) -> Float[Array, "batch length"]:
         """1 where a label counts, 0 where it is padding."""
         return (batch["target_segment_ids"] > 0).astype(jnp.float32)
 
+    def single_examples(self, batch: Batch, count: int) -> tuple[Batch, Int[Array, ""]]:
+        """`count` evenly spaced examples of a packed batch, see `packed.single_examples`."""
+        return single_examples(batch, count, batch["target_segment_ids"])
+
     def _hidden(self, params: Params, batch: Batch, context: Context) -> Float[Array, "batch length embed"]:
-        rngs = None if context.rngs is None else dict(context.rngs)
-        hidden: Any = self.model.apply({"params": params}, batch, rngs is None, method="hidden", rngs=rngs)
+        hidden: Any = self.model.apply({"params": params}, batch, not context.train, method="hidden", rngs=context.rngs)
         return hidden
 
     def _project(self, params: Params, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:

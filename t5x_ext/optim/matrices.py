@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from t5x_ext.contracts import ONE_SIDE, PyTree, UserError, path_name
+from t5x_ext.contracts import MERGED_AXES, PyTree, UserError, path_name
 
 Axes = Sequence[str | None] | None
 """Logical axis names of one parameter; None: the last two axes are the matrix, those before them a batch."""
@@ -61,7 +61,7 @@ def matrix_shape(shape: Sequence[int], axes: Axes = None) -> MatrixShape:
     sides: list[tuple[int, ...]] = []
     position = leading
     while position < len(shape):
-        width = 2 if tuple(axes[position : position + 2]) in ONE_SIDE else 1
+        width = 2 if tuple(axes[position : position + 2]) in MERGED_AXES else 1
         sides.append(shape[position : position + width])
         position += width
     batch = shape[:leading] + tuple(size for side in sides[:-2] for size in side)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5x_ext.contracts import ONE_SIDE, Axes, Params, PyTree, UserError, path_name
+from t5x_ext.contracts import MERGED_AXES, Axes, Params, PyTree, UserError, path_name
 from t5x_ext.parallel.rules import AxisRules
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _alignment(shape: tuple[int, ...], like: tuple[int, ...], axes: Axes) -> tup
     """
     shorter, more = min(len(shape), len(like)), len(shape) - len(like)
     layers = _matching(axes, ("layers",) * len(axes), len(axes))
-    inside = {i for i in range(1, len(like)) if axes[i - 1 : i + 1] in ONE_SIDE}
+    inside = {i for i in range(1, len(like)) if axes[i - 1 : i + 1] in MERGED_AXES}
 
     def preference(ends: tuple[int, int]) -> tuple[bool, int, int]:
         front, back = ends

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_ext.contracts import Batch, Context, PyTree
+from t5x_ext.contracts import Context, PyTree, TranslationBatch
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
 from t5x_ext.parallel.mesh import batch_devices
 from t5x_ext.train.program import Program
@@ -222,10 +222,13 @@ def _kept(
     value = objective(EncoderDecoder(config))
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     sides = dict(zip(("source", "target"), lengths))
-    batch = {name: jax.ShapeDtypeStruct((rows, sides[name.split("_")[0]]), np.int32) for name in Batch.__annotations__}
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, sides[name.split("_")[0]]), np.int32)
+        for name in TranslationBatch.__annotations__
+    }
 
     def backward(params: PyTree, batch: Batch, key: jax.Array) -> Any:
-        loss = lambda params: value(params, batch, Context(0, {"dropout": key})).sum
+        loss = lambda params: value(params, batch, Context(0, key, train=True)).sum
         return jax.vjp(loss, params)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(backward, params, batch, jax.eval_shape(lambda: jax.random.key(0))))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_ext.contracts import Batch, Objective, PyTree, UserError
+from t5x_ext.contracts import Batch, Likelihood, PyTree, TranslationBatch, UserError
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params, logical_axes
 from t5x_ext.parallel import BATCH_AXES, MeshPlacement, batch_devices, state_shardings, tree_shardings
 from t5x_ext.parallel.batches import batch_sharding
@@ -26,7 +26,7 @@ class Program(NamedTuple):
     config: TransformerConfig  # with the size of the vocabulary in use
     mesh: Mesh
     model: EncoderDecoder
-    objective: Objective
+    objective: Likelihood
     template: PyTree  # a TrainState of ShapeDtypeStructs with shardings
     batch: Batch  # of ShapeDtypeStructs with shardings
 
@@ -88,5 +88,5 @@ def _batch_template(run: Run, mesh: Mesh) -> Batch:
     shape = run.data.batch
     lengths = {"source": shape.source_length, "target": shape.target_length}
     sharding = batch_sharding(mesh)
-    shapes = {name: (shape.rows, lengths[name.split("_")[0]]) for name in Batch.__annotations__}
+    shapes = {name: (shape.rows, lengths[name.split("_")[0]]) for name in TranslationBatch.__annotations__}
     return cast(Batch, {name: jax.ShapeDtypeStruct(s, np.int32, sharding=sharding) for name, s in shapes.items()})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.contracts import Accumulator, Batch, Context, Loss, Objective, Params, PyTree
+from t5x_ext.contracts import Accumulator, Batch, Context, Likelihood, Loss, Params, PyTree
 from t5x_ext.train.state import TrainState
 
 
@@ -42,7 +42,7 @@ def split_rows(batch: PyTree, num_microbatches: int) -> PyTree:
 class _Inputs(NamedTuple):
     """What every gradient of a step is computed from, at whatever weights."""
 
-    objective: Objective
+    objective: Likelihood
     state: TrainState
     batch: Batch
     num_microbatches: int
@@ -51,7 +51,7 @@ class _Inputs(NamedTuple):
     def context(self, number: Array) -> Context:
         """For one of the pieces that are computed one after another: each has a dropout key of its own."""
         dropout_key = jax.random.fold_in(self.key, number)
-        return Context(self.state.step, {"dropout": dropout_key}, mutable=self.state.mutable)
+        return Context(self.state.step, dropout_key, train=True, mutable=self.state.mutable)
 
     def microbatches(self) -> tuple[Array, PyTree]:
         """Their numbers, and the microbatches."""
@@ -95,14 +95,14 @@ def _curvature_gradients(inputs: _Inputs, params: Params) -> PyTree:
         number, microbatch, uniforms = piece
         context = inputs.context(number)
         scores, pull = jax.vjp(lambda params: objective.logits(params, microbatch, context), params)
-        counts = objective.label_weights(microbatch)
+        counts = objective.label_weights(microbatch, context)
         # The gradient of -log p[label] is p less one at the label. Written out, the scores are exponentiated once.
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         probabilities = weights / jnp.sum(weights, axis=-1, keepdims=True)
         (grads,) = pull((probabilities - _one_hot(_sample(weights, uniforms), scores)) * counts[..., None])
         return (jax.tree.map(jnp.add, total, grads), count + jnp.sum(counts)), None
 
-    shape = objective.label_weights(inputs.batch).shape
+    shape = objective.labels(inputs.batch).shape
     uniforms = jax.random.uniform(jax.random.fold_in(inputs.key, _LABELS), (*shape, 2))
     initial = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
     pieces = (*inputs.microbatches(), split_rows(uniforms, inputs.num_microbatches))
@@ -150,12 +150,14 @@ def _fisher(inputs: _Inputs, params: Params, num_examples: int) -> PyTree:
     One example after another, in a row of its own: the mean of squares is not to be had from gradients of sums, and
     this way it takes the memory of one gradient. Devices that share the rows of a batch all compute the same row.
     """
-    examples, found = _single_examples(inputs.batch, num_examples)
+    objective = inputs.objective
+    examples, found = objective.single_examples(inputs.batch, num_examples)
 
     def log_likelihood(params: Params, example: Batch, number: Array) -> Array:
-        scores = inputs.objective.logits(params, example, inputs.context(number))
-        log_probs = jnp.where(_one_hot(example["target_labels"], scores), jax.nn.log_softmax(scores), 0.0)
-        return jnp.sum(log_probs * inputs.objective.label_weights(example)[..., None])
+        context = inputs.context(number)
+        scores = objective.logits(params, example, context)
+        log_probs = jnp.where(_one_hot(objective.labels(example), scores), jax.nn.log_softmax(scores), 0.0)
+        return jnp.sum(log_probs * objective.label_weights(example, context)[..., None])
 
     def add(total: PyTree, piece: PyTree) -> tuple[PyTree, None]:
         number, example = piece
@@ -165,29 +167,6 @@ def _fisher(inputs: _Inputs, params: Params, num_examples: int) -> PyTree:
     initial = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
     total, _ = jax.lax.scan(add, initial, (jnp.arange(num_examples), examples))
     return jax.tree.map(lambda t: t / jnp.maximum(found, 1), total)
-
-
-def _single_examples(batch: Batch, count: int) -> tuple[PyTree, Int[Array, ""]]:
-    """[rows, ...] to [count, 1, ...]: rows of which all but one example is padding; and how many hold an example.
-
-    Of E examples in the batch, row by row, the i-th one taken is number floor(i E / count). Where a batch has fewer,
-    all are taken, and the last rows are padding.
-    """
-    per_row = jnp.max(batch["target_segment_ids"], axis=1)
-    ends = jnp.cumsum(per_row)
-    found = jnp.minimum(count, ends[-1])
-    places = jnp.arange(count)
-    numbers = places * ends[-1] // jnp.maximum(found, 1)
-    rows = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), len(ends) - 1)
-    segments = jnp.where(places < found, numbers - (ends - per_row)[rows] + 1, 0)
-
-    def only(name: str, values: Array) -> Array:
-        taken = values[rows][:, None]
-        if not name.endswith("segment_ids"):
-            return taken
-        return jnp.where(taken == segments.reshape(-1, *(1,) * (taken.ndim - 1)), taken, 0)
-
-    return {name: only(name, jnp.asarray(values)) for name, values in batch.items()}, found
 
 
 def accepted_arguments(update: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +179,7 @@ def accepted_arguments(update: Callable[..., Any], offered: dict[str, Any]) -> d
 
 
 def make_train_step(
-    objective: Objective,
+    objective: Likelihood,
     optimizer: optax.GradientTransformation,
     accumulator: Accumulator,
     *,
@@ -273,7 +252,7 @@ def make_train_step(
     return train_step
 
 
-def make_evaluation_step(objective: Objective) -> Callable[[Params, Batch], Loss]:
+def make_evaluation_step(objective: Likelihood) -> Callable[[Params, Batch], Loss]:
     """Builds `(params, batch) -> Loss` without dropout: the loss on held-out data."""
 
     def evaluation_step(params: Params, batch: Batch) -> Loss:

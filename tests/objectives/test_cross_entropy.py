@@ -132,7 +132,7 @@ def test_a_batch_without_labels_weighs_nothing(params, batch):
 def test_dropout_is_on_when_there_are_rngs(params, batch):
     objective = LabelSmoothedCrossEntropy(Toy())
     still = objective(params, batch, Context(0)).sum
-    noisy = [objective(params, batch, Context(0, {"dropout": jax.random.key(i)})).sum for i in (0, 0, 1)]
+    noisy = [objective(params, batch, Context(0, jax.random.key(i), train=True)).sum for i in (0, 0, 1)]
     assert noisy[0] == noisy[1]
     assert len({float(value) for value in (still, *noisy)}) == 3
 
@@ -140,7 +140,7 @@ def test_dropout_is_on_when_there_are_rngs(params, batch):
 def test_it_is_an_objective(params, batch):
     objective = LabelSmoothedCrossEntropy(Toy())
     assert isinstance(objective, Objective)
-    weights = objective.label_weights(batch)
+    weights = objective.label_weights(batch, Context(0))
     np.testing.assert_array_equal(weights, batch["target_segment_ids"] == 2)
     logits = objective.logits(params, batch, Context(0))
     log_probs = jax.nn.log_softmax(logits)

@@ -64,7 +64,7 @@ class SquaredScores:
     def logits(self, params, batch, context):
         return self.model.apply({"params": params}, batch)
 
-    def label_weights(self, batch):
+    def label_weights(self, batch, context=None):
         return (batch["target_segment_ids"] > 0).astype(jnp.float32)
 
     def __call__(self, params, batch, context):

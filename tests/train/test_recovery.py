@@ -29,8 +29,8 @@ class Poisoned:
     def logits(self, params, batch, context):
         return self.inner.logits(params, batch, context)
 
-    def label_weights(self, batch):
-        return self.inner.label_weights(batch)
+    def label_weights(self, batch, context=None):
+        return self.inner.label_weights(batch, context)
 
     def __call__(self, params, batch, context):
         loss = self.inner(params, batch, context)

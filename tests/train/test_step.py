@@ -30,7 +30,7 @@ class LinearTagger:
             inputs = inputs + self.noise * jax.random.normal(context.rngs["dropout"], inputs.shape)
         return inputs @ params["kernel"]
 
-    def label_weights(self, batch: Batch) -> jax.Array:
+    def label_weights(self, batch: Batch, context=None) -> jax.Array:
         return (batch["target_segment_ids"] > 0).astype(jnp.float32)
 
     def __call__(self, params: Any, batch: Batch, context: Context) -> Loss:
