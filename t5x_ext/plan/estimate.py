@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from t5x_ext.contracts import Context, PyTree, TranslationBatch
+from t5x_ext.contracts import Batch, Context, PyTree, TranslationBatch
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
 from t5x_ext.parallel.mesh import batch_devices
 from t5x_ext.train.program import Program

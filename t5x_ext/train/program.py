@@ -81,7 +81,9 @@ def make_program(run: Run, vocab_size: int, mesh: Mesh) -> Program:
         state,
         state_shardings(mesh, state, params, shardings, axes),
     )
-    return Program(run, config, mesh, model, run.objective(model), template, _batch_template(run, mesh))
+    return Program(
+        run, config, mesh, model, cast(Likelihood, run.objective(model)), template, _batch_template(run, mesh)
+    )
 
 
 def _batch_template(run: Run, mesh: Mesh) -> Batch:

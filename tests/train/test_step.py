@@ -11,6 +11,7 @@ import optax.contrib
 import pytest
 
 from t5x_ext.contracts import Batch, Context, Loss
+from t5x_ext.objectives.packed import single_examples
 from t5x_ext.optim import adam, flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
 from t5x_ext.train.state import create_state
 from t5x_ext.train.step import _sample, accepted_arguments, make_train_step, split_rows
@@ -29,6 +30,12 @@ class LinearTagger:
         if context.rngs is not None and self.noise:
             inputs = inputs + self.noise * jax.random.normal(context.rngs["dropout"], inputs.shape)
         return inputs @ params["kernel"]
+
+    def labels(self, batch: Batch) -> jax.Array:
+        return batch["target_labels"]
+
+    def single_examples(self, batch: Batch, count: int) -> Any:
+        return single_examples(batch, count, batch["target_segment_ids"])
 
     def label_weights(self, batch: Batch, context=None) -> jax.Array:
         return (batch["target_segment_ids"] > 0).astype(jnp.float32)
