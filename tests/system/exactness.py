@@ -70,12 +70,12 @@ def tiny_run(folder: Path, name: str) -> Run:
 def train(run: Run, data: PreparedData, devices: list[jax.Device]) -> dict[str, np.ndarray]:
     """Losses by step, and every array of the last state."""
     mesh = make_mesh(run.mesh, devices)
-    program = make_program(run, data.vocabulary.size, mesh)
+    program = make_program(run, {"vocab_size": data.vocabulary.size}, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.template)
-    create = lambda key: create_state(init_params(program.config, key), run.optimizer, with_ema=True)
+    create = lambda key: create_state(init_params(program.model.config, key), run.optimizer, with_ema=True)
     state = jax.jit(create, out_shardings=shardings)(jax.random.key(run.seed))
     step, losses = program.compile(), []
-    rows = host_rows(mesh, run.data.batch.rows)
+    rows = host_rows(mesh, run.task.data.batch.rows)
     for index, host_batch in enumerate(islice(batch_iterator(data.batches, 0, *rows), STEPS)):
         batch = global_batch(mesh, host_batch)
         if index < 2:
@@ -114,7 +114,7 @@ def main(folder: str, result: str, names: str, *processes: str) -> None:
     for name in names.split(","):
         run = tiny_run(Path(folder), name)
         with primary_first("data"):
-            data = prepare(run.data, folder, str(Path(folder) / "cache"), run.seed)
+            data = prepare(run.task.data, folder, str(Path(folder) / "cache"), run.seed)
         arrays = train(run, data, jax.devices()[:1] if name == "one_device" else jax.devices())
         if processes:
             check_rows(data)
