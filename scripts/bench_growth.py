@@ -261,7 +261,7 @@ def _training(run: Run) -> Iterator[float]:
     state = create_state(init_params(program.model.config, jax.random.key(0)), run.optimizer, with_ema=False)
     while True:
         start = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         jax.block_until_ready((state, metrics))
         yield time.perf_counter() - start
 

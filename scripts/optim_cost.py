@@ -206,7 +206,7 @@ class _Training:
         state = optax.tree.set(self.begin(jax.tree.map(jnp.array, self.params)), count=np.int32(count))
         jax.block_until_ready(state)
         start = time.process_time()
-        _, metrics = jax.block_until_ready(self.step(state, self.batch))
+        _, metrics = jax.block_until_ready(self.step(state, {}, self.batch))
         seconds = time.process_time() - start
         assert metrics.finite, "an update that is left out would not be the one to measure"
         return seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
@@ -45,7 +44,7 @@ class Loop:
     state: TrainState
     step: int
     batches_consumed: int
-    frozen: Frozen = MappingProxyType({})
+    frozen: Frozen = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
     skipped: list[tuple[int, int]] = field(default_factory=list)
     metrics: StepMetrics | None = None

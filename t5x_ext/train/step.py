@@ -152,7 +152,10 @@ def accepted_arguments(update: Callable[..., Any], offered: dict[str, Any]) -> d
 def _refuse_multi_steps(optimizer_state: PyTree, called: str) -> None:
     """Inside `optax.MultiSteps` an optimizer would pull gradients of the last of its batches only."""
     is_multi_steps = lambda node: isinstance(node, optax.MultiStepsState)
-    if any(map(is_multi_steps, jax.tree.leaves(optimizer_state, is_leaf=is_multi_steps))):
+    pulls = lambda node: getattr(type(node), "pulls_gradients", False)
+    around = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_multi_steps) if is_multi_steps(node)]
+    inside = [leaf for node in around for leaf in jax.tree.leaves(node.inner_opt_state, is_leaf=pulls)]
+    if any(map(pulls, inside)):
         raise UserError(
             f"an optimizer that asks for {called} cannot be inside optax.MultiSteps: it would get the gradient of the "
             "last of its batches only; set Run.num_microbatches instead"

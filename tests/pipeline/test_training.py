@@ -15,6 +15,7 @@ from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, VocabularyConfig
 from t5x_ext.models import TransformerConfig
 from t5x_ext.pipeline import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
+from t5x_ext.tasks import Translation
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
 from t5x_ext.vega_mt import NoisyDev
 
@@ -26,20 +27,21 @@ MONO = Given("mono", texts=(("c", ("de",), tuple((pair[1],) for pair in PAIRS)),
 @pytest.fixture
 def run() -> Run:
     dev = Lines("dev", ("en", "de"), PAIRS[:2])
+    data = DataConfig(
+        train=(dev,),
+        valid=(dev,),
+        bidirectional=True,
+        tags=TagPolicy(decoder="target"),
+        vocabulary=VocabularyConfig(size=300),
+        batch=BatchConfig(rows=4, source_length=16, target_length=16),
+    )
+    model = TransformerConfig(embed_dim=8, mlp_dim=16, num_heads=2, encoder_layers=1, decoder_layers=1)
     return Run(
-        data=DataConfig(
-            train=(dev,),
-            valid=(dev,),
-            bidirectional=True,
-            tags=TagPolicy(decoder="target"),
-            vocabulary=VocabularyConfig(size=300),
-            batch=BatchConfig(rows=4, source_length=16, target_length=16),
-        ),
-        model=TransformerConfig(embed_dim=8, mlp_dim=16, num_heads=2, encoder_layers=1, decoder_layers=1),
+        task=Translation(data, model, max_lines=0),
         optimizer=optax.sgd(0.1),
         steps=2,
         tensorboard=False,
-        evaluation=EvaluationConfig(every=0, max_lines=0),
+        evaluation=EvaluationConfig(every=0),
         checkpoints=CheckpointConfig(every=1, keep_last=3),
     )
 

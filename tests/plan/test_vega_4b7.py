@@ -88,6 +88,7 @@ def stacks(program: Program) -> list[jax.ShapeDtypeStruct]:
 
 def compile_and_look(run: Run, topology: str) -> tuple[Compiled, Program]:
     """Compiles the update; no device has the weights of all layers, or the scores of all its tokens, at once."""
+    sizes = {"vocab_size": run.task.data.vocabulary.size}
     program = make_program(run, sizes, make_mesh(run.mesh, find_target(topology).devices))
     compiled = compile_for(program.lower(), dict(program.mesh.shape))
     assert isinstance(compiled, Compiled)
