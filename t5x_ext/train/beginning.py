@@ -84,12 +84,7 @@ def placed_weights(program: Program, store: CheckpointStore, which: Any, where: 
     Raises:
       UserError: beginning with `where`, if they are of another model.
     """
-    try:
-        weights = store.restore_params(which, subtree="ema")
-    except UserError:
-        # Most runs keep no average; where it is the checkpoint that is missing, this says so.
-        weights = store.restore_params(which)
-    return jax.tree.map(partial(_placed, where), program.template.params, weights)
+    return jax.tree.map(partial(_placed, where), program.template.params, store.evaluation_params(which))
 
 
 def _placed(where: str, template: jax.ShapeDtypeStruct, weight: np.ndarray) -> jax.Array:

@@ -13,16 +13,18 @@ from typing import Any
 
 import jax
 
-from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, write_json
+from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder
 from t5x_ext.contracts import Batch, UserError
 from t5x_ext.data import PackedBatches, VocabularyConfig, batch_iterator, prepare
 from t5x_ext.parallel import global_batch, hardware_of, host_rows, is_primary, make_mesh, primary_first
+from t5x_ext.storage.files import write_json
+from t5x_ext.storage.remote import is_remote
 from t5x_ext.train import hooks
 from t5x_ext.train.beginning import InitFrom, first_loop, placed_weights
 from t5x_ext.train.compilation import compiling
 from t5x_ext.train.evaluation import HeldOut, run_test
 from t5x_ext.train.goodput import Clock, describe_split
-from t5x_ext.train.log import JsonLines, Log, cut_log, is_remote
+from t5x_ext.train.log import JsonLines, Log, cut_log
 from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.profiling import Profile

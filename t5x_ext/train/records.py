@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 import t5x_ext
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, write_json
+from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.data import PreparedData
 from t5x_ext.models import TransformerConfig
 from t5x_ext.parallel import cpu_threads
+from t5x_ext.storage.files import write_json
 from t5x_ext.train.run import Run
 
 _MAY_CHANGE = (
