@@ -30,6 +30,7 @@ from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.languages import known_language
 from t5x_ext.cli.messages import UsageError
+from t5x_ext.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from t5x_ext.pipeline import Artefact, Pipeline, StageAudit, Status
@@ -58,7 +59,7 @@ def main(values: flags.FlagValues) -> int:
     """Runs `t5x_ext pipeline`; 1 where an audit finds something, 130 when a signal ended it early."""
     require(values, "output_dir")
     check_writable(values.json_out, "--json_out")
-    if "://" in values.output_dir:
+    if is_remote(values.output_dir):
         raise UsageError(f"--output_dir={values.output_dir}: give a local path")
     if values.distributed != "none" and (values.audit or values.dry_run):
         raise UsageError("--audit and --dry_run are for one process: leave --distributed out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import numpy as np
-
 from t5x_ext.checkpoints import RunFolder
-from t5x_ext.contracts import UserError, path_name
+from t5x_ext.contracts import UserError
 from t5x_ext.decode.ensemble import Combine
 from t5x_ext.decode.translator import restore_weights
+from t5x_ext.storage.digests import file_digest, params_digest
 
 ARTEFACT_FILE = "artefact.json"
 RECORD_FILE = "record.json"
@@ -247,18 +244,6 @@ def _tables(output_dir: Path, stage: str) -> list[str]:
     return [path.relative_to(output_dir).as_posix() for path in sorted((output_dir / stage).glob("scores.*"))]
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_digest(run: RunFolder, step: int) -> str:
-    """SHA-256 of the weights of a checkpoint: names, types, shapes and numbers."""
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path(restore_weights(run, step))
-    named = [(f"/{path_name(path)}", np.asarray(leaf)) for path, leaf in leaves]
-    for name, leaf in sorted(named, key=lambda named: named[0]):
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return digest.hexdigest()
+    """SHA-256 of the weights that a checkpoint decodes with: names, types, shapes and numbers."""
+    return params_digest(restore_weights(run, step))

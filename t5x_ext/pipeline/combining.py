@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_run, write_json
+from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_run
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.decode.ensemble import Combine
@@ -18,6 +18,7 @@ from t5x_ext.pipeline.finishing import Finished, Postprocess
 from t5x_ext.pipeline.stage import Stage
 from t5x_ext.pipeline.training import Train
 from t5x_ext.pipeline.workspace import Workspace
+from t5x_ext.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 

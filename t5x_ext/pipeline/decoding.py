@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from t5x_ext.checkpoints import write_json
 from t5x_ext.decode import DecodeConfig, FileReport, Translator, score_file, translate_file
 from t5x_ext.decode.files import CHUNK_LINES
 from t5x_ext.pipeline.artefact import Model
+from t5x_ext.storage.files import write_json
 
 
 @dataclass(frozen=True)

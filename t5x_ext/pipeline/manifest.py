@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5x_ext.checkpoints import RunFolder, write_json
+from t5x_ext.checkpoints import RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
 from t5x_ext.pipeline.artefact import (
@@ -15,10 +15,11 @@ from t5x_ext.pipeline.artefact import (
     FORMAT,
     RECORD_FILE,
     damaged,
-    file_digest,
     read_record,
     weights_digest,
 )
+from t5x_ext.storage.digests import file_digest
+from t5x_ext.storage.files import write_json
 
 MANIFEST_FILE = "manifest.json"
 

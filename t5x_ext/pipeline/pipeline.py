@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from t5x_ext.checkpoints import delete_drafts, write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.corpora import ParallelText
 from t5x_ext.parallel import AxisRules, MeshConfig, failing_together, is_primary
@@ -53,6 +52,7 @@ from t5x_ext.pipeline.manifest import write_manifest
 from t5x_ext.pipeline.shared_work import Task, ask, asked
 from t5x_ext.pipeline.stage import CheckedStage, SharedStage, Stage, TypedStage
 from t5x_ext.pipeline.workspace import SCRATCH, OpenModel, Workspace, open_model
+from t5x_ext.storage.files import delete_drafts, write_json
 from t5x_ext.train.records import environment
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test, tokenizer_for
@@ -14,6 +13,7 @@ from t5x_ext.pipeline.artefact import Artefact, Kind, Reading, TextFiles
 from t5x_ext.pipeline.finishing import Finished, Postprocess
 from t5x_ext.pipeline.texts import check_distinct
 from t5x_ext.pipeline.workspace import Workspace
+from t5x_ext.storage.files import write_json
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import jax
 
-from t5x_ext.checkpoints import to_disk
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.decode import DecodeConfig, FileReport, Translator
@@ -19,6 +17,7 @@ from t5x_ext.parallel import AxisRules, MeshConfig, make_mesh
 from t5x_ext.pipeline.artefact import Artefact, Model, TextFiles, read_artefact, wrong_kind
 from t5x_ext.pipeline.decoding import Decoding, Journal
 from t5x_ext.pipeline.shared_work import Task, ask
+from t5x_ext.storage.files import whole_files
 
 SCRATCH = "work"
 """Folder of a stage for what it need not keep; deleted once the stage has finished."""
@@ -160,15 +159,12 @@ class Workspace:
 
     def write_aligned(self, files: Sequence[str], rows: Iterable[Sequence[str]]) -> int:
         """Writes texts of equally many lines, whole or not at all; how many lines each has."""
-        drafts = [Path(self.path(f"{file}.draft")) for file in files]
-        try:
-            count = _write(drafts, rows)
-        except Exception:
-            for draft in drafts:
-                draft.unlink(missing_ok=True)
-            raise
-        for draft, file in zip(drafts, files):
-            draft.replace(self.path(file))
+        count = 0
+        with whole_files([self.path(file) for file in files]) as sinks:
+            for row in rows:
+                count += 1
+                for sink, line in zip(sinks, row, strict=True):
+                    sink.write(f"{line}\n")
         return count
 
     # Work of hours: all processes share it, and it goes on where it was killed
@@ -229,16 +225,3 @@ class Workspace:
             ask(Task(self.stage, elsewhere))
             self.journal.add(decoding.output_file, elsewhere, self.take_part(elsewhere))
         os.replace(self.path(draft), output)
-
-
-def _write(paths: Sequence[Path], rows: Iterable[Sequence[str]]) -> int:
-    count = 0
-    with ExitStack() as stack:
-        sinks = [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths]
-        for row in rows:
-            count += 1
-            for sink, line in zip(sinks, row, strict=True):
-                sink.write(f"{line}\n")
-        for sink in sinks:
-            to_disk(sink)
-    return count

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, write_json
+from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.parallel import cpu_threads
+from t5x_ext.storage.files import write_json
 from t5x_ext.train.task import Prepared
 
 _MAY_CHANGE = (
