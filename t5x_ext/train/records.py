@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -79,7 +79,7 @@ def check_config(folder: RunFolder, config_text: str) -> None:
     with CheckpointStore(folder.checkpoints) as store:
         if not store.steps() or not folder.config_gin.exists():
             return
-    before, now = _settings(folder.config_gin.read_text()), _settings(config_text)
+    before, now = (settings(text, _MAY_CHANGE) for text in (folder.config_gin.read_text(), config_text))
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]
@@ -104,9 +104,18 @@ def check_data(store: CheckpointStore, before: dict[str, Any], now: dict[str, An
         )
 
 
-def _settings(config_text: str) -> dict[str, str]:
+def settings(config_text: str, may_change: Collection[str] = ()) -> dict[str, str]:
+    """The values in a resolved gin text, by name.
+
+    Args:
+      config_text: the text, one setting a line.
+      may_change: parts of names; settings whose name contains one of them are skipped.
+
+    >>> settings("Run.steps = 3", may_change=("MeshConfig.",))
+    {'Run.steps': '3'}
+    """
     lines = (line.split(" = ", 1) for line in config_text.splitlines() if " = " in line and not line.startswith("#"))
-    return {name: value for name, value in lines if not any(part in name for part in _MAY_CHANGE)}
+    return {name: value for name, value in lines if not any(part in name for part in may_change)}
 
 
 def read_results(run_dir: str) -> dict[str, Any] | None:
