@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from t5x_ext.contracts import UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import bleu
-from t5x_ext.pipeline import narrow_punctuation, widen_punctuation
+from t5x_ext.pipeline import POSTPROCESSORS, GreedyEnsemble, Translate, narrow_punctuation, widen_punctuation
+from t5x_ext.pipeline.postprocess import postprocessor
 from t5x_ext.vega_mt import widen_as_released
 
 WMT22 = Path(__file__).parents[3] / "shared/data/wmt22"
@@ -63,6 +65,25 @@ def test_the_released_script_with_its_quirks():
     assert widen_as_released("(a)3", "zh") == "(a)3"
     assert widen_as_released("(a)b", "zh") == "（a）b"
     assert widen_as_released("(a)b", "ja") == "(a)b"
+
+
+def test_a_postprocessor_is_a_name_of_the_table_or_any_function(monkeypatch):
+    upper = lambda line, language: line.upper()
+    assert postprocessor(upper) is upper
+    assert postprocessor("widths") is widen_punctuation
+    with pytest.raises(UserError, match=r"'upper': must be one of 'widths', 'none', or a function \(line, language\)"):
+        postprocessor("upper")
+    monkeypatch.setitem(POSTPROCESSORS, "upper", upper)
+    assert postprocessor("upper") is upper
+    for stage in (
+        lambda name: Translate("out", "model", ("test",), postprocess=name),
+        lambda name: GreedyEnsemble("best", ("model",), ("test",), postprocess=name),
+    ):
+        assert stage("upper").postprocess == "upper"
+        with pytest.raises(UserError, match="postprocess = 'lower'"):
+            stage("lower")
+        with pytest.raises(UserError, match="give the function, @t5x_ext.vega_mt.widen_as_released"):
+            stage("released")
 
 
 @pytest.mark.realdata
