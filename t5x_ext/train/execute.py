@@ -154,7 +154,8 @@ class _Execution:
             attempts = _Attempts(self, store, train_step, stop, profile)
             session = Session(self.program, self.prepared, store, loop)
             for hook in attempts.before_log:
-                hook.begin(session)
+                if hasattr(hook, "begin"):  # hooks of earlier versions have none
+                    hook.begin(session)
             while True:
                 try:
                     attempts.train(loop)
