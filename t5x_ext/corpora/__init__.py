@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from t5x_ext.corpora.beam import BeamRunner
-from t5x_ext.corpora.cleaning import CleaningConfig, clean_line
+from t5x_ext.corpora.cleaning import clean_line
+from t5x_ext.corpora.filters.config import PairRules
 from t5x_ext.corpora.parallel_text import ParallelText, aligned_files, monolingual_text, read_lines
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BeamRunner",
     "CldrCorpus",
-    "CleaningConfig",
+    "PairRules",
     "ParallelText",
     "SeqioMixture",
     "aligned_files",
@@ -27,6 +28,13 @@ __all__ = [
     "monolingual_text",
     "read_lines",
 ]
+
+RETIRED = {
+    "CleaningConfig": "PairRules",
+    "CleaningConfig.drop_copies": "PairRules.drop_copies",
+    "CleaningConfig.max_length_ratio": "PairRules.max_ratio",
+}
+"""Names that gin files used, and what to write instead. `max_ratio` counts words; the old one counted characters."""
 
 # Corpora whose libraries (babel, seqio with TensorFlow) are loaded by those who use them only.
 _LAZY = {"CldrCorpus": "t5x_ext.corpora.cldr", "SeqioMixture": "t5x_ext.corpora.seqio_mixture"}

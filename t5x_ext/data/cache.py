@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.corpora.beam import BeamRunner
-from t5x_ext.corpora.cleaning import CleaningConfig
+from t5x_ext.corpora.filters import PairRules, rules_identity
 from t5x_ext.corpora.workers import choose_processes, work_in_order
 from t5x_ext.data.beam_cache import build as build_on_beam
 from t5x_ext.data.cache_files import (
@@ -156,7 +156,7 @@ def build_cache(
     corpus: Corpus,
     vocabulary: Vocabulary,
     root: str,
-    cleaning: CleaningConfig | None = None,
+    cleaning: PairRules | None = None,
     subword: SubwordSampling | None = None,
     num_processes: int | None = None,
     beam: BeamRunner | None = None,
@@ -168,23 +168,24 @@ def build_cache(
       vocabulary: what tokenises them.
       root: folder of all caches; made if it is missing. Caches are read at random: of a remote one (`gs://`) a local
         copy is made and read (see `local_copies`).
-      cleaning: which pairs are left out.
+      cleaning: which pairs are dropped, beside those with an empty side.
       subword: how many segmentations of every pair.
       num_processes: worker processes; None: one a core for more than 200,000 pairs, otherwise none. The result is the
         same, byte for byte, for any number.
       beam: tokenise on Apache Beam instead, with the same result; its workers must reach `root`.
 
     Raises:
-      UserError: for what the corpus raises, an empty corpus, too little free disk space, and a corpus of which nothing
-        is left after cleaning. Nothing half-written stays behind where `root` is local.
+      UserError: for what the corpus raises, an empty corpus, too little free disk space, a corpus of which cleaning
+        keeps no pair, and a rule whose library is not installed or does not know a language. Nothing half-written
+        stays behind if `root` is local.
     """
-    cleaning, subword = cleaning or CleaningConfig(), subword or SubwordSampling()
+    cleaning, subword = cleaning or PairRules(), subword or SubwordSampling()
     identity = {
         "format": _FORMAT,
         "corpus": corpus.fingerprint(),
         "languages": list(corpus.languages),
         "vocabulary": vocabulary.fingerprint(),
-        "cleaning": asdict(cleaning),
+        "cleaning": _cleaning_identity(cleaning),
         "subword": asdict(subword) if subword.variants else None,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -192,7 +193,7 @@ def build_cache(
     local = (local_copies() if is_remote(root) else Path(root)) / name
 
     def build(place: str) -> None:
-        encoder = Encoder(vocabulary.model, vocabulary.languages, cleaning, subword)
+        encoder = Encoder(vocabulary.model, vocabulary.languages, subword, cleaning, corpus.languages)
         if beam is None:
             _build(corpus, encoder, Path(place), identity, num_processes)
         else:
@@ -204,6 +205,11 @@ def build_cache(
         else:
             build(str(local))
     return TokenCache(str(local))
+
+
+def _cleaning_identity(cleaning: PairRules) -> dict[str, Any]:
+    # Without rules it is what it was before rules had these names, so that caches from then are found.
+    return {"drop_copies": False, "max_length_ratio": None} if cleaning == PairRules() else rules_identity(cleaning)
 
 
 def _build_remote(remote: str, local: Path, build: Callable[[str], None], on_workers: bool) -> None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_ext.contracts import UserError
-from t5x_ext.corpora.cleaning import CleaningConfig, clean_line
+from t5x_ext.corpora.cleaning import clean_line
+from t5x_ext.corpora.filters import PairRules, pair_rules
 from t5x_ext.data.vocabulary import Vocabulary
 
 CHUNK_PAIRS = 8192
@@ -57,10 +58,29 @@ class Chunk(NamedTuple):
 class Encoder:
     """Turns a numbered chunk of pairs into tokens: a pure function of the chunk, wherever it runs."""
 
-    def __init__(self, model: bytes, languages: Sequence[str], cleaning: CleaningConfig, subword: SubwordSampling):
-        self.arguments = (model, languages, cleaning, subword)
+    def __init__(
+        self,
+        model: bytes,
+        languages: Sequence[str],
+        subword: SubwordSampling,
+        rules: PairRules,
+        pair_languages: tuple[str, str],
+    ):
+        """For the pairs of one corpus.
+
+        Args:
+          model: the vocabulary's SentencePiece model.
+          languages: the vocabulary's languages.
+          subword: how many segmentations of every pair.
+          rules: which pairs are dropped.
+          pair_languages: languages of the two sides.
+
+        Raises:
+          UserError: as `pair_rules`.
+        """
+        self.arguments = (model, languages, subword, rules, pair_languages)
         self._vocabulary = Vocabulary.from_model(model, languages)
-        self._cleaning = cleaning
+        self._rules = pair_rules(rules, pair_languages)
         self._subword = subword
         self.variants = subword.stored
         self.dtype = np.dtype("<u2" if self._vocabulary.size <= 1 << 16 else "<i4")
@@ -72,11 +92,11 @@ class Encoder:
         for source, target in pairs:
             cleaned = clean_line(source), clean_line(target)
             counts["changed_lines"] += (cleaned[0] != source) + (cleaned[1] != target)
-            rule = self._cleaning.rule_against(*cleaned)
-            if rule is None:
+            against = next((rule.name for rule in self._rules if rule.speaks_against(cleaned)), None)
+            if against is None:
                 lines += cleaned
             else:
-                counts[rule] += 1
+                counts[against] += 1
         variants = [self._segment(lines, number, variant) for variant in range(self.variants)]
         ids = [np.concatenate([*sides, np.zeros(0, np.int32)]).astype(self.dtype).tobytes() for sides in variants]
         lengths = [np.array([len(side) for side in sides], dtype=np.int32).reshape(-1, 2) for sides in variants]

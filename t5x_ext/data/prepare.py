@@ -12,7 +12,7 @@ from etils import epath
 
 from t5x_ext.contracts import Batch, Corpus, UserError
 from t5x_ext.corpora.beam import BeamRunner
-from t5x_ext.corpora.cleaning import CleaningConfig
+from t5x_ext.corpora.filters import PairRules
 from t5x_ext.corpora.parallel_text import ParallelText
 from t5x_ext.corpora.special_pieces import MARKERS, Side
 from t5x_ext.data.batches import PackedBatches
@@ -49,7 +49,7 @@ class DataConfig:
         (bidirectional training, arXiv 2109.07780); None: in both to the end. Both directions are evaluated throughout.
       tags: where language tags stand.
       vocabulary: the joint vocabulary, trained or given.
-      cleaning: which pairs are left out of training.
+      cleaning: which pairs are dropped from training; those with an empty side always are.
       subword: random segmentations of the training text.
       batch: shape and mixture of batches.
     """
@@ -61,7 +61,7 @@ class DataConfig:
     bidirectional_steps: int | None = None
     tags: TagPolicy = field(default_factory=TagPolicy)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    cleaning: PairRules = field(default_factory=PairRules)
     subword: SubwordSampling = field(default_factory=SubwordSampling)
     batch: BatchConfig = field(default_factory=BatchConfig)
 
@@ -73,6 +73,11 @@ class DataConfig:
             object.__setattr__(self, role, tuple(corpora))
         if not self.train:
             raise UserError("DataConfig.train: there is no training corpus; give at least one")
+        if type(self.cleaning) is not PairRules:
+            raise UserError(
+                f"DataConfig.cleaning: {type(self.cleaning).__name__} is for t5x_ext clean; a cache takes PairRules"
+                " only"
+            )
         if self.bidirectional_steps is not None and self.bidirectional_steps < 0:
             raise UserError(f"DataConfig.bidirectional_steps={self.bidirectional_steps}: must be 0 or more, or None")
         if self.bidirectional_steps is not None and not self.bidirectional:

@@ -29,8 +29,7 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise UserError(
-            "FilterConfig.min_language_probability needs py3langid: pip install 't5x_ext[clean]', or set it to None"
-            f" ({error})"
+            f"min_language_probability needs py3langid: pip install 't5x_ext[clean]', or set it to None ({error})"
         ) from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
@@ -50,8 +49,7 @@ class LanguageCheck:
         self._min_probability = min_probability
         if not self._labels & set(self._identifier.labels):
             raise UserError(
-                f"FilterConfig.min_language_probability: language identification does not know {language!r};"
-                " set it to None"
+                f"min_language_probability: language identification does not know {language!r}; set it to None"
             )
 
     def is_other(self, line: str) -> bool:

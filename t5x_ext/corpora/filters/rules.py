@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from babel.core import get_global
-
 from t5x_ext.contracts import UserError
-from t5x_ext.corpora.filters.config import FilterConfig
+from t5x_ext.corpora.filters.config import PairRules
 from t5x_ext.corpora.filters.held_out import HeldOut, held_out_hash
 from t5x_ext.corpora.filters.identification import LanguageCheck
 from t5x_ext.corpora.filters.text import duplicate_key, is_unsegmented, length, units, without_code
+
+_LIBRARIES = {"min_script_share": ("babel", "regex"), "min_language_probability": ("py3langid",)}
 
 PAIR_RULES = ("empty", "held_out", "length", "ratio", "copy", "markup", "repetition", "script", "language")
 """Names of the rules for one pair, in the order in which they are tried."""
@@ -38,7 +41,7 @@ class Rule(NamedTuple):
     speaks_against: Callable[[Sequence[str]], bool]
 
 
-def pair_rules(config: FilterConfig, languages: Sequence[str], held_out: HeldOut = ()) -> tuple[Rule, ...]:
+def pair_rules(config: PairRules, languages: Sequence[str], held_out: HeldOut = ()) -> tuple[Rule, ...]:
     """The rules that a configuration switches on, in the order of `PAIR_RULES`.
 
     Args:
@@ -69,6 +72,29 @@ def pair_rules(config: FilterConfig, languages: Sequence[str], held_out: HeldOut
         ),
     ]
     return tuple(rule for rule in rules if rule)
+
+
+def rules_identity(config: PairRules) -> dict[str, Any]:
+    """What decides which pairs the rules keep, as JSON: the fields that differ from their defaults, and versions.
+
+    The versions are those of Unicode and of the libraries that the rules in use ask.
+    """
+    used = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {field.name: used[field.name] for field in fields(config) if used[field.name] != field.default}
+    libraries = [library for name, asked in _LIBRARIES.items() if used[name] is not None for library in asked]
+    return {
+        "rules": changed,
+        "unicode": unicodedata.unidata_version,
+        "libraries": {library: library_version(library) for library in libraries},
+    }
+
+
+def library_version(library: str) -> str | None:
+    """The version of an installed library; None if it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _is_among(hashes: frozenset[bytes]) -> Callable[[str], bool]:
@@ -114,13 +140,16 @@ def scripts_of(language: str) -> tuple[str, ...]:
     >>> scripts_of("ja"), scripts_of("sr"), scripts_of("sr_Latn")
     (('Hani', 'Hira', 'Kana'), ('Cyrl',), ('Latn',))
     """
+    # Imported here, because importing `data` must stay cheap.
+    from babel.core import get_global
+
     parts = re.split("[-_]", language)
     named = [part.title() for part in parts[1:] if len(part) == 4 and part.isalpha()]
     likely = get_global("likely_subtags")
     full = next((likely[code] for code in ("_".join(parts), parts[0].lower()) if code in likely), None)
     if not named and full is None:
         raise UserError(
-            f"FilterConfig.min_script_share: the script of {language!r} is unknown; write it as {parts[0]}_Latn, or set"
+            f"min_script_share: the script of {language!r} is unknown; write it as {parts[0]}_Latn, or set"
             " the rule to None"
         )
     script = (named or str(full).split("_")[1:])[0]
@@ -139,9 +168,7 @@ class _ScriptCheck:
             self._right = regex.compile(rf"[\p{{L}}&&[{within}]]", regex.V1)
             self._other = regex.compile(rf"[\p{{L}}--[{within}]]{word}", regex.V1)
         except regex.error:
-            raise UserError(
-                f"FilterConfig.min_script_share: Unicode has no script {'/'.join(scripts)} for {language!r}"
-            ) from None
+            raise UserError(f"min_script_share: Unicode has no script {'/'.join(scripts)} for {language!r}") from None
         self._is_latin = scripts == ("Latn",)
         self._min_share = min_share
 
@@ -162,6 +189,6 @@ def _regex() -> Any:
         import regex
     except ImportError as error:
         raise UserError(
-            f"FilterConfig.min_script_share needs regex: pip install 't5x_ext[clean]', or set it to None ({error})"
+            f"min_script_share needs regex: pip install 't5x_ext[clean]', or set it to None ({error})"
         ) from error
     return regex

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from etils import epath
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from t5x_ext.corpora.filters.duplicates import DUPLICATE_RULES, Verdicts, cut_pa
 from t5x_ext.corpora.filters.held_out import hold_out, write_held_out
 from t5x_ext.corpora.filters.on_beam import check_runner, filter_on_beam
 from t5x_ext.corpora.filters.report import CorpusReport, FilterReport
+from t5x_ext.corpora.filters.rules import library_version
 from t5x_ext.corpora.filters.transforms import TRANSFORMS
 from t5x_ext.corpora.parallel_text import ParallelText
 from t5x_ext.corpora.workers import choose_processes, work_in_order
@@ -176,16 +176,9 @@ def _digest(jobs: Sequence[_Job], config: FilterConfig, held_out: Sequence[Corpu
         "corpora": [(job.name, job.languages, job.corpus.fingerprint()) for job in jobs],
         "held_out": [corpus.fingerprint() for corpus in held_out],
         "unicode": unicodedata.unidata_version,
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": {name: library_version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def _finished_report(output: epath.Path, work: str) -> FilterReport | None:
