@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tabulate import tabulate
+
 
 @dataclass(frozen=True)
 class CorpusReport:
@@ -67,8 +69,5 @@ class FilterReport:
             )
         rows.append(["kept", *(f"{corpus.kept:,}" for corpus in self.corpora)])
         rows.append(["kept %", *(f"{100 * corpus.kept / corpus.read:.2f}" for corpus in self.corpora)])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-            for row in rows
-        )
+        columns = ("left", *["right"] * len(self.corpora))
+        return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns)
