@@ -61,7 +61,7 @@ def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> 
       output: a local folder that does not exist, or is empty; its one checkpoint is called as the newest of `steps`.
 
     Raises:
-      UserError: where a checkpoint is missing or damaged.
+      UserError: if a checkpoint is missing or damaged.
     """
     output = Path(output)
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")

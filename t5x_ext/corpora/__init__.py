@@ -1,7 +1,6 @@
-"""Where lines come from and how they are cleaned: text files, CLDR, seqio tasks, filters, typing and word noise.
+"""Corpora and how they are cleaned: text files, CLDR, seqio tasks, filters, typing and word noise.
 
-A corpus yields aligned pairs of lines (`contracts.Corpus`); what is made of them (vocabulary, tokens, batches) is in
-`data`.
+A corpus yields aligned pairs of lines (`contracts.Corpus`). `data` turns them into a vocabulary, tokens and batches.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ RETIRED = {
 }
 """Names that gin files used, and what to write instead. `max_ratio` counts words; the old one counted characters."""
 
-# Corpora whose libraries (babel, seqio with TensorFlow) are loaded by those who use them only.
+# Imported on first use: these need babel, or seqio with TensorFlow.
 _LAZY = {"CldrCorpus": "t5x_ext.corpora.cldr", "SeqioMixture": "t5x_ext.corpora.seqio_mixture"}
 
 

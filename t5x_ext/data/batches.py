@@ -284,7 +284,7 @@ def batch_iterator(
       prefetch: batches read ahead.
 
     Raises:
-      UserError: where a cache has been damaged or cannot be read any more, naming batch and file. This and whatever
+      UserError: if a cache has been damaged or cannot be read any more, naming batch and file. This and whatever
         else goes wrong in a reading thread is raised where its batch would have come, and ends the iterator.
     """
     row_stop = batches.plan.config.rows if row_stop is None else row_stop

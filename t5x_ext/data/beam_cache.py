@@ -80,7 +80,7 @@ def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, A
       runner: where Beam runs.
 
     Raises:
-      UserError: where Beam is not installed or the runner refuses its options, for what the corpus raises, an empty
+      UserError: if Beam is not installed or the runner refuses its options, for what the corpus raises, an empty
         corpus, and one of which nothing is left after cleaning. What else fails on a worker is Beam's error.
     """
     beam = import_beam()

@@ -77,7 +77,7 @@ class TokenCache:
         """Opens a cache folder and checks that it is whole.
 
         Raises:
-          UserError: where it is not a cache of this format, or shards, lengths and manifest do not fit each other.
+          UserError: if it is not a cache of this format, or shards, lengths and manifest do not fit each other.
         """
         self.path = str(path)
         folder = Path(path)
@@ -85,16 +85,14 @@ class TokenCache:
         try:
             self.lengths: Int[np.ndarray, "records 2"] = np.load(folder / LENGTHS_FILE, mmap_mode="r")
         except (OSError, ValueError):
-            raise UserError(
-                f"{folder / LENGTHS_FILE}: missing or damaged; delete the folder to build it anew"
-            ) from None
+            raise UserError(f"{folder / LENGTHS_FILE}: missing or damaged; delete the folder to rebuild it") from None
         shards = self.manifest["shards"]
         self._shards = [Shard(folder / shard["file"], shard["records"]) for shard in shards]
         self._starts = list(accumulate((shard["records"] for shard in shards), initial=0))
         if len(self.lengths) != self._starts[-1] or self._starts[-1] != self.num_pairs * self.variants:
-            raise UserError(f"{path}: lengths, shards and manifest differ; delete the folder to build it anew")
+            raise UserError(f"{path}: lengths, shards and manifest differ; delete the folder to rebuild it")
         if self.manifest["tokens"] != _sum_lengths(self.lengths):
-            raise UserError(f"{folder / LENGTHS_FILE}: damaged; delete the folder to build it anew")
+            raise UserError(f"{folder / LENGTHS_FILE}: damaged; delete the folder to rebuild it")
         self._dtype = np.dtype(self.manifest["dtype"])
 
     @property
@@ -122,7 +120,7 @@ class TokenCache:
         """The records with these numbers, in this order, in one batched read a shard.
 
         Raises:
-          UserError: where a shard has been damaged since the cache was opened, or cannot be read (see `Shard`).
+          UserError: if a shard has been damaged since the cache was opened, or cannot be read (see `Shard`).
         """
         records = np.asarray(records, dtype=np.int64)
         lengths = np.asarray(self.lengths[records])
@@ -292,9 +290,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: not a token cache ({MANIFEST_FILE} is missing)") from None
     except ValueError:
-        raise UserError(f"{path}: not JSON; delete the folder to build it anew") from None
+        raise UserError(f"{path}: not JSON; delete the folder to rebuild it") from None
     if manifest.get("format") != _FORMAT:
-        raise UserError(f"{path}: not a token cache of format {_FORMAT}; delete the folder to build it anew")
+        raise UserError(f"{path}: not a token cache of format {_FORMAT}; delete the folder to rebuild it")
     return manifest
 
 

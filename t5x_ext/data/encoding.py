@@ -92,7 +92,7 @@ class Encoder:
         for source, target in pairs:
             cleaned = clean_line(source), clean_line(target)
             counts["changed_lines"] += (cleaned[0] != source) + (cleaned[1] != target)
-            against = next((rule.name for rule in self._rules if rule.speaks_against(cleaned)), None)
+            against = next((rule.name for rule in self._rules if rule.drops(cleaned)), None)
             if against is None:
                 lines += cleaned
             else:

@@ -189,7 +189,7 @@ class BatchPlan(SkippingPlan):
           skipped: see the attribute.
 
         Raises:
-          UserError: where a language has no tag, or no example of a stream fits into a row.
+          UserError: if a language has no tag, or no example of a stream fits into a row.
         """
         super().__init__(skipped)
         if not streams:
@@ -386,7 +386,7 @@ class BatchPlan(SkippingPlan):
         """Takes over what `known_rows` gave in an earlier process, so that the windows it counts are not planned again.
 
         Raises:
-          UserError: where it is of another plan, as far as that can be seen; what cannot is seen when one of the
+          UserError: if it is of another plan, as far as that can be seen; what cannot is seen when one of the
             windows is planned.
         """
         with self._lock:

@@ -174,7 +174,7 @@ def prepare_vocabulary(config: VocabularyConfig, corpora: Sequence[Corpus], dire
       directory: where it is kept.
 
     Raises:
-      UserError: where the folder holds another vocabulary than the configuration asks for.
+      UserError: if the folder holds another vocabulary than the configuration asks for.
     """
     languages = _languages(corpora)
     markers = config.markers

@@ -48,13 +48,13 @@ class RowCounts:
         return full - (-rows // self._batch_rows)
 
     def batches(self, epoch: int) -> int | None:
-        """Batches of an epoch; None where it is not counted to its end."""
+        """Batches of an epoch; None if it is not counted to its end."""
         if epoch + 1 < len(self._first_batches):
             return self._first_batches[epoch + 1] - self._first_batches[epoch]
         return None
 
     def locate(self, number: int) -> tuple[int, int] | None:
-        """The epoch of a batch and its number within it; None where it is not known yet."""
+        """The epoch of a batch and its number within it; None if it is not known yet."""
         epoch = bisect_right(self._first_batches, number) - 1
         batch = number - self._first_batches[epoch]
         if epoch == len(self._starts) - 1 and (batch + 1) * self._batch_rows > self._starts[epoch][-1]:
@@ -84,7 +84,7 @@ class RowCounts:
         """Takes over what `to_json` gave of the same plan.
 
         Raises:
-          UserError: where it does not fit the plan, or what is counted already.
+          UserError: if it does not fit the plan, or what is counted already.
         """
         other = RowCounts(self._windows, self._batch_rows)
         for epoch, counts in enumerate(rows):

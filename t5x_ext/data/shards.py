@@ -36,7 +36,7 @@ class Shard:
         """Opens a file of so many records.
 
         Raises:
-          UserError: where it is missing, damaged, or of another number of records.
+          UserError: if it is missing, damaged, or of another number of records.
         """
         self._path = path
         try:
@@ -44,15 +44,15 @@ class Shard:
             self._reader = array_record_module.ArrayRecordReader(str(path))
             found = self._reader.num_records()
         except Exception:  # array_record raises different types for missing and for damaged files
-            raise UserError(f"{path}: missing or damaged; delete its folder to build it anew") from None
+            raise UserError(f"{path}: missing or damaged; delete its folder to rebuild it") from None
         if found != records:
-            raise UserError(f"{path}: {found} records, the manifest says {records}; delete its folder to build it anew")
+            raise UserError(f"{path}: {found} records, the manifest says {records}; delete its folder to rebuild it")
 
     def read(self, records: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
         """The records with these numbers, which must have these sizes in bytes.
 
         Raises:
-          UserError: where the file has been damaged since it was opened, or stays unreadable for half a minute.
+          UserError: if the file has been damaged since it was opened, or stays unreadable for half a minute.
         """
         for pause in (*_RETRY_SECONDS, None):
             try:

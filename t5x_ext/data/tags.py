@@ -41,7 +41,7 @@ class TagPolicy:
         """Ids at the start of the encoder input: the tag, and a marker of where the text comes from, if it has one.
 
         Raises:
-          UserError: where the vocabulary has no tag for the language, or no such marker.
+          UserError: if the vocabulary has no tag for the language, or no such marker.
         """
         prefix = () if marker is None else (vocabulary.marker_id(marker),)
         if self.encoder == "none":
@@ -52,6 +52,6 @@ class TagPolicy:
         """Ids at the start of the decoder labels, forced when decoding.
 
         Raises:
-          UserError: where the vocabulary has no tag for the language.
+          UserError: if the vocabulary has no tag for the language.
         """
         return (vocabulary.tag_id(target_language),) if self.decoder == "target" else ()

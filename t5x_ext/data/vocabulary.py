@@ -114,7 +114,7 @@ class Vocabulary:
           markers: further pieces that stand for no text, as `BT` for `<BT>`.
 
         Raises:
-          UserError: where the file is missing, is no SentencePiece model, or has no end-of-sentence piece.
+          UserError: if the file is missing, is no SentencePiece model, or has no end-of-sentence piece.
         """
         try:
             model = epath.Path(path).read_bytes()
@@ -174,7 +174,7 @@ class Vocabulary:
         """The id of a language's tag.
 
         Raises:
-          UserError: where the vocabulary has none.
+          UserError: if the vocabulary has none.
         """
         if language not in self._tags:
             known = ", ".join(self._tags) or "none"
@@ -190,7 +190,7 @@ class Vocabulary:
         """The id of a marker.
 
         Raises:
-          UserError: where the vocabulary does not have it.
+          UserError: if the vocabulary does not have it.
         """
         if marker not in self._markers:
             raise UserError(
@@ -215,7 +215,7 @@ class Vocabulary:
           seed: picks the segmentations.
 
         Raises:
-          UserError: where the model is not a unigram model, which alone gives probabilities.
+          UserError: if the model is not a unigram model, which alone gives probabilities.
         """
         if not self._is_unigram:
             raise UserError("subword sampling needs a unigram vocabulary; use model_type='unigram' or variants=0")
@@ -280,7 +280,7 @@ class Vocabulary:
         """Opens a folder written by `save`.
 
         Raises:
-          UserError: where it is not one, or its two files do not belong together.
+          UserError: if it is not one, or its two files do not belong together.
         """
         description = read_description(directory)
         path = str(epath.Path(directory) / MODEL_FILE)
@@ -301,7 +301,7 @@ def read_description(directory: str) -> dict[str, Any]:
     """The description in a vocabulary folder.
 
     Raises:
-      UserError: where the folder is not a whole vocabulary, or one of an unknown format.
+      UserError: if the folder is not a whole vocabulary, or one of an unknown format.
     """
     path = epath.Path(directory) / DESCRIPTION_FILE
     try:
@@ -366,7 +366,7 @@ def train_vocabulary(
       max_lines: see there.
 
     Raises:
-      UserError: where there is no text, or `size` is too small for tags, bytes and characters.
+      UserError: if there is no text, or `size` is too small for tags, bytes and characters.
     """
     # Repeated lines are counted, because SentencePiece takes quadratic time over repeated stretches of text.
     counts = Counter(_sample_lines(lines, max_lines, seed))

@@ -101,7 +101,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
 
 
 def find_place(config: DistributedConfig) -> Place | None:
-    """The place of this process; None where it is to run alone.
+    """The place of this process; None if it is to run alone.
 
     Raises:
       UserError: naming what is missing.
@@ -136,7 +136,7 @@ def barrier(name: str) -> None:
     """Returns once every process has come here, however long that takes; at once where there is one only.
 
     Raises:
-      UserError: where another process has failed in `failing_together`.
+      UserError: if another process has failed in `failing_together`.
     """
     client = _client()
     if client is None:
@@ -238,7 +238,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def _client() -> Any:
-    """JAX's line to the other processes; None where there are none.
+    """JAX's line to the other processes; None if there are none.
 
     Its public functions wait by a computation on all devices, which gives up when another process is busy for long.
     """

@@ -74,7 +74,7 @@ class CheckReport:
       hlo_flops: operations of the compiled program, loops counted as often as they run, all devices together; None
         where the compiler refused.
       collectives: what one device takes part in, the largest first.
-      roofline: least seconds; None where the compiler refused or the kind of device is not in the table.
+      roofline: least seconds; None if the compiler refused or the kind of device is not in the table.
       mfu_bound: (overlapped, serial) model FLOPs utilisation at those; None likewise.
       compile_seconds: seconds the compiler took.
       steps: updates of the whole run; None for decoding.

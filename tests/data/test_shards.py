@@ -88,7 +88,7 @@ def test_a_file_cut_short_is_found(path, pauses, size):
     os.truncate(path, size)
     with pytest.raises(UserError, match=r"tokens.array_record: damaged \(.*delete the folder"):
         shard.read(range(20_000), SIZES)
-    with pytest.raises(UserError, match="delete its folder to build it anew"):
+    with pytest.raises(UserError, match="delete its folder to rebuild it"):
         Shard(path, 20_000)
 
 

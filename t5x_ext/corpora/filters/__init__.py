@@ -1,7 +1,7 @@
-"""Filters for raw text, parallel and of one language: cleaning of lines, rules with counts, exact and near duplicates.
+"""Filters for raw text, parallel or of one language: cleaning of lines, rules with counts, exact and near duplicates.
 
-`filter_corpora` is the whole way; `t5x_ext clean` is its command. Libraries of the extra `clean` (py3langid, regex,
-datasketch) are loaded by the rules that need them.
+`filter_corpora` does all of it; `t5x_ext clean` is its command. Rules import the libraries of the extra `clean`
+(py3langid, regex, datasketch) when they need them.
 """
 
 from t5x_ext.corpora.filters.chunks import ChunkFilter, FilteredChunk

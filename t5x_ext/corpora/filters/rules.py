@@ -1,4 +1,4 @@
-"""The rules that look at one pair: each a name and a question."""
+"""The rules for single pairs: each has a name and a test."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ _MARKUP = re.compile(
 )
 _SAME_CHARACTER = re.compile(r"(\S)\1{9}")
 _MIN_REPETITION_UNITS = 10
-# "Twice." and "而且是两次。" are even enough. Of 795 strings of an interface, English and Japanese, 15 would go without
-# this limit, 1 goes with it; of sentences of WMT22 paired at random it is 21 % either way.
+# "Twice." and "而且是两次。" belong together. Of 795 strings of an interface, English and Japanese, the rule drops 1;
+# without this limit it would drop 15. Of WMT22 sentences paired at random it drops 21 % either way.
 _MIN_RATIO_WORDS = 5
-# Scripts that are written with several of Unicode's.
+# Script codes that stand for several Unicode scripts.
 _SCRIPTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang", "Hani")}
 
 
 class Rule(NamedTuple):
-    """Why pairs are dropped: a name, and whether it speaks against the lines of a pair (or one line alone)."""
+    """A rule: its name, and a test that is true for the lines of a pair (or a single line) that it drops."""
 
     name: str
-    speaks_against: Callable[[Sequence[str]], bool]
+    drops: Callable[[Sequence[str]], bool]
 
 
 def pair_rules(config: PairRules, languages: Sequence[str], held_out: HeldOut = ()) -> tuple[Rule, ...]:
     """The rules that a configuration switches on, in the order of `PAIR_RULES`.
 
     Args:
-      config: what is asked for.
-      languages: one code a line: two, or one for text of one language, where rules that compare sides drop out.
-      held_out: for every language what `hold_out` made; empty: nothing is held out.
+      config: which rules are on.
+      languages: one code a side: two, or one for text of one language, which has no rules that compare sides.
+      held_out: from `hold_out`, for these languages; empty: nothing is held out.
 
     Raises:
-      UserError: where a rule's library is not installed, or does not know a language.
+      UserError: if a rule's library is not installed, or does not know a language.
     """
     two_sides = len(languages) == 2
     rules = [
         Rule("empty", lambda lines: not all(lines)),
-        # First, so that it says how much of what is held out there was, and not what other rules have left of it.
+        # First, so that its count is that of all held-out lines, not of those that other rules keep.
         bool(held_out) and Rule("held_out", _any_line([_is_among(hashes) for hashes in held_out])),
         config.max_length is not None and Rule("length", _length_rule(languages, config.max_length)),
         two_sides and config.max_ratio is not None and Rule("ratio", _ratio_rule(languages, config.max_ratio)),
@@ -75,9 +75,9 @@ def pair_rules(config: PairRules, languages: Sequence[str], held_out: HeldOut = 
 
 
 def rules_identity(config: PairRules) -> dict[str, Any]:
-    """What decides which pairs the rules keep, as JSON: the fields that differ from their defaults, and versions.
+    """What the rules' decisions depend on, as JSON: fields that differ from their defaults, and versions.
 
-    The versions are those of Unicode and of the libraries that the rules in use ask.
+    The versions are those of Unicode and of the libraries that the active rules use.
     """
     used = {field.name: getattr(config, field.name) for field in fields(config)}
     changed = {field.name: used[field.name] for field in fields(config) if used[field.name] != field.default}
@@ -135,7 +135,7 @@ def scripts_of(language: str) -> tuple[str, ...]:
     """Unicode's four-letter codes of the scripts of a language, by CLDR's likely subtags.
 
     Raises:
-      UserError: where CLDR knows none and the code names none, as `sr_Latn` does.
+      UserError: if CLDR knows no script and the code names none (as `sr_Latn` does).
 
     >>> scripts_of("ja"), scripts_of("sr"), scripts_of("sr_Latn")
     (('Hani', 'Hira', 'Kana'), ('Cyrl',), ('Latn',))
@@ -157,7 +157,7 @@ def scripts_of(language: str) -> tuple[str, ...]:
 
 
 class _ScriptCheck:
-    """Says of lines whether too few of their letters belong to a script of their language."""
+    """Tests whether too few letters of a line belong to a script of its language."""
 
     def __init__(self, language: str, min_share: float):
         regex = _regex()
@@ -173,7 +173,7 @@ class _ScriptCheck:
         self._min_share = min_share
 
     def is_other(self, line: str) -> bool:
-        """False for a line without letters: nothing speaks against it."""
+        """Whether the line is in another script; False for a line without letters."""
         if self._is_latin and line.isascii():
             return False
         line = without_code(line)
