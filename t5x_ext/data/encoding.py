@@ -1,4 +1,4 @@
-"""What happens to a chunk of pairs on its way into a token cache: cleaning and tokenising."""
+"""Cleaning and tokenising a chunk of pairs for a token cache."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from t5x_ext.corpora.filters import PairRules, pair_rules
 from t5x_ext.data.vocabulary import Vocabulary
 
 CHUNK_PAIRS = 8192
-"""Pairs of a chunk, in the order of the corpus, before cleaning; random segmentations depend on it."""
+"""Pairs a chunk, before cleaning; random segmentations depend on it."""
 
 
 @dataclass(frozen=True)
 class SubwordSampling:
     """Several random segmentations of every line instead of its best one.
 
-    The cache holds `variants` segmentations of every pair; the pass number over the corpus, modulo `variants`, picks
-    the one that is read, so that sampling costs disk space and no time during training.
+    The cache stores `variants` segmentations of every pair. Pass number n over the corpus reads segmentation
+    n mod `variants`. So sampling costs disk space, but no time during training.
 
     Attributes:
       variants: segmentations a pair; 0: the best one only.
-      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`. On Multi30k with 8,000
-        pieces 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
+      alpha: small values give varied, large values likely segmentations, see `Vocabulary.sample`. On Multi30k with
+        8,000 subwords 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
     """
 
     variants: int = 0
@@ -43,20 +43,20 @@ class SubwordSampling:
 
     @property
     def stored(self) -> int:
-        """Segmentations that a cache holds of every pair."""
+        """Segmentations that a cache stores for every pair."""
         return max(1, self.variants)
 
 
 class Chunk(NamedTuple):
-    """A chunk of pairs, tokenised: rules that dropped pairs, and for every variant all ids and [pairs, 2] lengths."""
+    """A tokenised chunk of pairs."""
 
-    counts: Counter[str]
-    ids: list[bytes]
-    lengths: list[np.ndarray]
+    counts: Counter[str]  # pairs dropped by each rule, and `changed_lines`
+    ids: list[bytes]  # for every variant, all token ids
+    lengths: list[np.ndarray]  # for every variant, int32 [pairs, 2]
 
 
 class Encoder:
-    """Turns a numbered chunk of pairs into tokens: a pure function of the chunk, wherever it runs."""
+    """Cleans and tokenises numbered chunks of pairs: a pure function of number and pairs."""
 
     def __init__(
         self,

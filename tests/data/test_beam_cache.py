@@ -85,7 +85,7 @@ def test_mistakes_in_the_text_are_told_in_one_line(tmp_path, vocabulary, small_p
 
 
 def test_refused_corpora_leave_nothing(list_corpus, vocabulary, tmp_path):
-    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "no pair is left after cleaning")):
+    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "cleaning keeps no pair")):
         with pytest.raises(UserError, match=message):
             build_cache(list_corpus(lines), vocabulary, tmp_path, beam=BeamRunner())
     assert list(tmp_path.iterdir()) == []

@@ -206,7 +206,7 @@ def test_disk_space_is_estimated_and_checked_first(make_corpus, vocabulary, tmp_
 
 
 def test_refused_corpora_leave_nothing(list_corpus, vocabulary, tmp_path):
-    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "no pair is left after cleaning")):
+    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "cleaning keeps no pair")):
         with pytest.raises(UserError, match=message):
             build_cache(list_corpus(lines), vocabulary, tmp_path)
     assert folders(tmp_path) == []

@@ -16,7 +16,7 @@ from etils import epath
 from t5x_ext.corpora.beam import BeamRunner, Task, import_beam, make_pipeline, read_tasks
 from t5x_ext.corpora.filters.chunks import filter_task, read_keys, write_whole
 from t5x_ext.corpora.filters.config import FilterConfig
-from t5x_ext.corpora.filters.duplicates import Part, Verdicts, keys_of_partition, find_later
+from t5x_ext.corpora.filters.duplicates import Part, Verdicts, find_later, keys_of_partition
 from t5x_ext.corpora.parallel_text import ParallelText
 
 

@@ -30,7 +30,7 @@ from t5x_ext.corpora.filters.chunks import (
     write_whole,
 )
 from t5x_ext.corpora.filters.config import FilterConfig
-from t5x_ext.corpora.filters.duplicates import DUPLICATE_RULES, Verdicts, keys_of_partition, find_later, partition_bits
+from t5x_ext.corpora.filters.duplicates import DUPLICATE_RULES, Verdicts, find_later, keys_of_partition, partition_bits
 from t5x_ext.corpora.filters.held_out import hold_out, write_held_out
 from t5x_ext.corpora.filters.on_beam import check_runner, filter_on_beam
 from t5x_ext.corpora.filters.report import CorpusReport, FilterReport

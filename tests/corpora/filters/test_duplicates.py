@@ -12,8 +12,8 @@ from t5x_ext.corpora.filters import FilterConfig, duplicates, near_duplicate_pro
 from t5x_ext.corpora.filters.duplicates import (
     BANDS,
     KeyMaker,
-    keys_of_partition,
     find_later,
+    keys_of_partition,
     partition_bits,
     rows_per_band,
     shingles,
