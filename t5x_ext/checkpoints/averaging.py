@@ -61,7 +61,7 @@ def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> 
       output: a local folder that does not exist, or is empty; its one checkpoint is called as the newest of `steps`.
 
     Raises:
-      UserError: where a checkpoint is missing or damaged, or something is in the place of `output`.
+      UserError: if a checkpoint is missing or damaged, or something else has the path `output`.
     """
     with whole_folder(Path(output), None, "the averaged run") as draft:
         target = RunFolder(draft)

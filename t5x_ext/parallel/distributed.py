@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 
@@ -16,9 +16,6 @@ from t5x_ext.parallel.clusters import Place
 from t5x_ext.parallel.rendezvous import meet, split_address
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("none", "auto", "tpu", "gke", "slurm", "explicit")
-"""Ways for a process to learn its place among the others."""
 
 _DETECTED: dict[str, Callable[[], Place | None]] = {
     "gke": lambda: clusters.from_gke(os.environ),
@@ -46,15 +43,16 @@ class DistributedConfig:
       timeout_seconds: how long to wait for a process that does not come.
     """
 
-    kind: str = "none"
+    kind: Literal["none", "auto", "tpu", "gke", "slurm", "explicit"] = "none"
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     timeout_seconds: int = 300
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"DistributedConfig.kind is {self.kind!r}; use one of {', '.join(KINDS)}")
+        kinds = get_args(get_type_hints(DistributedConfig)["kind"])
+        if self.kind not in kinds:
+            raise UserError(f"DistributedConfig.kind is {self.kind!r}; use one of {', '.join(kinds)}")
         if self.timeout_seconds < 1:
             raise UserError(f"DistributedConfig.timeout_seconds is {self.timeout_seconds}: at least 1")
         if self.coordinator is not None:
@@ -96,7 +94,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
 
 
 def find_place(config: DistributedConfig) -> Place | None:
-    """The place of this process; None where it is to run alone.
+    """The place of this process; None if it is to run alone.
 
     Raises:
       UserError: naming what is missing.

@@ -217,7 +217,7 @@ def test_a_process_that_is_killed_is_gone_on_with(corpora, tmp_path, small_piece
         (b"a\nb\n", b"c\n", "2 lines but"),
         (b"a\n\xe4\n", b"c\nd\n", "a.en, line 2: not UTF-8"),
         (b"", b"c\n", "a.en: the file is empty"),
-        (b"same\nsame\n", b"same\nsame\n", "a.en-de: no pair is left after filtering (copy 2)"),
+        (b"same\nsame\n", b"same\nsame\n", "a.en-de: filtering keeps no pair (copy 2)"),
     ],
 )
 def test_mistakes_leave_nothing(write, tmp_path, source, target, message):
@@ -239,7 +239,7 @@ def test_other_mistakes(list_corpus, make_corpus, corpora, tmp_path, monkeypatch
     refused("it becomes a file name", [list_corpus(one.lines, name="../x")])
     refused("the corpus is empty", [list_corpus(())])
     refused("the corpus is empty", [one], held_out=[list_corpus(())])
-    refused("no pair is left after filtering .held_out 5", [one], held_out=[one])
+    refused("filtering keeps no pair .held_out 5", [one], held_out=[one])
     refused("Beam has no pipeline option --no_such", [one], beam=BeamRunner(options=("--no_such=1",)))
     with pytest.raises(UserError, match="a remote folder is for filtering on a runner"):
         filter_corpora([one], "gs://bucket/out", CONFIG)
