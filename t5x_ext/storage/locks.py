@@ -143,7 +143,7 @@ class Lock:
             pass  # it was freed, or taken over by another process, while it was looked at
         self._me = me
         self._ended.clear()
-        self._heart = threading.Thread(target=self._beat, args=(self._path,), name="lock", daemon=True)
+        self._heart = threading.Thread(target=self._beat, args=(self._path, me), name="lock", daemon=True)
         self._heart.start()
 
     def release(self) -> None:
@@ -194,11 +194,11 @@ class Lock:
             f"name another place; if it is certain that it no longer runs, delete {path}"
         )
 
-    def _beat(self, path: Path) -> None:
+    def _beat(self, path: Path, me: Holder) -> None:
         """Gives signs of life, in a thread of its own, until the lock is freed or lost."""
         while not self._ended.wait(self._stale_seconds / _BEATS):
             try:
-                if _parse(path.read_bytes()) != self._me:
+                if _parse(path.read_bytes()) != me:
                     raise FileNotFoundError
                 os.utime(path)
             except FileNotFoundError:

@@ -44,9 +44,8 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_an_error_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "place", "file") as folder:
-        (folder / "file").write_text("x")
-        raise RuntimeError
+    with pytest.raises(NotADirectoryError), whole_folder(tmp_path / "place", "file") as folder:
+        (folder / "file" / "file").write_text(str((folder / "file").write_text("x")))
     assert names(tmp_path) == []
 
 
@@ -55,9 +54,9 @@ def test_what_is_in_the_place_stays(tmp_path, last_file):
     place = tmp_path / "place"
     place.mkdir()
     (place / "other").write_text("x")
-    with pytest.raises(UserError, match=r"place: is in the way of a statue; remove it$"):
-        with whole_folder(place, last_file, "a statue") as folder:
-            (folder / "file").write_text("y")
+    message = r"place: is in the way of a statue; remove it$"
+    with pytest.raises(UserError, match=message), whole_folder(place, last_file, "a statue") as folder:
+        (folder / "file").write_text("y")
     assert names(place) == ["other"]
     (place / "file").write_text("z")
     # Another process was first with the same content, where there is such a thing.

@@ -143,8 +143,18 @@ def test_a_holder_gives_signs_of_life(tmp_path):
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', '{"host": "a", "process": "x", "since": 1}',
-                                     '{"host": "a", "process": 1, "since": 1e300}', '{"host": "a", "process": 1, "since": NaN}'])  # fmt: skip
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    '{"host": 1}',
+    '{"host": "a", "process": "x", "since": 1}',
+    '{"host": "a", "process": 1, "since": 1e300}',
+    '{"host": "a", "process": 1, "since": NaN}',
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_lock_counts_until_it_is_old(tmp_path, content, monkeypatch):
     monkeypatch.setattr(locks, "_WRITING_SECONDS", 0.1)
     path = tmp_path / ".lock"
