@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
+from t5x_ext.cli.field_flags import define_field_flags, field_names, imported
 from t5x_ext.cli.languages import known_language
+from t5x_ext.cli.messages import UsageError
 
 if TYPE_CHECKING:
     from t5x_ext.decode import DecodeConfig, Translator
 
-_OPTIONS = (
-    "strategy", "beam_size", "n_best", "length_penalty", "alpha", "max_length_ratio", "max_length_extra",
-    "max_source_length", "batch_tokens", "temperature", "top_k", "top_p", "seed",
-)  # fmt: skip
+_CONSTRAINTS = {"minimum_length": "MinimumLength", "no_repeat_ngrams": "NoRepeatNgrams"}
+"""Flags of constraints, and the constraint that each stands for."""
 
 
 def define_model_flags(values: flags.FlagValues) -> None:
@@ -31,68 +31,82 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "ensemble_average", "log_prob", ["log_prob", "probability"], "what an ensemble averages", flag_values=values
     )
-    about = "code, as de or zh; may be left out where the model has one direction that fits"
+    about = "code, as de or zh; not needed if one direction of the model fits"
     flags.DEFINE_string("source_language", None, about, flag_values=values)
     flags.DEFINE_string("target_language", None, about, flag_values=values)
     flags.DEFINE_integer(
-        "mesh_fsdp", 1, "devices of this process among which the weights are cut along their width; what devices "
-        "are left decode lines of their own with weights of their own", lower_bound=1, flag_values=values,
+        "mesh_fsdp", 1, "devices of this process among which the weights are sharded along their width; each further "
+        "group of so many devices decodes lines of its own with weights of its own", lower_bound=1, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "mesh_tensor", 1, "devices among which single matrices are cut and stay cut", lower_bound=1, flag_values=values
-    )
+        "mesh_tensor", 1, "devices among which single matrices are sharded, also while they are used", lower_bound=1,
+        flag_values=values,
+    )  # fmt: skip
     define_compile_cache_flag(values)
 
 
 def define_decode_flags(values: flags.FlagValues) -> None:
-    """Declares the options of decoding, with the defaults of `DecodeConfig`."""
-    flags.DEFINE_enum("strategy", "beam", ["beam", "greedy", "sample"], "how to search", flag_values=values)
-    flags.DEFINE_integer("beam_size", 5, "hypotheses kept in beam search", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("n_best", 1, "translations for each line", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum(
-        "length_penalty", "fairseq", ["fairseq", "gnmt"], "what a score is divided by: length**alpha, or "
-        "((5 + length) / 6)**alpha", flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_float("alpha", 1.0, "exponent of the length penalty", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float(
-        "max_length_ratio", 3.0, "a translation has at most this many tokens a source token", lower_bound=0.0,
+    """Declares the options of decoding: fields of `DecodeConfig` and of the searches, with their defaults."""
+    from t5x_ext.decode import DecodeConfig
+
+    searches = _searches()
+    flags.DEFINE_string(
+        "strategy", "beam", f"how to search: {', '.join(searches)}, or the import path of another Search",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("max_length_extra", 20, "and so many more", lower_bound=0, flag_values=values)
+    for search in searches.values():
+        define_field_flags(search, values)
+    define_field_flags(DecodeConfig, values, ("max_length_ratio", "max_length_extra"))
     define_batching_flags(values)
-    flags.DEFINE_float("temperature", 1.0, "of sampling", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer(
-        "top_k", 0, "sample from the k most probable tokens; 0 is all", lower_bound=0, flag_values=values
+        "minimum_length", None, "a translation has at least so many tokens", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_float(
-        "top_p", 1.0, "sample from the fewest tokens that reach this probability", lower_bound=0.0, upper_bound=1.0,
+    flags.DEFINE_integer(
+        "no_repeat_ngrams", None, "no sequence of so many tokens occurs twice in a translation", lower_bound=1,
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
 
 
 def define_batching_flags(values: flags.FlagValues) -> None:
-    """Declares how source lines are cut and batched, for decoding and for scoring."""
-    flags.DEFINE_integer("max_source_length", 512, "tokens beyond are cut", lower_bound=4, flag_values=values)
-    flags.DEFINE_integer(
-        "batch_tokens",
-        None,
-        "padded source tokens a batch; by default what suits the device",
-        lower_bound=1,
-        flag_values=values,
-    )
+    """Declares how source lines are truncated and batched, for decoding and for scoring."""
+    from t5x_ext.decode import DecodeConfig
+
+    define_field_flags(DecodeConfig, values, ("max_source_length", "batch_tokens"))
 
 
 def decode_config(values: flags.FlagValues) -> DecodeConfig:
     """The options that the flags give.
 
     Raises:
-      UserError: for options that do not go together.
+      UsageError: for an unknown strategy, and for flags that do not go with the one chosen.
+      UserError: for values that are not allowed.
     """
-    from t5x_ext.decode import DecodeConfig
+    from t5x_ext import decode
 
-    options: dict[str, Any] = {name: getattr(values, name) for name in _OPTIONS}
-    return DecodeConfig(**options)
+    constraints = tuple(
+        getattr(decode, kind)(values[name].value) for name, kind in _CONSTRAINTS.items() if values[name].value
+    )
+    options: dict[str, Any] = {name: values[name].value for name in field_names(decode.DecodeConfig) if name in values}
+    return decode.DecodeConfig(search=_search(values), constraints=constraints, **options)
+
+
+def _searches() -> dict[str, type]:
+    """The strategies that have flags, by name."""
+    from t5x_ext.decode import Beam, Greedy, Sample
+
+    return {search.__name__.lower(): search for search in (Beam, Greedy, Sample)}
+
+
+def _search(values: flags.FlagValues) -> Any:
+    """The search that `--strategy` names, with the flags that are its fields."""
+    known, name = _searches(), values.strategy
+    search = known[name] if name in known else imported(name, "--strategy", known)
+    given = {name: values[name].value for kind in known.values() for name in field_names(kind) if values[name].present}
+    own = field_names(search) if isinstance(search, type) else ()
+    for flag in given:
+        if flag not in own:
+            raise UsageError(f"--{flag} does not go with --strategy={name}")
+    return search(**given) if isinstance(search, type) else search
 
 
 def open_translator(values: flags.FlagValues) -> Translator:

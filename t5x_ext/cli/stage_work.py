@@ -72,7 +72,6 @@ def _decoding(stage: Stage) -> tuple[str, DecodeConfig] | None:
     Candidates of an ensemble are of one shape: the ensemble decodes as a model of its own.
     """
     from t5x_ext.pipeline import GreedyEnsemble, Translate
-    from t5x_ext.plan.check import num_hypotheses
     from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
     if isinstance(stage, GreedyEnsemble):
@@ -80,7 +79,9 @@ def _decoding(stage: Stage) -> tuple[str, DecodeConfig] | None:
     if isinstance(stage, CycleTranslate | Translate):
         return stage.model, stage.decode
     if isinstance(stage, Synthesize):
-        return stage.model, max(filter(None, (stage.forward, stage.backward)), key=num_hypotheses)
+        return stage.model, max(
+            filter(None, (stage.forward, stage.backward)), key=lambda decode: decode.search.rows_per_source
+        )
     return None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from t5x_ext.checkpoints import RunFolder
 from t5x_ext.contracts import UserError, path_name
 from t5x_ext.decode.ensemble import Combine
-from t5x_ext.decode.translator import restore_weights
+from t5x_ext.decode.open import restore_weights
 
 ARTEFACT_FILE = "artefact.json"
 RECORD_FILE = "record.json"

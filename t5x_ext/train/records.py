@@ -23,6 +23,7 @@ from t5x_ext.train.run import Run
 _MAY_CHANGE = (
     *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
     *("Run.max_skipped_updates", "Run.max_rewinds", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
+    *("Beam.", "Greedy.", "Sample.", "MinimumLength.", "ForbidTokens.", "NoRepeatNgrams."),
     *("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules."),
 )
 """Settings that a restart may change: they do not touch what has been learned so far. Devices may be others, too."""

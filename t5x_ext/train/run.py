@@ -10,7 +10,7 @@ import optax
 
 from t5x_ext.contracts import Accumulator, Objective, UserError
 from t5x_ext.data import DataConfig
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import DecodeConfig, Greedy
 from t5x_ext.models import TransformerConfig
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import mean_accumulator
@@ -37,7 +37,7 @@ class EvaluationConfig:
 
     every: int = 1000
     max_lines: int = 200
-    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(strategy="greedy"))
+    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(Greedy()))
     test_decode: DecodeConfig = field(default_factory=DecodeConfig)
     metric: str = "valid/loss"
     higher_is_better: bool = False
