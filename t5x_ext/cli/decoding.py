@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from t5x_ext.cli.compile_cache import define_compile_cache_flag, keep_compiled_programs
-from t5x_ext.cli.field_flags import define_field_flags, field_names, imported
+from t5x_ext.cli.field_flags import FieldFlag, define_field_flags, field_values
 from t5x_ext.cli.languages import known_language
-from t5x_ext.cli.messages import UsageError
+from t5x_ext.cli.messages import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from t5x_ext.decode import DecodeConfig, Translator
 
+_N_BEST = FieldFlag("translations for each line", lower_bound=1)
+_PENALTY = {
+    "length_penalty": FieldFlag("what a score is divided by: length**alpha, or ((5 + length) / 6)**alpha"),
+    "alpha": FieldFlag("exponent of the length penalty", lower_bound=0.0),
+}
+_BEAM = {"beam_size": FieldFlag("hypotheses kept in beam search", lower_bound=1), "n_best": _N_BEST, **_PENALTY}
+_SAMPLE = {
+    "temperature": FieldFlag("of sampling", lower_bound=0.0),
+    "top_k": FieldFlag("sample from the k most probable tokens; 0 is all", lower_bound=0),
+    "top_p": FieldFlag("sample from the fewest tokens that reach this probability", lower_bound=0.0, upper_bound=1.0),
+    "seed": FieldFlag("of sampling"),
+}
+_LENGTHS = {
+    "max_length_ratio": FieldFlag("a translation has at most this many tokens a source token", lower_bound=0.0),
+    "max_length_extra": FieldFlag("and so many more", lower_bound=0),
+}
+_BATCHING = {
+    "max_source_length": FieldFlag("longer lines are truncated to so many tokens", lower_bound=4),
+    "batch_tokens": FieldFlag("padded source tokens a batch; by default what suits the device", lower_bound=1),
+}
+_SEARCH_FLAGS = {**_BEAM, **_SAMPLE}
+"""Flags that are fields of searches, of one or of several."""
+
+_STRATEGIES = {"beam": "Beam", "greedy": "Greedy", "sample": "Sample"}
 _CONSTRAINTS = {"minimum_length": "MinimumLength", "no_repeat_ngrams": "NoRepeatNgrams"}
-"""Flags of constraints, and the constraint that each stands for."""
 
 
 def define_model_flags(values: flags.FlagValues) -> None:
@@ -47,16 +71,13 @@ def define_model_flags(values: flags.FlagValues) -> None:
 
 def define_decode_flags(values: flags.FlagValues) -> None:
     """Declares the options of decoding: fields of `DecodeConfig` and of the searches, with their defaults."""
-    from t5x_ext.decode import DecodeConfig
-
-    searches = _searches()
     flags.DEFINE_string(
-        "strategy", "beam", f"how to search: {', '.join(searches)}, or the import path of another Search",
-        flag_values=values,
+        "strategy", "beam", f"how to search: {', '.join(_STRATEGIES)}, or the import path of another Search, as "
+        "my_module.MySearch", flag_values=values,
     )  # fmt: skip
-    for search in searches.values():
-        define_field_flags(search, values)
-    define_field_flags(DecodeConfig, values, ("max_length_ratio", "max_length_extra"))
+    define_field_flags(values, "decode.beam", "Beam", _BEAM)
+    define_field_flags(values, "decode.sampling", "Sample", _SAMPLE)
+    define_field_flags(values, "decode.config", "DecodeConfig", _LENGTHS)
     define_batching_flags(values)
     flags.DEFINE_integer(
         "minimum_length", None, "a translation has at least so many tokens", lower_bound=1, flag_values=values
@@ -69,9 +90,7 @@ def define_decode_flags(values: flags.FlagValues) -> None:
 
 def define_batching_flags(values: flags.FlagValues) -> None:
     """Declares how source lines are truncated and batched, for decoding and for scoring."""
-    from t5x_ext.decode import DecodeConfig
-
-    define_field_flags(DecodeConfig, values, ("max_source_length", "batch_tokens"))
+    define_field_flags(values, "decode.config", "DecodeConfig", _BATCHING)
 
 
 def decode_config(values: flags.FlagValues) -> DecodeConfig:
@@ -86,27 +105,37 @@ def decode_config(values: flags.FlagValues) -> DecodeConfig:
     constraints = tuple(
         getattr(decode, kind)(values[name].value) for name, kind in _CONSTRAINTS.items() if values[name].value
     )
-    options: dict[str, Any] = {name: values[name].value for name in field_names(decode.DecodeConfig) if name in values}
+    options = field_values(values, {**_LENGTHS, **_BATCHING})
     return decode.DecodeConfig(search=_search(values), constraints=constraints, **options)
 
 
-def _searches() -> dict[str, type]:
-    """The strategies that have flags, by name."""
-    from t5x_ext.decode import Beam, Greedy, Sample
-
-    return {search.__name__.lower(): search for search in (Beam, Greedy, Sample)}
-
-
 def _search(values: flags.FlagValues) -> Any:
-    """The search that `--strategy` names, with the flags that are its fields."""
-    known, name = _searches(), values.strategy
-    search = known[name] if name in known else imported(name, "--strategy", known)
-    given = {name: values[name].value for kind in known.values() for name in field_names(kind) if values[name].present}
-    own = field_names(search) if isinstance(search, type) else ()
+    """The search that `--strategy` names; a class is called with the flags given that are fields of searches."""
+    from t5x_ext import decode
+
+    name = values.strategy
+    search = getattr(decode, _STRATEGIES[name]) if name in _STRATEGIES else _imported(name)
+    is_class = isinstance(search, type)
+    fields = getattr(search, "__dataclass_fields__", {}) if is_class else {}
+    given = {flag: values[flag].value for flag in _SEARCH_FLAGS if values[flag].present}
     for flag in given:
-        if flag not in own:
+        if flag not in fields:
             raise UsageError(f"--{flag} does not go with --strategy={name}")
-    return search(**given) if isinstance(search, type) else search
+    return search(**given) if is_class else search
+
+
+def _imported(path: str) -> Any:
+    """What an import path such as `my_module.MySearch` names."""
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise UsageError(f"--strategy={path}: there is no such search{did_you_mean(path, _STRATEGIES)}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"--strategy={path}: cannot import {module_name}: {error}") from None
+    if not hasattr(module, name):
+        raise UsageError(f"--strategy={path}: {module_name} has no '{name}'{did_you_mean(name, vars(module), most=0)}")
+    return getattr(module, name)
 
 
 def open_translator(values: flags.FlagValues) -> Translator:

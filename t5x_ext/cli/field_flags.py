@@ -1,92 +1,102 @@
-"""Flags that are the fields of a dataclass: names, types, defaults and descriptions are written there only."""
+"""Flags that are fields of a dataclass: type, choices and default are read from its source.
+
+The module is read and not imported: `--help` and mistakes in flags must not wait for JAX.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
-import re
-import types
+import ast
+import functools
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import flags
 
-from t5x_ext.cli.messages import UsageError, did_you_mean
-from t5x_ext.cli.type_check import annotations_of
-
-_DEFINE: dict[type, Callable[..., Any]] = {
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
+_PACKAGE = Path(__file__).parent.parent
+_NAMES: dict[str, Any] = {
+    "__builtins__": {},
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "Literal": typing.Literal,
 }
+_NUMBERS: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 
 
-def define_field_flags(cls: type, values: flags.FlagValues, names: Sequence[str] | None = None) -> None:
-    """Declares a flag for each field of a dataclass that there is no flag for yet.
+class Field(NamedTuple):
+    """A field of a dataclass: its annotation, evaluated, and its default."""
+
+    hint: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class FieldFlag:
+    """What a flag has beside the field.
+
+    Attributes:
+      about: its help.
+      name: of the flag; None: that of the field.
+      lower_bound: least value, for a number.
+      upper_bound: largest value, for a number.
+    """
+
+    about: str
+    name: str | None = None
+    lower_bound: float | None = None
+    upper_bound: float | None = None
+
+
+def define_field_flags(
+    values: flags.FlagValues, module: str, config: str, field_flags: Mapping[str, FieldFlag]
+) -> None:
+    """Declares flags with the types, choices and defaults of a dataclass's fields.
 
     Args:
-      cls: fields are numbers, text, or choices of texts (`Literal`); the `Attributes:` of its docstring describe them.
-      values: the verb's flags.
-      names: which fields; None: all.
+      values: where they are declared.
+      module: of the dataclass, as "parallel.distributed".
+      config: its name.
+      field_flags: by field; other fields get no flag.
     """
-    hints, descriptions = annotations_of(cls), attribute_texts(cls)
-    for field in dataclasses.fields(cls):
-        if field.name in values or (names is not None and field.name not in names):
-            continue
-        default: Any = field.default
-        hint, about = _without_none(hints[field.name]), descriptions[field.name].rstrip(".")
+    fields = dataclass_fields(module, config)
+    for field, flag in field_flags.items():
+        hint, default = fields[field]
+        kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+        name = flag.name or field
         if typing.get_origin(hint) is typing.Literal:
-            flags.DEFINE_enum(field.name, default, list(typing.get_args(hint)), about, flag_values=values)
+            flags.DEFINE_enum(name, default, kinds, flag.about, flag_values=values)
+        elif kinds[0] in _NUMBERS:
+            bounds = {"lower_bound": flag.lower_bound, "upper_bound": flag.upper_bound}
+            _NUMBERS[kinds[0]](name, default, flag.about, **bounds, flag_values=values)
         else:
-            _DEFINE[hint](field.name, default, about, flag_values=values)
+            define = flags.DEFINE_boolean if kinds[0] is bool else flags.DEFINE_string
+            define(name, default, flag.about, flag_values=values)
 
 
-def field_names(cls: type) -> tuple[str, ...]:
-    """The fields of a dataclass; none of another class."""
-    return tuple(field.name for field in dataclasses.fields(cls)) if dataclasses.is_dataclass(cls) else ()
+def field_values(values: flags.FlagValues, field_flags: Mapping[str, FieldFlag]) -> dict[str, Any]:
+    """The fields that the flags give, as arguments of the dataclass."""
+    return {field: getattr(values, flag.name or field) for field, flag in field_flags.items()}
 
 
-def attribute_texts(cls: type) -> dict[str, str]:
-    """What the section `Attributes:` of a class says of each attribute, on one line.
+@functools.cache
+def dataclass_fields(module: str, config: str) -> dict[str, Field]:
+    """The fields of a dataclass of this package whose types and defaults are plain: numbers, text, choices, None.
 
-    >>> class Shape:
-    ...     '''A shape.
-    ...
-    ...     Attributes:
-    ...       rows: of a batch,
-    ...         padding included.
-    ...       length: in tokens.
-    ...     '''
-    >>> attribute_texts(Shape)
-    {'rows': 'of a batch, padding included.', 'length': 'in tokens.'}
+    >>> dataclass_fields("parallel.mesh", "MeshConfig")["fsdp"]
+    Field(hint=<class 'int'>, default=1)
     """
-    section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n(?=[ ]))*)", inspect.getdoc(cls) or "", re.MULTILINE)
-    texts = re.findall(r"^  (\w+): (.*(?:\n {3,}.*)*)", section[1] if section else "", re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in texts}
-
-
-def imported(path: str, flag: str, known: Iterable[str] = ()) -> Any:
-    """What an import path such as `my_module.MySearch` names.
-
-    Raises:
-      UsageError: where there is no such thing, with the nearest of the names that the flag also knows.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise UsageError(f"{flag}={path}: no such choice{did_you_mean(path, known)}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"{flag}={path}: cannot import {module_name}: {error}") from None
-    if not hasattr(module, name):
-        raise UsageError(f"{flag}={path}: {module_name} has no '{name}'{did_you_mean(name, vars(module), most=0)}")
-    return getattr(module, name)
-
-
-def _without_none(hint: Any) -> Any:
-    """`int` for `int | None`."""
-    if isinstance(hint, types.UnionType):
-        (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
-    return hint
+    tree = ast.parse((_PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config)
+    fields = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            try:
+                hint = eval(ast.unparse(node.annotation), dict(_NAMES))
+                fields[node.target.id] = Field(hint, ast.literal_eval(node.value))
+            except (NameError, ValueError):
+                continue
+    return fields

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.contracts import Cache, Params, TokensToLogits, UserError
 from t5x_ext.decode.checks import at_least
-from t5x_ext.decode.penalties import LengthPenalty, PenaltyName, length_penalty
+from t5x_ext.decode.penalties import LengthPenalty, length_penalty
 from t5x_ext.decode.search import Hypotheses, SearchInputs
 from t5x_ext.decode.steps import (
     TopK,
@@ -58,7 +58,7 @@ class Beam:
 
     beam_size: int = 5
     n_best: int = 1
-    length_penalty: PenaltyName = "fairseq"
+    length_penalty: Literal["fairseq", "gnmt"] = "fairseq"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:

@@ -17,18 +17,20 @@ from t5x_ext.decode.records import build, describe, read_part
 from t5x_ext.decode.sampling import Sample
 from t5x_ext.decode.search import Constraint, Search
 
+_WITH = "with decode.DecodeConfig.search ="
+
 RETIRED = {
-    "DecodeConfig.strategy": "DecodeConfig.search = Beam(), Greedy() or Sample()",
-    "DecodeConfig.beam_size": "Beam.beam_size",
-    "DecodeConfig.n_best": "Beam.n_best or Sample.n_best",
-    "DecodeConfig.length_penalty": "length_penalty of Beam, Greedy or Sample",
-    "DecodeConfig.alpha": "alpha of Beam, Greedy or Sample",
-    "DecodeConfig.temperature": "Sample.temperature",
-    "DecodeConfig.top_k": "Sample.top_k",
-    "DecodeConfig.top_p": "Sample.top_p",
-    "DecodeConfig.seed": "Sample.seed",
+    "DecodeConfig.strategy": "decode.DecodeConfig.search = @decode.Beam(), @decode.Greedy() or @decode.Sample()",
+    "DecodeConfig.beam_size": f"decode.Beam.beam_size, {_WITH} @decode.Beam()",
+    "DecodeConfig.n_best": f"decode.Beam.n_best or decode.Sample.n_best, {_WITH} @decode.Beam() or @decode.Sample()",
+    "DecodeConfig.length_penalty": f"decode.Beam.length_penalty, {_WITH} @decode.Beam(), or that of another search",
+    "DecodeConfig.alpha": f"decode.Beam.alpha, {_WITH} @decode.Beam(), or that of another search",
+    "DecodeConfig.temperature": f"decode.Sample.temperature, {_WITH} @decode.Sample()",
+    "DecodeConfig.top_k": f"decode.Sample.top_k, {_WITH} @decode.Sample()",
+    "DecodeConfig.top_p": f"decode.Sample.top_p, {_WITH} @decode.Sample()",
+    "DecodeConfig.seed": f"decode.Sample.seed, {_WITH} @decode.Sample()",
 }
-"""Options of earlier versions, and what to write instead."""
+"""Options of earlier versions, and what to write instead, in gin's language."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _refuse_retired(cls: type[DecodeConfig]) -> None:
     def construct_or_refuse(self: DecodeConfig, *args: Any, **options: Any) -> None:
         for name in options:
             if (full := f"DecodeConfig.{name}") in RETIRED:
-                raise UserError(f"{full} is now {RETIRED[full]}")
+                raise UserError(f"{full} is retired; use {RETIRED[full]}")
         construct(self, *args, **options)
 
     cls.__init__ = construct_or_refuse  # type: ignore[method-assign]

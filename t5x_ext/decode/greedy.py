@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from t5x_ext.contracts import Params
-from t5x_ext.decode.penalties import PenaltyName, length_penalty
+from t5x_ext.decode.penalties import length_penalty
 from t5x_ext.decode.search import Hypotheses, SearchInputs
 from t5x_ext.decode.steps import decoding_steps, rollout
 
@@ -25,7 +25,7 @@ class Greedy:
       UserError: for values outside their range, at construction.
     """
 
-    length_penalty: PenaltyName = "fairseq"
+    length_penalty: Literal["fairseq", "gnmt"] = "fairseq"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:

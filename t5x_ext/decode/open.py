@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, check_structure
-from t5x_ext.contracts import Params, PyTree, UserError, path_name
+from t5x_ext.checkpoints import RunFolder, check_structure, run_params
+from t5x_ext.contracts import Params, PyTree, UserError
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
 from t5x_ext.models import UNPLACED, EncoderDecoder, TransformerConfig, init_params, logical_axes
 from t5x_ext.parallel import AxisRules, MeshPlacement, tree_shardings
+from t5x_ext.storage.digests import params_digest
 
 
 class Opened(NamedTuple):
@@ -63,7 +63,7 @@ def open_run(
         tags = TagPolicy(**record.tags)
     except TypeError:
         raise UserError(f"{run.model_json}: tags {record.tags} are not those of a TagPolicy") from None
-    return Opened(model, restore_weights(run, checkpoint), vocabulary, tags, tuple(record.directions))
+    return Opened(model, run_params(run, checkpoint), vocabulary, tags, tuple(record.directions))
 
 
 def join_members(members: Sequence[Opened], combine: Combine = "log_prob") -> Opened:
@@ -129,37 +129,9 @@ def fingerprint(opened: Opened) -> str:
         opened.vocabulary.fingerprint(),
         repr(opened.tags),
         repr(opened.directions),
+        params_digest(opened.params),
     )
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(opened.params):
-        digest.update(path_name(path).encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
-    """The weights that a run folder decodes with, as NumPy arrays: their EMA where the run kept one.
-
-    Args:
-      run: the folder.
-      checkpoint: `best`, `last` or a step.
-
-    Raises:
-      UserError: where there is no such checkpoint.
-    """
-    which: Literal["best", "last"] | int
-    if checkpoint in ("best", "last"):
-        which = "best" if checkpoint == "best" else "last"
-    elif str(checkpoint).isdecimal():
-        which = int(checkpoint)
-    else:
-        raise UserError(f"checkpoint {checkpoint!r}: must be best, last or a step")
-    with CheckpointStore(run.checkpoints) as store:
-        try:
-            return store.restore_params(which, subtree="ema")
-        except UserError:
-            # Most runs keep no EMA; where it is the checkpoint that is missing, this says so.
-            return store.restore_params(which)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:

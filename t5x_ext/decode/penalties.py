@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import UserError
-
-PenaltyName: TypeAlias = Literal["fairseq", "gnmt"]
 
 LengthPenalty: TypeAlias = Callable[[Int[Array, "..."]], Float[Array, "..."]]
 """Length in tokens -> divisor of the log-probability; never falls as the length grows, and is positive."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Params, UserError
 from t5x_ext.decode.checks import at_least
-from t5x_ext.decode.penalties import PenaltyName, length_penalty
+from t5x_ext.decode.penalties import length_penalty
 from t5x_ext.decode.search import Hypotheses, SearchInputs
 from t5x_ext.decode.steps import TopK, decoding_steps, rollout, row_top_k
 
@@ -44,7 +44,7 @@ class Sample:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    length_penalty: PenaltyName = "fairseq"
+    length_penalty: Literal["fairseq", "gnmt"] = "fairseq"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ def test_retired_options_say_their_new_name(name):
     assert field not in {one.name for one in dataclasses.fields(DecodeConfig)}
     with pytest.raises(UserError) as error:
         DecodeConfig(**{field: 1})
-    assert str(error.value) == f"{name} is now {RETIRED[name]}"
+    assert str(error.value) == f"{name} is retired; use {RETIRED[name]}"
 
 
 def test_other_unknown_options_are_mistakes_of_the_program():
