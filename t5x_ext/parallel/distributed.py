@@ -1,4 +1,4 @@
-"""One run on several processes: joining them, and what they must do in order."""
+"""One run on several processes: joining them, barriers, and doing things in order."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _WHERE = {
     "slurm": "SLURM_PROCID and SLURM_NTASKS are not set: start it with srun",
     "tpu": "this machine is no Cloud TPU VM",
 }
-_LEAVING = 30  # seconds that a process which ends waits for the others; one that failed keeps them for no longer
-_LOOK = 5000  # milliseconds: how often one that waits looks whether another has failed
+_LEAVING = 30  # seconds that a process which ends waits for the others, and they for one that failed
+_LOOK = 5000  # milliseconds between checks whether another process has failed, while waiting for one
 
 _FAILED = "t5x_ext/failed"
 
@@ -41,13 +41,13 @@ _visits: collections.Counter[str] = collections.Counter()
 class DistributedConfig:
     """How the processes of a run find each other.
 
-    Args:
-      kind: `none`: this is the only one; `tpu`, `gke` and `slurm`: as the Cloud TPU metadata server, Kubernetes or
-        Slurm says; `explicit`: as the next three fields say; `auto`: the first of these that applies.
-      coordinator: `host:port` of process 0; set, it goes before what was detected, as do the next two.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
-      timeout_seconds: how long to wait for a process that does not come.
+    Attributes:
+      kind: `none`: there is one process; `tpu`, `gke` and `slurm`: ask the Cloud TPU metadata server, Kubernetes or
+        Slurm; `explicit`: the next three fields; `auto`: the first of these that applies.
+      coordinator: `host:port` of process 0; if set, it overrides what was detected, as do the next two.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      timeout_seconds: how long to wait for the other processes.
     """
 
     kind: Literal["none", "auto", "tpu", "gke", "slurm", "explicit"] = "none"
@@ -73,11 +73,11 @@ class DistributedConfig:
 
 
 def initialize_distributed(config: DistributedConfig) -> None:
-    """Joins the processes of a run, so that `jax.devices()` are those of all; before anything else is done with JAX.
+    """Joins the processes of a run, so that `jax.devices()` are those of all. Must be called before any use of JAX.
 
     Raises:
-      UserError: naming the processes that did not arrive in time, in every one that did; or what is missing or wrong in
-        the description.
+      UserError: if processes did not arrive in time, naming them, in every process that did arrive; or if the
+        configuration is incomplete or wrong.
     """
     place = find_place(config)
     if place is None:
@@ -86,7 +86,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
         raise UserError(f"there is no process {place.process_id} of {place.num_processes}: ids count from 0")
     if place.num_processes > 1:
         meet(place.coordinator, place.num_processes, place.process_id, config.timeout_seconds)
-    # JAX's own service would swallow SIGTERM; the training loop listens itself, and its processes agree where to stop.
+    # JAX's preemption service would catch SIGTERM; the training loop handles it, and its processes agree where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
@@ -101,7 +101,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
 
 
 def find_place(config: DistributedConfig) -> Place | None:
-    """The place of this process; None if it is to run alone.
+    """The place of this process among those of a run; None if it runs alone.
 
     Raises:
       UserError: naming what is missing.
@@ -114,7 +114,7 @@ def find_place(config: DistributedConfig) -> Place | None:
         return None
     missing = [name for name in ("coordinator", "num_processes", "process_id") if name not in config.given]
     if config.kind == "explicit" and missing:
-        raise UserError(f"an explicit description of the processes needs {', '.join(missing)}, too")
+        raise UserError(f"an explicit description of the processes needs {', '.join(missing)} too")
     if not missing:
         return Place(**config.given)
     for kind in (config.kind,) if config.kind != "auto" else _DETECTED:
@@ -128,12 +128,12 @@ def find_place(config: DistributedConfig) -> Place | None:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what the run writes once: process 0."""
+    """Whether this is process 0, which writes what a run writes once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns once every process has come here, however long that takes; at once where there is one only.
+    """Waits until every process has called it, without a timeout; returns at once if there is only one.
 
     Raises:
       UserError: if another process has failed in `failing_together`.
@@ -153,10 +153,10 @@ def barrier(name: str) -> None:
 
 @contextmanager
 def primary_first(name: str) -> Iterator[None]:
-    """Process 0 does the block first, the others after it: they find what it has made.
+    """Process 0 runs the block first, then the others, which find its results.
 
     Raises:
-      UserError: in the others, where process 0 failed; with its message.
+      UserError: in the others if process 0 failed, with its message.
     """
     client = _client()
     if client is None:
@@ -181,14 +181,14 @@ def primary_first(name: str) -> Iterator[None]:
 
 
 def from_primary(name: str, text: str = "") -> str:
-    """What process 0 says, in every process; they wait for it as long as it takes.
+    """Broadcasts a text from process 0; the others wait for it without a timeout.
 
     Args:
       name: of the occasion.
-      text: what it says; the others need not say anything.
+      text: what process 0 sends; ignored in the others.
 
     Raises:
-      UserError: in the others, where another process has failed in `failing_together`.
+      UserError: in the others if a process has failed in `failing_together`.
     """
     client = _client()
     if client is None:
@@ -202,9 +202,9 @@ def from_primary(name: str, text: str = "") -> str:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """When a process fails in the block, the others fail where they wait for it by the functions of this module.
+    """If a process fails in the block, the others fail too when they wait for it by functions of this module.
 
-    Without it they would learn it from JAX half a minute after the process has ended, which ends them like a crash.
+    Without it JAX tells them half a minute after the process has ended, and ends them like a crash.
     """
     try:
         yield
@@ -222,7 +222,7 @@ class _OtherFailed(UserError):
 
 
 def _wait_for(client: Any, key: str) -> str:
-    """The value of a key, once a process has set it; one that dies ends the wait, and this process."""
+    """The value of a key, as soon as a process has set it; fails if another process has failed."""
     while True:
         try:
             return client.blocking_key_value_get(key, _LOOK)
@@ -238,9 +238,9 @@ def _in_words(error: BaseException) -> str:
 
 
 def _client() -> Any:
-    """JAX's line to the other processes; None if there are none.
+    """JAX's client of the coordination service; None if there is one process.
 
-    Its public functions wait by a computation on all devices, which gives up when another process is busy for long.
+    JAX's public functions wait by a computation on all devices, which times out if another process is busy for long.
     """
     from jax._src import distributed
 
@@ -248,7 +248,7 @@ def _client() -> Any:
 
 
 def _once(kind: str, name: str) -> str:
-    """A key that every process makes in the same order, and none makes twice."""
+    """A key that is unique, and the same in all processes, since they visit in the same order."""
     key = f"t5x_ext/{kind}/{name}"
     _visits[key] += 1
     return f"{key}/{_visits[key]}"

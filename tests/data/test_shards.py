@@ -65,7 +65,9 @@ def test_short_failures_are_waited_out(path, monkeypatch, pauses, caplog, failur
 
 def test_long_failures_end_in_one_line(path, monkeypatch, pauses):
     shard = unsteady(Shard(path, 20_000), [OSError("Input/output error")] * 5, monkeypatch)
-    with pytest.raises(UserError, match=r"5 times in a row \(Input/output error\); when it can be read again, rerun the same command"):
+    with pytest.raises(
+        UserError, match=r"5 times in a row \(Input/output error\); when it can be read again, rerun the same command"
+    ):
         shard.read([3], [3])
     assert len(pauses) == 4
 
