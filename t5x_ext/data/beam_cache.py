@@ -53,7 +53,8 @@ from t5x_ext.data.cache_files import (
 )
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder
 from t5x_ext.data.shards import open_writer
-from t5x_ext.storage.folders import is_remote, whole_folder
+from t5x_ext.storage.folders import whole_folder
+from t5x_ext.storage.remote import is_remote
 
 _ENCODER_FILE, _COUNTS_FILE, _MISTAKES_FILE = "encoder.pickle", "counts.json", "errors.json"
 

@@ -41,7 +41,8 @@ from t5x_ext.data.cache_files import (
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder, SubwordSampling
 from t5x_ext.data.shards import Shard
 from t5x_ext.data.vocabulary import Vocabulary
-from t5x_ext.storage.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
+from t5x_ext.storage.folders import fetch_folder, local_copies, upload_folder, whole_folder
+from t5x_ext.storage.remote import is_remote
 
 logger = logging.getLogger(__name__)
 

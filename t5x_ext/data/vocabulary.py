@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora.cleaning import clean_line
 from t5x_ext.corpora.special_pieces import check_marker, tag_language, tag_piece
+from t5x_ext.storage.files import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class Vocabulary:
         """
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / MODEL_FILE, self.model)
+        write_bytes(folder / MODEL_FILE, self.model)
         description = {
             "format": _FORMAT,
             "size": self.size,
@@ -273,7 +273,7 @@ class Vocabulary:
             "fingerprint": self.fingerprint(),
             "training": training,
         }
-        _write(folder / DESCRIPTION_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        write_text(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str) -> Vocabulary:
@@ -288,13 +288,6 @@ class Vocabulary:
         if vocabulary.fingerprint() != description["fingerprint"]:
             raise UserError(f"{directory}: {MODEL_FILE} is not the model that {DESCRIPTION_FILE} describes")
         return vocabulary
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes a file atomically."""
-    partial = path.parent / f".{path.name}-{os.getpid()}"
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def read_description(directory: str) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""One run on several processes: joining them, barriers, and doing things in order."""
+"""Joining the processes of a run. Barriers and doing things in order are in `storage.processes`."""
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -30,11 +28,6 @@ _WHERE = {
     "tpu": "this machine is no Cloud TPU VM",
 }
 _LEAVING = 30  # seconds that a process which ends waits for the others, and they for one that failed
-_LOOK = 5000  # milliseconds between checks whether another process has failed, while waiting for one
-
-_FAILED = "t5x_ext/failed"
-
-_visits: collections.Counter[str] = collections.Counter()
 
 
 @dataclass(frozen=True)
@@ -125,130 +118,3 @@ def find_place(config: DistributedConfig) -> Place | None:
             raise UserError(f"not a process of a {kind} cluster: {_WHERE[kind]}")
     logger.info("no cluster found: one process")
     return None
-
-
-def is_primary() -> bool:
-    """Whether this is process 0, which writes what a run writes once."""
-    return jax.process_index() == 0
-
-
-def barrier(name: str) -> None:
-    """Waits until every process has called it, without a timeout; returns at once if there is only one.
-
-    Raises:
-      UserError: if another process has failed in `failing_together`.
-    """
-    client = _client()
-    if client is None:
-        return
-    key = _once("barrier", name)
-    if is_primary():
-        for index in range(1, jax.process_count()):
-            _wait_for(client, f"{key}/{index}")
-        client.key_value_set(f"{key}/open", "")
-    else:
-        client.key_value_set(f"{key}/{jax.process_index()}", "")
-        _wait_for(client, f"{key}/open")
-
-
-@contextmanager
-def primary_first(name: str) -> Iterator[None]:
-    """Process 0 runs the block first, then the others, which find its results.
-
-    Raises:
-      UserError: in the others if process 0 failed, with its message.
-    """
-    client = _client()
-    if client is None:
-        yield
-        return
-    key = _once("first", name)
-    if is_primary():
-        failure = "it was stopped"
-        try:
-            yield
-            failure = ""
-        except BaseException as error:
-            failure = _in_words(error)
-            raise
-        finally:
-            client.key_value_set(key, failure)
-    else:
-        failure = _wait_for(client, key)
-        if failure:
-            raise _OtherFailed(f"process 0, {name}: {failure}")
-        yield
-
-
-def from_primary(name: str, text: str = "") -> str:
-    """Broadcasts a text from process 0; the others wait for it without a timeout.
-
-    Args:
-      name: of the occasion.
-      text: what process 0 sends; ignored in the others.
-
-    Raises:
-      UserError: in the others if a process has failed in `failing_together`.
-    """
-    client = _client()
-    if client is None:
-        return text
-    key = _once("said", name)
-    if is_primary():
-        client.key_value_set(key, text)
-        return text
-    return _wait_for(client, key)
-
-
-@contextmanager
-def failing_together() -> Iterator[None]:
-    """If a process fails in the block, the others fail too when they wait for it by functions of this module.
-
-    Without it JAX tells them half a minute after the process has ended, and ends them like a crash.
-    """
-    try:
-        yield
-    except _OtherFailed:
-        raise
-    except BaseException as error:
-        client = _client()
-        if client is not None:
-            client.key_value_set(f"{_FAILED}/{jax.process_index()}", _in_words(error), allow_overwrite=True)
-        raise
-
-
-class _OtherFailed(UserError):
-    """Another process has failed, and so does this one."""
-
-
-def _wait_for(client: Any, key: str) -> str:
-    """The value of a key, as soon as a process has set it; fails if another process has failed."""
-    while True:
-        try:
-            return client.blocking_key_value_get(key, _LOOK)
-        except jax.errors.JaxRuntimeError as error:
-            if not str(error).startswith("DEADLINE_EXCEEDED"):
-                raise
-        for name, failure in client.key_value_dir_get(_FAILED):
-            raise _OtherFailed(f"process {name.rpartition('/')[2]}: {failure}")
-
-
-def _in_words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
-
-
-def _client() -> Any:
-    """JAX's client of the coordination service; None if there is one process.
-
-    JAX's public functions wait by a computation on all devices, which times out if another process is busy for long.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state.client if jax.process_count() > 1 else None
-
-
-def _once(kind: str, name: str) -> str:
-    """A key that is unique, and the same in all processes, since they visit in the same order."""
-    key = f"t5x_ext/{kind}/{name}"
-    _visits[key] += 1
-    return f"{key}/{_visits[key]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import pickle
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from t5x_ext.corpora.filters.held_out import HeldOut, read_held_out
 from t5x_ext.corpora.filters.rules import pair_rules
 from t5x_ext.corpora.filters.transforms import LineTransform
 from t5x_ext.corpora.parallel_text import ParallelText
+from t5x_ext.storage.files import write_bytes
 
 CHUNK_PAIRS = 8192
 """Pairs a chunk; the result does not depend on it."""
@@ -88,9 +88,9 @@ def filter_task(
         for kind, array in (("keys.npy", keys), ("rows.npy", rows)):
             content = io.BytesIO()
             np.save(content, array)
-            write_whole(_path(scratch, task.number, kind), content.getvalue())
-        # Written last: its presence says that the other files are complete.
-        write_whole(_path(scratch, task.number, "chunk"), pickle.dumps(tuple(chunk)))
+            write_bytes(_path(scratch, task.number, kind), content.getvalue())
+        # The last file of a chunk says that the others are there.
+        write_bytes(_path(scratch, task.number, "chunk"), pickle.dumps(tuple(chunk)))
     return task.number
 
 
@@ -115,13 +115,6 @@ def read_keys(
             np.load(io.BytesIO(_path(scratch, number, kind).read_bytes())) for kind in ("keys.npy", "rows.npy")
         )
     return keys, rows
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file atomically; several processes may write the same one."""
-    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _path(scratch: str, number: int, kind: str) -> epath.Path:

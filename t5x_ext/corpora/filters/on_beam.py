@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from etils import epath
 
 from t5x_ext.corpora.beam import BeamRunner, Task, import_beam, make_pipeline, read_tasks
-from t5x_ext.corpora.filters.chunks import filter_task, read_keys, write_whole
+from t5x_ext.corpora.filters.chunks import filter_task, read_keys
 from t5x_ext.corpora.filters.config import FilterConfig
 from t5x_ext.corpora.filters.duplicates import Part, Verdicts, find_later, keys_of_partition
 from t5x_ext.corpora.parallel_text import ParallelText
+from t5x_ext.storage.files import write_bytes
 
 
 def check_runner(runner: BeamRunner) -> None:
@@ -90,7 +91,7 @@ def _split_keys(chunk: int, scratch: str, bits: int) -> Iterator[tuple[tuple[int
 
 def _write_later(group: tuple[tuple[int, int], Iterable[Part]], scratch: str) -> None:
     (column, partition), parts = group
-    write_whole(_later_path(scratch, column, partition), pickle.dumps(find_later(parts)))
+    write_bytes(_later_path(scratch, column, partition), pickle.dumps(find_later(parts)))
 
 
 def _later_path(scratch: str, column: int, partition: int) -> epath.Path:

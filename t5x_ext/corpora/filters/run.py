@@ -27,7 +27,6 @@ from t5x_ext.corpora.filters.chunks import (
     make_filter_task,
     read_chunk,
     read_keys,
-    write_whole,
 )
 from t5x_ext.corpora.filters.config import FilterConfig
 from t5x_ext.corpora.filters.duplicates import DUPLICATE_RULES, Verdicts, find_later, keys_of_partition, partition_bits
@@ -38,7 +37,8 @@ from t5x_ext.corpora.filters.rules import library_version
 from t5x_ext.corpora.filters.transforms import TRANSFORMS
 from t5x_ext.corpora.parallel_text import ParallelText
 from t5x_ext.corpora.workers import choose_processes, work_in_order
-from t5x_ext.storage.folders import is_remote
+from t5x_ext.storage.files import write_bytes
+from t5x_ext.storage.remote import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _filter_all(
     with _scratch_folder(output, work, files) as scratch:
         if not (scratch / REPORT_FILE).exists():
             reports = [_filter(job, scratch, config, held_out, num_processes, beam) for job in jobs]
-            write_whole(scratch / REPORT_FILE, _to_text(FilterReport(work, asdict(config), tuple(reports))))
+            write_bytes(scratch / REPORT_FILE, _to_text(FilterReport(work, asdict(config), tuple(reports))))
         report = FilterReport.from_json(json.loads((scratch / REPORT_FILE).read_text()))
         # From here on a restarted process only resumes moving.
         for name in (*files, REPORT_FILE):
