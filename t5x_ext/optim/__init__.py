@@ -1,4 +1,4 @@
-"""How weights move: Adam, Adafactor, SAM, FSAM, Flora, Ginger, schedules, accumulation, rules by path; plain Optax."""
+"""Optimizers in Optax's form: Adam, Adafactor, SAM, FSAM, Flora, Ginger, schedules, accumulation, rules by path."""
 
 from t5x_ext.optim.accumulation import mean_accumulator
 from t5x_ext.optim.adafactor import adafactor
