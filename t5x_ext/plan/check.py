@@ -207,7 +207,7 @@ def _decoding_work(
 
 
 def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
-    """This number of models of the program's shape, and their parameters, sharded as those of one."""
+    """Several models of the program's shape, and their parameters, sharded as those of one."""
 
     def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
