@@ -19,6 +19,7 @@ from t5x_ext.data import PackedBatches, VocabularyConfig, batch_iterator, prepar
 from t5x_ext.parallel import global_batch, hardware_of, host_rows, is_primary, make_mesh, primary_first
 from t5x_ext.train import hooks
 from t5x_ext.train.beginning import InitFrom, first_loop, placed_weights
+from t5x_ext.train.budget import Spent, StopAtBudget, spent_by
 from t5x_ext.train.compilation import compiling
 from t5x_ext.train.evaluation import HeldOut, run_test
 from t5x_ext.train.goodput import Clock, describe_split
@@ -65,7 +66,9 @@ def execute(
     folder = RunFolder(run_dir)
     check_config(folder, config_text)
     done = read_results(run_dir)
-    if done is not None and _is_over(run, done["steps"], done.get("evaluations_without_gain", 0)):
+    if done is not None and _is_over(
+        run, done["steps"], done.get("evaluations_without_gain", 0), Spent(**done.get("spent", {}))
+    ):
         hint = f"--init_from={run_dir} goes on from its weights in another --run_dir"
         print(f"{run_dir} is finished, with {done['steps']:,} updates; {hint}", file=sys.stderr)
         return done
@@ -112,7 +115,8 @@ class _Execution:
             loop = first_loop(self.program, self.data, store, self.init_from, self.clock)
             if is_primary():
                 self._open_folder(loop)
-            if hooks.is_owed(loop) or not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
+            without_gain = hooks.evaluations_without_gain(loop.memory)
+            if hooks.is_owed(loop) or not _is_over(run, loop.step, without_gain, spent_by(loop)):
                 loop = self._train(loop, store)
             if is_primary():
                 draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
@@ -150,7 +154,8 @@ class _Execution:
                 known_rows=self.data.plan.known_rows,
             )
             evaluate = hooks.Evaluate(held_out, every=run.evaluation.every, steps=run.steps, show=is_primary())
-            before_log: list[Hook] = [stop, profile, evaluate, *run.hooks, *_early_stop(run)]
+            budget = [StopAtBudget(run.budget)] if run.budget else []
+            before_log: list[Hook] = [stop, profile, *budget, evaluate, *run.hooks, *_early_stop(run)]
             while True:
                 try:
                     self._attempt(loop, train_step, before_log, save)
@@ -245,6 +250,7 @@ class _Execution:
         seconds, training = loop.clock.total(), max(split.get("data", 0.0) + split.get("step", 0.0), 1e-9)
         results: dict[str, Any] = {
             "steps": loop.step,
+            "spent": spent_by(loop)._asdict(),
             "parameters": self.program.config.num_params(),
             "train_seconds": round(seconds, 2),
             "target_tokens_per_second": round(memory.get("target_tokens", 0.0) / max(seconds, 1e-9), 1),
@@ -274,6 +280,10 @@ def _early_stop(run: Run) -> Iterator[hooks.EarlyStop]:
         yield hooks.EarlyStop(config.metric, higher_is_better=config.higher_is_better, patience=config.patience)
 
 
-def _is_over(run: Run, steps: int, evaluations_without_gain: int) -> bool:
+def _is_over(run: Run, steps: int, evaluations_without_gain: int, spent: Spent) -> bool:
     patience = run.evaluation.patience
-    return steps >= run.steps or (patience is not None and evaluations_without_gain >= patience)
+    return (
+        steps >= run.steps
+        or (patience is not None and evaluations_without_gain >= patience)
+        or (run.budget is not None and run.budget.reached(spent) is not None)
+    )

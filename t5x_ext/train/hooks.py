@@ -22,6 +22,8 @@ def is_due(step: int, every: int) -> bool:
 class Evaluate:
     """Measures held-out loss and decodes held-out text, at an interval and after the last update.
 
+    The last update is number `steps`, or the one after which a hook before this one has stopped the loop.
+
     A run that is told to stop may be given seconds only: it does not evaluate, or gives a running evaluation up, and
     leaves a note in the loop's memory, so that what was missed is made up for when it goes on (`is_owed`).
     """
@@ -41,7 +43,8 @@ class Evaluate:
 
     def after_step(self, loop: Loop) -> None:
         """Evaluates when it is due."""
-        if not (is_due(loop.step, self._every) or loop.step == self._steps):
+        is_last = loop.step == self._steps or (loop.stop is not None and not loop.interrupted)
+        if not (is_due(loop.step, self._every) or is_last):
             return
         if not loop.interrupted:
             loop.settle()  # an evaluation waits for the running update, whose time is not the evaluation's

@@ -21,7 +21,7 @@ from t5x_ext.parallel import cpu_threads
 from t5x_ext.train.run import Run
 
 _MAY_CHANGE = (
-    *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
+    *("Run.steps", "Run.budget", "Budget.", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
     *("Run.max_skipped_updates", "Run.max_rewinds", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
     *("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules."),
 )

@@ -15,6 +15,7 @@ from t5x_ext.models import TransformerConfig
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import mean_accumulator
 from t5x_ext.parallel import AxisRules, MeshConfig
+from t5x_ext.train.budget import Budget
 from t5x_ext.train.loop import Hook
 
 _DECODED_METRICS = ("valid/bleu", "valid/chrf", "valid/exact_match")
@@ -77,6 +78,7 @@ class Run:
       model: sizes; the vocabulary size is taken from the data.
       optimizer: an Optax transformation.
       steps: updates in total.
+      budget: what may end the run before that; None: nothing.
       objective: from the model to what is minimised.
       accumulator: how gradients of microbatches add up.
       num_microbatches: pieces a batch is cut into; more pieces need less memory.
@@ -99,6 +101,7 @@ class Run:
     model: TransformerConfig
     optimizer: optax.GradientTransformation
     steps: int
+    budget: Budget | None = None
     objective: Callable[[Any], Objective] = LabelSmoothedCrossEntropy
     accumulator: Accumulator = field(default_factory=mean_accumulator)
     num_microbatches: int = 1
