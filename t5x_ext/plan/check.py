@@ -211,7 +211,7 @@ def _decoding_work(
 
 
 def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
-    """This number of models of the program's shape, and their parameters, sharded as those of one."""
+    """`members` models of the program's shape, and their parameters, sharded like those of one."""
 
     def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
