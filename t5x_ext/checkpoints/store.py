@@ -167,7 +167,7 @@ class CheckpointStore:
         return sorted({saved.step for saved in self._folders.finished()})
 
     def best_step(self) -> int | None:
-        """The best finished step by the metric of the retention (or the one that the newest checkpoint records), if any."""
+        """The best finished step by the metric of the retention (or of the newest checkpoint's record), if any."""
         return next(iter(self.ranked_steps()), None)
 
     def ranked_steps(self) -> list[int]:
