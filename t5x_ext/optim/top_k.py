@@ -130,9 +130,9 @@ def sum_words(words: UInt32[Array, "..."]) -> Count:
     bits = WORD - max(words.size, 1).bit_length()
     total = as_count(0)
     for shift in range(0, WORD, bits):
-        piece = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
-        high = piece >> (WORD - shift) if shift else jnp.uint32(0)
-        total = add(total, Count(high, piece << shift))
+        partial = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
+        high = partial >> (WORD - shift) if shift else jnp.uint32(0)
+        total = add(total, Count(high, partial << shift))
     return total
 
 

@@ -113,9 +113,9 @@ def check_decoding(
     """
     run = on_slices(run, target)
     program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))
-    pieces = batch_devices(program.mesh)
-    if rows % pieces:
-        raise UserError(f"{rows} rows to decode do not divide among {pieces} devices; take a multiple of {pieces}")
+    shards = batch_devices(program.mesh)
+    if rows % shards:
+        raise UserError(f"{rows} rows to decode do not divide among {shards} devices; take a multiple of {shards}")
     work, lengths = _decoding_work(program, decode, rows, source_length, members)
     mesh_shape, estimate = dict(program.mesh.shape), None
     compiled: Compiled | Refused
@@ -127,7 +127,7 @@ def check_decoding(
         traffic = float(work.unknown_trips * step_traffic)
         compiled = compiled._replace(hlo=dataclasses.replace(compiled.hlo, bytes_accessed=traffic))
     report = _report(work, target, program.mesh, compiled, estimate)
-    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, pieces)))
+    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, shards)))
 
 
 def on_slices(run: Run, target: Target) -> Run:
@@ -207,7 +207,7 @@ def _decoding_work(
 
 
 def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
-    """Several models of the program's shape, and their parameters, sharded as those of one."""
+    """`members` models of the program's shape, and their parameters, sharded like those of one."""
 
     def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
@@ -297,9 +297,9 @@ def _named(buffer: Buffer) -> str:
     return f"{buffer.dtype}[{dims}] {buffer.op_name or buffer.name}"
 
 
-def _decoding_advice(rows: int, pieces: int) -> Iterator[str]:
-    if rows > pieces:
-        fewer = max(pieces, rows // 2 // pieces * pieces)
+def _decoding_advice(rows: int, shards: int) -> Iterator[str]:
+    if rows > shards:
+        fewer = max(shards, rows // 2 // shards * shards)
         yield f"--decode_rows={fewer} (now {rows}): caches of fewer sentences"
     yield "--beam_size: fewer hypotheses have fewer caches"
     yield "--decode_length: shorter sentences have shorter caches"

@@ -182,8 +182,8 @@ def _gathered_bytes(params: PyTree) -> int:
 
     def of(leaf: jax.ShapeDtypeStruct) -> int:
         axes = [axis for axis in jax.tree.leaves(tuple(leaf.sharding.spec)) if axis != "fsdp"]
-        pieces = math.prod(leaf.sharding.mesh.shape[axis] for axis in axes)
-        return leaf.size * leaf.dtype.itemsize // pieces
+        shards = math.prod(leaf.sharding.mesh.shape[axis] for axis in axes)
+        return leaf.size * leaf.dtype.itemsize // shards
 
     return sum(map(of, jax.tree.leaves(params)))
 

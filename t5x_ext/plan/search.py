@@ -194,10 +194,10 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
     for tensor in _divisors(math.gcd(inside, text_task(run).model.num_heads), MOST_TENSOR):
         for data in _divisors(inside // tensor):
             mesh = MeshConfig(data=data, fsdp=inside // tensor // data, tensor=tensor, slices=slices)
-            pieces = slices * data * mesh.fsdp
+            shards = slices * data * mesh.fsdp
             rules = "fsdp_tensor" if tensor > 1 else "fsdp" if mesh.fsdp > 1 else "data_parallel"
-            for count in _divisors(text_task(run).data.batch.rows // pieces, MOST_MICROBATCHES):
-                if text_task(run).data.batch.rows % pieces == 0 and count & (count - 1) == 0:
+            for count in _divisors(text_task(run).data.batch.rows // shards, MOST_MICROBATCHES):
+                if text_task(run).data.batch.rows % shards == 0 and count & (count - 1) == 0:
                     yield from (Candidate(mesh, rules, remat, count) for remat in get_args(Remat))
 
 
