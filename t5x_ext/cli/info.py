@@ -15,6 +15,7 @@ from absl import flags
 
 from t5x_ext.cli.files import check_writable, report
 from t5x_ext.cli.messages import UsageError, did_you_mean
+from t5x_ext.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from t5x_ext.models import LayerSharing, TransformerConfig
@@ -63,10 +64,11 @@ def _model_of_gin(values: flags.FlagValues) -> TransformerConfig:
 
     from t5x_ext.cli.gin_config import build_field
     from t5x_ext.data import DataConfig
+    from t5x_ext.tasks import Translation
 
-    model = build_field("model", values.gin_file, values.gin)
+    model = build_field("model", values.gin_file, values.gin, root=Translation)
     if model is None:
-        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Run.model")
+        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model")
     vocabulary = build_field("vocabulary", values.gin_file, values.gin, root=DataConfig)
     return dataclasses.replace(model, vocab_size=vocabulary.size) if vocabulary else model
 
@@ -107,7 +109,7 @@ def _run(run_dir: str) -> dict[str, Any]:
         "vocabulary": {"size": vocabulary.size, "languages": list(vocabulary.languages)},
         "checkpoints": steps,
         "best_checkpoint": best,
-        "megabytes_on_disk": None if "://" in run_dir else round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "megabytes_on_disk": None if is_remote(run_dir) else round(sum(file.stat().st_size for file in files) / 1e6, 1),
         "finished": folder.results_json.exists(),
     }
 

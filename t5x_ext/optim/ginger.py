@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.contracts import Params, PyTree, UserError, path_name, path_predicate, select
 from t5x_ext.optim.checks import check_choice, check_given, check_integer, check_number, check_outermost
+from t5x_ext.optim.learning_rate import with_learning_rate
 from t5x_ext.optim.matrices import named_axes
 
 CurvatureGradFn = Callable[[Params], PyTree]
@@ -28,6 +29,11 @@ class ScaleByGingerState(NamedTuple):
     mu: PyTree  # float32, the shape of the parameters: momentum
     basis: PyTree  # float32, layers + (rank,) + the other axes: orthonormal along the rank axis, unused entries zero
     eigvals: Float[Array, "blocks rank"]  # float32, descending; blocks are layers of a leaf, leaves in tree order
+
+    @property
+    def pulls_gradients(self) -> bool:
+        """Tells the training step to refuse it inside `optax.MultiSteps`."""
+        return True
 
 
 def scale_by_ginger(
@@ -194,12 +200,13 @@ def ginger(
     def decayed(params: Params) -> PyTree:
         return select(params, lambda name: not spared(name))
 
-    return optax.chain(
+    chain = optax.chain(
         scale_by_ginger(rank, b1, b2, damping, curvature_every=curvature_every, axes=axes),
         optax.clip(clip_value) if clip_value is not None else optax.identity(),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return with_learning_rate(chain, learning_rate)
 
 
 def ginger_reference(
