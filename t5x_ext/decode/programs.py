@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from t5x_ext.contracts import Cache, Params, TokensToLogits
+from t5x_ext.contracts import Cache, Decodable, Params, TokensToLogits, UserError
 from t5x_ext.decode.batching import mesh_of
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Ensemble
@@ -102,7 +102,13 @@ def step_function(
 
     The hypotheses are a mapped axis of their own: keys and values of cross-attention exist once a sentence, and its
     matrix products take all hypotheses of a sentence at once.
+
+    Raises:
+      UserError: for a model that translates nothing.
     """
+    member = model.model if isinstance(model, Ensemble) else model
+    if not isinstance(member, Decodable):
+        raise UserError(f"a {type(member).__name__} translates nothing: it has no encoder and no decoding steps")
     segment_ids, positions = encoder_inputs(source, source_lengths)
     encoded = model.apply({"params": params}, source, segment_ids, positions, method="encode")
     memory = model.apply({"params": params}, encoded, method="cross_memory")

@@ -25,7 +25,7 @@ from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
 from t5x_ext.decode.programs import decode_batch
 from t5x_ext.decode.scoring import Score, label_log_probs
-from t5x_ext.models import UNPLACED, EncoderDecoder, TransformerConfig, init_params, logical_axes
+from t5x_ext.models import UNPLACED, Transformer, logical_axes, model_from_json
 from t5x_ext.parallel import AxisRules, MeshPlacement, tree_shardings
 from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.storage.digests import params_digest
@@ -65,7 +65,7 @@ class Translator:
 
     def __init__(
         self,
-        model: EncoderDecoder | Ensemble,
+        model: Transformer | Ensemble,
         params: Params,
         vocabulary: Vocabulary,
         tags: TagPolicy,
@@ -89,8 +89,7 @@ class Translator:
                 f"the vocabulary has {vocabulary.size} pieces, the model {model.config.vocab_size}: "
                 "they are not of the same run"
             )
-        one = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-        check_structure(params, member_shapes(model, one), where="the checkpoint")
+        check_structure(params, member_shapes(model, _member(model).abstract_params()), where="the checkpoint")
         self.model = model
         self.params = _placed(model, params)
         self.vocabulary = vocabulary
@@ -121,7 +120,7 @@ class Translator:
         run = RunFolder(run_dir)
         record = run.read_model()
         placement = UNPLACED if mesh is None else MeshPlacement(mesh, axis_rules or AxisRules())
-        model = EncoderDecoder(TransformerConfig.from_json(record.model), placement=placement)
+        model = model_from_json(record.model, placement)
         vocabulary = Vocabulary.load(str(run.vocabulary))
         if vocabulary.fingerprint() != record.vocabulary:
             raise UserError(f"{run.vocabulary} is not the vocabulary that this model was trained with; restore it")
@@ -392,12 +391,12 @@ class Translator:
         return splits[0] if len(splits) == 1 else known[0]
 
 
-def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:
+def _placed(model: Transformer | Ensemble, params: Params) -> Params:
     """Parameters as JAX arrays, NumPy arrays placed as the model wants them."""
     placement = model.placement
     if not isinstance(placement, MeshPlacement):
         return jax.tree.map(jnp.asarray, params)
-    axes = logical_axes(model.config)
+    axes = logical_axes(_member(model))
     if isinstance(model, Ensemble):
         axes = jax.tree.map(lambda names: (None, *names), axes, is_leaf=lambda node: isinstance(node, tuple))
     shardings = tree_shardings(placement.mesh, placement.rules, axes, params)
@@ -405,7 +404,11 @@ def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:
     return jax.tree.map(place, params, shardings)
 
 
-def _unplaced(model: EncoderDecoder | Ensemble) -> EncoderDecoder | Ensemble:
+def _member(model: Transformer | Ensemble) -> Transformer:
+    return model.model if isinstance(model, Ensemble) else model
+
+
+def _unplaced(model: Transformer | Ensemble) -> Transformer | Ensemble:
     if isinstance(model, Ensemble):
         return dataclasses.replace(model, model=model.model.clone(placement=UNPLACED))
     return model.clone(placement=UNPLACED)
