@@ -41,7 +41,7 @@ _SHORT = {
     "--gin.TransformerConfig.encoder_layers=1 --gin.TransformerConfig.decoder_layers=1 --gin.BatchConfig.rows=8 "
     "--gin.DecoderConfig.embed_dim=32 --gin.DecoderConfig.mlp_dim=32 --gin.DecoderConfig.num_heads=2 "
     "--gin.DecoderConfig.layers=1 "
-    "--gin.BatchConfig.source_length=48 --gin.BatchConfig.target_length=48 --gin.forward/DecodeConfig.beam_size=2 "
+    "--gin.BatchConfig.source_length=48 --gin.BatchConfig.target_length=48 --gin.forward/Beam.beam_size=2 "
     "--gin.finetune/Train.directions=\"['en-de']\" --gin.generalise/Train.directions=\"['en-de']\"",
 }
 

@@ -80,5 +80,5 @@ def test_a_language_model_learns_the_entropy_of_its_text(tmp_path, monkeypatch):
     assert perplexity(scores) == pytest.approx(np.exp(-mean / tokens))
     # What stands on the other side is not read.
     assert model.score(["zzz"] * 2, held_out[:2], "en", "en") == model.score(held_out[:2], held_out[:2], "en", "en")
-    with pytest.raises(UserError, match="a LanguageModel translates nothing"):
+    with pytest.raises(UserError, match="cannot search with LanguageModel, which has no encode"):
         model.translate(held_out[:1], "en", "en")
