@@ -222,7 +222,7 @@ def _compile(run: Run, mesh: Mesh) -> Compilation:
     from t5x_ext.train.program import make_program
 
     start = time.perf_counter()
-    lowered = make_program(run, run.model.vocab_size, mesh).lower()
+    lowered = make_program(run, {"vocab_size": run.task.model.vocab_size}, mesh).lower()
     traced = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
@@ -256,12 +256,12 @@ def _training(run: Run) -> Iterator[float]:
     from t5x_ext.train.program import make_program
     from t5x_ext.train.state import create_state
 
-    program = make_program(run, run.model.vocab_size, _mesh(jax.devices()[:1]))
-    step, batch = program.compile(), full_batch(program.batch, run.model.vocab_size)
-    state = create_state(init_params(program.config, jax.random.key(0)), run.optimizer, with_ema=False)
+    program = make_program(run, {"vocab_size": run.task.model.vocab_size}, _mesh(jax.devices()[:1]))
+    step, batch = program.compile(), full_batch(program.batch, run.task.model.vocab_size)
+    state = create_state(init_params(program.model.config, jax.random.key(0)), run.optimizer, with_ema=False)
     while True:
         start = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         jax.block_until_ready((state, metrics))
         yield time.perf_counter() - start
 

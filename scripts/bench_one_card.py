@@ -134,7 +134,7 @@ def _train(values: flags.FlagValues, arm: str, rows: int, updates: int) -> dict[
     start = time.perf_counter()
     compiled: Any = program.compile()
     compile_seconds = time.perf_counter() - start
-    state, batch = _first_state(program), full_batch(program.batch, program.config.vocab_size)
+    state, batch = _first_state(program), full_batch(program.batch, program.model.config.vocab_size)
     peak_at_start = _peak_bytes(device)
     seconds = []
     for _ in range(1 + updates):
@@ -144,8 +144,8 @@ def _train(values: flags.FlagValues, arm: str, rows: int, updates: int) -> dict[
         if not metrics.finite:
             raise RuntimeError(f"{arm}: the gradient of update {len(seconds)} is not finite")
     usual = statistics.median(seconds[1:])
-    length = program.run.data.batch.target_length
-    flops, _, target_tokens = training_flops(program.config, program.run, length)
+    length = program.run.task.data.batch.target_length
+    flops, _, target_tokens = training_flops(program.model.config, program.run, length)
     hardware = hardware_of(device.device_kind)
     memory = compiled.memory_analysis()
     return {
@@ -232,7 +232,7 @@ def _program(run: Run, devices: Sequence[jax.Device]) -> Program:
     from t5x_ext.parallel import make_mesh
     from t5x_ext.train.program import make_program
 
-    return make_program(run, run.data.vocabulary.size, make_mesh(run.mesh, devices))
+    return make_program(run, {"vocab_size": run.task.data.vocabulary.size}, make_mesh(run.mesh, devices))
 
 
 def _first_state(program: Program) -> TrainState:
@@ -245,7 +245,7 @@ def _first_state(program: Program) -> TrainState:
     from t5x_ext.train.state import create_state
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.template)
-    draw = jax.jit(partial(init_params, program.config), out_shardings=shardings.params)
+    draw = jax.jit(partial(init_params, program.model.config), out_shardings=shardings.params)
     create = partial(create_state, optimizer=program.run.optimizer, with_ema=program.run.ema_decay is not None)
     begin = jax.jit(create, out_shardings=shardings, donate_argnums=0)
     return jax.block_until_ready(begin(draw(jax.random.key(program.run.seed))))

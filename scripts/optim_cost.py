@@ -196,7 +196,7 @@ class _Training:
             accumulator=arm.accumulate(axes),
             num_microbatches=arm.num_microbatches,
         )
-        program = make_program(run, sizes.model.vocab_size, make_mesh(run.mesh, jax.devices()[:1]))
+        program = make_program(run, {"vocab_size": sizes.model.vocab_size}, make_mesh(run.mesh, jax.devices()[:1]))
         self.step, self.batch = program.compile(), full_batch(program.batch, sizes.model.vocab_size)
         self.begin = partial(create_state, optimizer=run.optimizer, with_ema=False)
         self.params = params
@@ -206,7 +206,7 @@ class _Training:
         state = optax.tree.set(self.begin(jax.tree.map(jnp.array, self.params)), count=np.int32(count))
         jax.block_until_ready(state)
         start = time.process_time()
-        _, metrics = jax.block_until_ready(self.step(state, self.batch))
+        _, metrics = jax.block_until_ready(self.step(state, {}, self.batch))
         seconds = time.process_time() - start
         assert metrics.finite, "an update that is left out would not be the one to measure"
         return seconds

@@ -331,7 +331,7 @@ class Training:
         step = make_train_step(self.objective, self._optimizer(rates), mean_accumulator(), seed=seed)
 
         def update(state: Any, batch: Batch) -> tuple[Any, Array]:
-            state, metrics = step(state, batch)
+            state, metrics = step(state, {}, batch)
             return state, metrics.loss.sum / metrics.loss.weight
 
         return jax.lax.scan(update, state, batches)
@@ -546,7 +546,10 @@ def _translate(name: str, size: TranslationSizes, task: Translation, rate: float
 def _valid_loss(training: Training, params: Params, task: Translation) -> float:
     """Nats a token."""
     count = len(task.valid["target_labels"])
-    losses = [training.evaluate(params, jax.tree.map(lambda array, i=i: array[i], task.valid)) for i in range(count)]
+    losses = [
+        training.evaluate(params, {}, (), 0, jax.tree.map(lambda array, i=i: array[i], task.valid))
+        for i in range(count)
+    ]
     return float(sum(loss.sum for loss in losses) / sum(loss.weight for loss in losses))
 
 

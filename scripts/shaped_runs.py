@@ -18,13 +18,14 @@ def shaped_run(
     """A run whose texts are never opened, with rows of the same length on both sides."""
     from t5x_ext.corpora import ParallelText
     from t5x_ext.data import BatchConfig, DataConfig
+    from t5x_ext.tasks import Translation
     from t5x_ext.train import Run
 
     data = DataConfig(
         train=(ParallelText("never.en", "opened.de", "en", "de"),),
         batch=BatchConfig(rows=rows, source_length=length, target_length=length),
     )
-    return Run(data=data, model=model, optimizer=optimizer, steps=100, **run)
+    return Run(task=Translation(data, model), optimizer=optimizer, steps=100, **run)
 
 
 def full_batch(template: Batch, vocab_size: int) -> Batch:

@@ -27,11 +27,11 @@ from t5x_ext import data
 from t5x_ext import decode
 from t5x_ext import models
 from t5x_ext import optim
+from t5x_ext import tasks
 from t5x_ext import train
 
 train.Run:
-    data = @data.DataConfig()
-    model = @models.TransformerConfig()
+    task = @tasks.Translation()
     optimizer = @optim.adam()
     steps = {steps}
     num_microbatches = {num_microbatches}
@@ -40,6 +40,10 @@ train.Run:
     tensorboard = False
     evaluation = @train.EvaluationConfig()
     checkpoints = @train.CheckpointConfig()
+tasks.Translation:
+    data = @data.DataConfig()
+    model = @models.TransformerConfig()
+    max_lines = 0
 optim.adam.learning_rate = 0.003
 models.TransformerConfig:
     embed_dim = 32
@@ -72,7 +76,6 @@ data.BatchConfig:
     target_length = 48
 train.EvaluationConfig:
     every = {evaluate_every}
-    max_lines = 0
 train.CheckpointConfig:
     every = {save_every}
     keep_last = 3

@@ -52,14 +52,14 @@ def build(*names: str, flags: tuple[str, ...] = ()) -> Run:
 
 def program_of(run: Run) -> Program:
     """On one device, whatever the run is for."""
-    return make_program(run, run.data.vocabulary.size, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return make_program(run, {"vocab_size": run.task.data.vocabulary.size}, make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def trace(run: Run) -> None:
     """Traces one update; what comes out must be a state like the one that went in."""
     program = program_of(run)
     state = program.template
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == program.config.num_params()
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == program.model.config.num_params()
     after, metrics = jax.eval_shape(program.step(), state, program.batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     kind = lambda leaf: (leaf.shape, leaf.dtype)
@@ -69,7 +69,7 @@ def trace(run: Run) -> None:
 
 def trace_scanned(run: Run) -> None:
     """The same with scanned layers, so that tracing a deep model is not what a test spends its time on."""
-    trace(dataclasses.replace(run, model=dataclasses.replace(run.model, scan_layers=True)))
+    trace(dataclasses.replace(run, model=dataclasses.replace(run.task.model, scan_layers=True)))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_every_run_of_a_pipeline_can_take_a_step(name):
     assert runs
     # Updates of one model differ in rows and rates only. What a pipeline includes is traced as a run of its own.
     own = {build(other).model for other in with_included(name)[1:] if other in RUNS}
-    for run in {run.model: run for run in runs if run.model not in own}.values():
+    for run in {run.task.model: run for run in runs if run.task.model not in own}.values():
         trace(run)
     # A stage has no settings but its own: those of no other one, by whose name it would be in a scope of that.
     for stage, text in zip(pipeline.stages, texts):
@@ -120,8 +120,8 @@ def test_the_large_pipeline_is_the_tiny_one_with_other_sizes_and_texts(names):
     assert all(isinstance(corpus, ParallelText) for stage in stages for corpus in stage.sources())
     runs = {name: stage.run for name, stage in by_name.items() if isinstance(stage, Train)}
     for run in runs.values():
-        assert run.data.batch.rows % (LARGE[names] * run.num_microbatches) == 0
-    sizes = {name: dataclasses.replace(run.model, vocab_size=128_009).num_params() for name, run in runs.items()}
+        assert run.task.data.batch.rows % (LARGE[names] * run.num_microbatches) == 0
+    sizes = {name: dataclasses.replace(run.task.model, vocab_size=128_009).num_params() for name, run in runs.items()}
     assert {name for name, size in sizes.items() if size == 4_693_321_728} == runs.keys() - {"lm", "past_lm"}
     decode = by_name["best_test"].decode
     assert (decode.strategy, decode.beam_size, decode.length_penalty, decode.alpha) == ("beam", 5, "fairseq", 1.0)
@@ -131,8 +131,8 @@ def test_the_large_pipeline_is_the_tiny_one_with_other_sizes_and_texts(names):
 def test_every_fragment_goes_with_the_default_run(name):
     run, plain = build(DEFAULT_RUN, name), build(DEFAULT_RUN)
     if name.startswith("data/"):
-        assert run.data != plain.data
-        assert run.model == plain.model
+        assert run.task.data != plain.task.data
+        assert run.task.model == plain.task.model
     elif name.startswith("models/"):
         trace_scanned(run)
     assert run.steps == plain.steps
@@ -143,7 +143,7 @@ def test_every_fragment_goes_with_the_default_run(name):
 def test_every_optimizer_takes_a_step_of_a_run(name, run_name):
     run, plain = build(run_name, name), build(run_name)
     trace_scanned(run)
-    assert (run.steps, run.model, run.data) == (plain.steps, plain.model, plain.data)
+    assert (run.steps, run.task.model, run.task.data) == (plain.steps, plain.task.model, plain.task.data)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -170,14 +170,14 @@ def test_flora_compresses_the_momentum_of_every_run(run_name):
 def test_flags_for_the_model_also_reach_the_axes_of_the_optimizer(name):
     """Untied embeddings are parameters that the axes of the model of the file would not have."""
     run = build(QUICKSTART, name, flags=("--gin.VegaTiny.tied_embeddings=none", "--gin.VegaTiny.decoder_layers=3"))
-    assert (run.model.tied_embeddings, run.model.decoder_layers) == ("none", 3)
+    assert (run.task.model.tied_embeddings, run.task.model.decoder_layers) == ("none", 3)
     program_of(run)
 
 
 def test_the_record_of_a_run_names_its_model_once_and_without_macros():
     run, text = build_with_text(QUICKSTART, "optim/flora.gin")
     again, text_again = build_run((), [Source(text, "resolved.gin")])
-    assert (again.model, again.data, text_again) == (run.model, run.data, text)
+    assert (again.model, again.data, text_again) == (run.task.model, run.task.data, text)
     assert "MODEL" not in text
     assert text.count("VegaTiny.embed_dim") == 1
     program_of(again)

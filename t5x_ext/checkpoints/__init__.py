@@ -2,14 +2,17 @@
 
 from t5x_ext.checkpoints.averaging import average_params, average_run
 from t5x_ext.checkpoints.files import delete_drafts, to_disk, write_text
+from t5x_ext.checkpoints.references import BASE, Reference, read_references, run_params, write_references
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder, write_json
 from t5x_ext.checkpoints.store import CheckpointStore, SaveError
 from t5x_ext.checkpoints.trees import StructureError, check_structure
 
 __all__ = [
+    "BASE",
     "CheckpointStore",
     "ModelRecord",
+    "Reference",
     "Retention",
     "RunFolder",
     "SaveError",
@@ -18,7 +21,10 @@ __all__ = [
     "average_run",
     "check_structure",
     "delete_drafts",
+    "read_references",
+    "run_params",
     "to_disk",
     "write_json",
+    "write_references",
     "write_text",
 ]

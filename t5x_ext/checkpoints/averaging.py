@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from t5x_ext.checkpoints.references import read_references, write_references
 from t5x_ext.checkpoints.run_folder import RunFolder
 from t5x_ext.checkpoints.store import CheckpointStore
 from t5x_ext.checkpoints.trees import LeafSpec, specs
@@ -67,10 +68,12 @@ def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> 
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         target = RunFolder(draft)
-        target.write_model(*source.read_model())
-        target.vocabulary.mkdir()
-        for path in source.vocabulary.iterdir():
-            path.copy(target.vocabulary / path.name)
+        target.write_record(source.read_record())
+        write_references(target, read_references(source))
+        if source.vocabulary.exists():
+            target.vocabulary.mkdir()
+            for path in source.vocabulary.iterdir():
+                path.copy(target.vocabulary / path.name)
         with CheckpointStore(source.checkpoints) as store:
             params = average_params(store.restore_params(step) for step in steps)
         with CheckpointStore(target.checkpoints, alone=True) as store:

@@ -1,9 +1,9 @@
-"""Which checkpoints stay: the newest and the best."""
+"""Which checkpoints stay: the newest, the best, and those that a rule keeps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,19 +12,21 @@ from t5x_ext.contracts import UserError
 
 @dataclass(frozen=True)
 class Retention:
-    """How many checkpoints stay; a step stays when it is among the newest or among the best.
+    """How many checkpoints stay; a step stays when it is among the newest or the best, or kept for good.
 
     Args:
       keep_last: newest steps that stay, at least 1.
       keep_best: best steps that stay besides, by `metric`; 0 for none.
       metric: the name of the metric that decides, among those given to `save`; None when nothing is selected.
       mode: whether the largest (`max`) or the smallest (`min`) value is best.
+      keep: from a step to whether it stays for good, whatever else does; None for no such steps.
     """
 
     keep_last: int = 3
     keep_best: int = 1
     metric: str | None = None
     mode: Literal["max", "min"] = "max"
+    keep: Callable[[int], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
@@ -46,4 +48,5 @@ class Retention:
         >>> sorted(Retention(keep_last=2, keep_best=1, metric="bleu").kept({1: 30.0, 2: 10.0, 3: 20.0, 4: None}))
         [1, 3, 4]
         """
-        return set(sorted(values)[-self.keep_last :]) | set(self.ranked(values)[: self.keep_best])
+        for_good = {step for step in values if self.keep is not None and self.keep(step)}
+        return set(sorted(values)[-self.keep_last :]) | set(self.ranked(values)[: self.keep_best]) | for_good

@@ -14,13 +14,21 @@ from t5x_ext.contracts import UserError
 MODEL_FORMAT = 1
 
 
-class ModelRecord(NamedTuple):
-    """What a reader needs to build the model of a run and to use it, as JSON."""
+TRANSLATION = "translation"
+"""The task of folders from before there were tasks."""
 
-    model: dict[str, Any]  # the fields of a TransformerConfig
+TEXT_TASKS = (TRANSLATION, "language_model", "parallel_translation")
+"""Tasks whose runs have a vocabulary, tags and directions."""
+
+
+class ModelRecord(NamedTuple):
+    """What a reader needs to build the model of a run on text and to use it, as JSON."""
+
+    model: dict[str, Any]  # the fields of its config
     tags: dict[str, Any]  # the fields of a TagPolicy
     directions: tuple[str, ...]  # trained directions, such as "en-de"
     vocabulary: str  # fingerprint of the vocabulary that the weights belong to
+    task: str = TRANSLATION  # its kind, one of `TEXT_TASKS`
 
 
 class RunFolder:
@@ -39,6 +47,8 @@ class RunFolder:
         self.skipped_examples_jsonl = self.path / "skipped_examples.jsonl"
         self.results_json = self.path / "results.json"
         self.learning_curve_png = self.path / "learning_curve.png"
+        self.frozen_json = self.path / "frozen.json"
+        self.base = self.path / "base"
         self.vocabulary = self.path / "vocabulary"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
@@ -47,22 +57,17 @@ class RunFolder:
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
 
-    def write_model(
-        self, model: Mapping[str, Any], tags: Mapping[str, Any], directions: Sequence[str], vocabulary: str
-    ) -> None:
-        """Writes `model.json` atomically, making the folder if there is none."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        record = {
-            "format": MODEL_FORMAT,
-            "model": dict(model),
-            "tags": dict(tags),
-            "directions": list(directions),
-            "vocabulary": vocabulary,
-        }
-        write_json(self.model_json, record)
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Writes `model.json` atomically, making the folder if there is none.
 
-    def read_model(self) -> ModelRecord:
-        """Reads `model.json`.
+        Args:
+          record: JSON with `"task"`, the kind of task, and what its readers need.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.model_json, {"format": MODEL_FORMAT, **record})
+
+    def read_record(self) -> dict[str, Any]:
+        """Reads `model.json`, whatever task it is of; `"task"` is always there.
 
         Raises:
           UserError: if the folder is not that of a run, or its record is damaged or of another format.
@@ -77,8 +82,31 @@ class RunFolder:
             raise UserError(f"{self.model_json} is not a model record: {error!r}; was it changed by hand?") from error
         if version != MODEL_FORMAT:
             raise UserError(f"{self.model_json} has format {version}; this version reads format {MODEL_FORMAT}")
+        return {"task": TRANSLATION} | {name: value for name, value in record.items() if name != "format"}
+
+    def write_model(
+        self,
+        model: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        directions: Sequence[str],
+        vocabulary: str,
+        task: str = TRANSLATION,
+    ) -> None:
+        """Writes the record of a run on text; for the arguments see `ModelRecord`."""
+        record = ModelRecord(dict(model), dict(tags), tuple(directions), vocabulary, task)
+        self.write_record(record._asdict() | {"directions": list(directions)})
+
+    def read_model(self) -> ModelRecord:
+        """Reads the record of a run on text.
+
+        Raises:
+          UserError: as `read_record`, and if the run is of another task.
+        """
+        record = self.read_record()
+        if record["task"] not in TEXT_TASKS:
+            raise UserError(f"{self.path} is a run of the task {record['task']!r}, which does not translate")
         try:
             directions, vocabulary = tuple(record["directions"]), str(record["vocabulary"])
-            return ModelRecord(dict(record["model"]), dict(record["tags"]), directions, vocabulary)
+            return ModelRecord(dict(record["model"]), dict(record["tags"]), directions, vocabulary, record["task"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.model_json} is incomplete: {error!r}; was it changed by hand?") from error

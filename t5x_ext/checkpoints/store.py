@@ -254,6 +254,50 @@ class CheckpointStore:
         empty = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not _is_stored(spec)}
         return trees.nested(arrays | empty)[subtree]
 
+    def evaluation_params(self, which: str | int = "best") -> Params:
+        """The weights to decode or measure with, as NumPy arrays: their EMA where the run kept one.
+
+        Args:
+          which: `best`, `last` or a step, also as text.
+
+        Raises:
+          UserError: as `restore_params`.
+        """
+        chosen = self.checked_name(which)
+        try:
+            return self.restore_params(chosen, subtree="ema")
+        except UserError:
+            # Most runs keep no EMA; where it is the checkpoint that is missing, this says so.
+            return self.restore_params(chosen)
+
+    def step_of(self, which: str | int) -> int:
+        """The finished step that a name means: the best by metric (or the newest), the newest, or that step.
+
+        Raises:
+          UserError: if there is no checkpoint.
+        """
+        chosen = self.checked_name(which)
+        if isinstance(chosen, int):
+            return chosen
+        best = self.best_step() if chosen == "best" else None
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no whole checkpoint in {self.directory}")
+        return steps[-1] if best is None else best
+
+    @staticmethod
+    def checked_name(which: str | int) -> Literal["best", "last"] | int:
+        """`best`, `last` or a step.
+
+        Raises:
+          UserError: for anything else.
+        """
+        if which in ("best", "last"):
+            return "best" if which == "best" else "last"
+        if str(which).isdecimal():
+            return int(which)
+        raise UserError(f"checkpoint {which!r}: must be best, last or a step")
+
     @cached_property
     def _everyone(self) -> Processes:
         """The processes that save and load together."""

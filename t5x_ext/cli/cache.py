@@ -50,9 +50,10 @@ def main(values: flags.FlagValues) -> None:
     check_texts(run)
 
     from t5x_ext.data import prepare
+    from t5x_ext.tasks import text_task
 
     beam = runner_from_flags(values)
-    data = prepare(run.data, values.run_dir, values.cache_dir, run.seed, values.num_processes, beam)
+    data = prepare(text_task(run).data, values.run_dir, values.cache_dir, run.seed, values.num_processes, beam)
     caches = list({stream.cache.path: stream.cache for stream in data.plan.streams}.values())
     result: dict[str, Any] = {
         "vocabulary": {"size": data.vocabulary.size, "languages": list(data.vocabulary.languages)},

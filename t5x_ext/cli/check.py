@@ -89,7 +89,9 @@ def main(values: flags.FlagValues) -> int:
     values["vocab_size"].value = None
     work = _work_of_stage(values) if values.stage else StageWork(run_from_flags(values)[0])
     if values.program == "decode" and work.decode is None:
-        work = work._replace(decode=work.run.evaluation.test_decode)
+        from t5x_ext.tasks import text_task
+
+        work = work._replace(decode=text_task(work.run).test_decode)
 
     from t5x_ext.plan.topology import find_target
 
@@ -171,17 +173,19 @@ def _vocab_size(run: Run) -> int:
     """Pieces of the vocabulary: of the given one, where it is here, else as many as are to be trained."""
     from t5x_ext.contracts import UserError
     from t5x_ext.data import Vocabulary
+    from t5x_ext.tasks import text_task
 
-    config = run.data.vocabulary
+    data = text_task(run).data
+    config = data.vocabulary
     if config.path is None:
         return config.size
-    corpora = (*run.data.train, *run.data.valid, *run.data.test)
+    corpora = (*data.train, *data.valid, *data.test)
     languages = list(dict.fromkeys(language for corpus in corpora for language in corpus.languages))
     try:
         folder = os.path.isdir(config.path)
         saved = Vocabulary.load(config.path) if folder else Vocabulary(config.path, languages)
     except UserError:
-        size = run.model.vocab_size
+        size = text_task(run).model.vocab_size
         _progress(f"the vocabulary {config.path} is not here; taking the {size:,} pieces of the model, or --vocab_size")
         return size
     return Vocabulary.from_model(saved.model, [*saved.languages, *languages]).size if folder else saved.size

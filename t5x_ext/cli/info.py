@@ -63,10 +63,11 @@ def _model_of_gin(values: flags.FlagValues) -> TransformerConfig:
 
     from t5x_ext.cli.gin_config import build_field
     from t5x_ext.data import DataConfig
+    from t5x_ext.tasks import Translation
 
-    model = build_field("model", values.gin_file, values.gin)
+    model = build_field("model", values.gin_file, values.gin, root=Translation)
     if model is None:
-        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Run.model")
+        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model")
     vocabulary = build_field("vocabulary", values.gin_file, values.gin, root=DataConfig)
     return dataclasses.replace(model, vocab_size=vocabulary.size) if vocabulary else model
 

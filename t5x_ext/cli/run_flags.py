@@ -15,6 +15,7 @@ from t5x_ext.cli.messages import UsageError
 
 if TYPE_CHECKING:
     from t5x_ext.cli.gin_read import Source
+    from t5x_ext.contracts import Corpus
     from t5x_ext.train import Run
 
 DEFAULT_RUN = "runs/two_files.gin"
@@ -67,10 +68,18 @@ def run_from_flags(values: flags.FlagValues) -> tuple[Run, str]:
     from t5x_ext.cli.gin_config import build_run
 
     run, text = build_run(values.gin_file or [DEFAULT_RUN], [*values.gin, *statements])
-    for corpus in (*run.data.train, *run.data.valid, *run.data.test):
+    for corpus in text_corpora(run):
         for language in corpus.languages:
             known_language(language)
     return run, text
+
+
+def text_corpora(run: Run) -> tuple[Corpus, ...]:
+    """The corpora of a run on text; none of another task."""
+    from t5x_ext.data import DataConfig
+
+    data = getattr(run.task, "data", None)
+    return (*data.train, *data.valid, *data.test) if isinstance(data, DataConfig) else ()
 
 
 def check_texts(run: Run) -> None:
@@ -81,7 +90,7 @@ def check_texts(run: Run) -> None:
     """
     from t5x_ext.corpora import ParallelText
 
-    for corpus in (*run.data.train, *run.data.valid, *run.data.test):
+    for corpus in text_corpora(run):
         if isinstance(corpus, ParallelText):
             for _ in corpus.pairs():
                 pass

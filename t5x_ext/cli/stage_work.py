@@ -103,5 +103,7 @@ def _with_vocabulary(train: Train, stages: dict[str, Stage]) -> Run:
     origin = source and _origin(source, stages)
     if not origin:
         return train.run
-    vocabulary = _with_vocabulary(origin[0], stages).data.vocabulary
-    return dataclasses.replace(train.run, data=dataclasses.replace(train.run.data, vocabulary=vocabulary))
+    from t5x_ext.tasks import text_task, with_data
+
+    vocabulary = text_task(_with_vocabulary(origin[0], stages)).data.vocabulary
+    return with_data(train.run, dataclasses.replace(text_task(train.run).data, vocabulary=vocabulary))

@@ -21,7 +21,7 @@ from t5x_ext.cli.environment import define_deterministic_flag, restore_environme
 from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
-from t5x_ext.cli.run_flags import check_texts, define_run_flags, run_from_flags
+from t5x_ext.cli.run_flags import check_texts, define_run_flags, run_from_flags, text_corpora
 
 if TYPE_CHECKING:
     from t5x_ext.checkpoints import RunFolder
@@ -92,18 +92,14 @@ def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:
     if not values.init_from:
         return None
     from t5x_ext.checkpoints import CheckpointStore, RunFolder
-    from t5x_ext.data import Vocabulary
     from t5x_ext.train import InitFrom
 
     match = _INIT_FROM.fullmatch(values.init_from)
     assert match is not None
     run_dir, checkpoint = match["run_dir"], match["checkpoint"] or "best"
     folder = RunFolder(run_dir)
-    _check_same_model(values.init_from, folder.read_model().model, run)
-    known = Vocabulary.load(str(folder.vocabulary)).languages
-    for language in (language for corpus in run.data.train for language in corpus.languages):
-        if language not in known:
-            raise UsageError(f"--init_from={values.init_from}: its vocabulary has no tag for {language}, only {known}")
+    if text_corpora(run):
+        _check_same_text_model(values.init_from, folder, run)
     with CheckpointStore(folder.checkpoints) as store:
         steps = store.steps()
     if not steps or (checkpoint.isdecimal() and int(checkpoint) not in steps):
@@ -112,13 +108,20 @@ def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:
     return InitFrom(run_dir, which, keep_optimizer=values.keep_optimizer)
 
 
-def _check_same_model(init_from: str, fields: dict[str, Any], run: Run) -> None:
+def _check_same_text_model(init_from: str, folder: RunFolder, run: Run) -> None:
+    """Refuses a model of another shape, and a vocabulary without the languages of the run."""
     import dataclasses
 
+    from t5x_ext.data import Vocabulary
     from t5x_ext.models import TransformerConfig
 
-    theirs = TransformerConfig.from_json(fields)
-    ours = TransformerConfig.from_json(dataclasses.replace(run.model, vocab_size=theirs.vocab_size).to_json())
+    task: Any = run.task
+    known = Vocabulary.load(str(folder.vocabulary)).languages
+    for language in (language for corpus in task.data.train for language in corpus.languages):
+        if language not in known:
+            raise UsageError(f"--init_from={init_from}: its vocabulary has no tag for {language}, only {known}")
+    theirs = TransformerConfig.from_json(folder.read_model().model)
+    ours = TransformerConfig.from_json(dataclasses.replace(task.model, vocab_size=theirs.vocab_size).to_json())
     for name in _SHAPE_FIELDS:
         if getattr(theirs, name) != getattr(ours, name):
             raise UsageError(

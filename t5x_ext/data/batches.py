@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
-from t5x_ext.contracts import Batch, UserError
+from t5x_ext.contracts import BatchSource, Epoch, UserError
 from t5x_ext.data.plan import BatchPlan, RowExamples
 from t5x_ext.data.switching import SwitchingPlan
 from t5x_ext.data.vocabulary import Vocabulary
@@ -63,27 +64,63 @@ class PackedBatches:
         self._cache_numbers = np.array([list(caches).index(stream.cache.path) for stream in plan.streams])
 
     @property
+    def rows(self) -> int:
+        """Rows of a batch, over all hosts."""
+        return self.plan.config.rows
+
+    @property
     def cache_paths(self) -> list[str]:
         """Folders of the caches that are read."""
         return [cache.path for cache in self._caches]
 
-    def skipping(self, ranges: Sequence[tuple[int, int]]) -> PackedBatches:
+    def skipping(self, ranges: Sequence[tuple[int, int]]) -> Self:
         """The same batches without some ranges [start, stop) of them, see `SkippingPlan.skipping`."""
-        return PackedBatches(self.plan.skipping(ranges), self.vocabulary)
+        other = copy.copy(self)
+        other.plan = self.plan.skipping(ranges)
+        return other
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Batch `index`, all rows."""
-        return self.rows(index, 0, self.plan.config.rows)
+        return self.read(index, 0, self.rows)
 
-    def rows(self, index: int, start: int, stop: int) -> Batch:
-        """Rows `start` to `stop` of batch `index`; only their records are read, with one read a cache."""
+    def read(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows `start` to `stop` of batch `index`; only their records are read, with one read a cache.
+
+        Raises:
+          UserError: if a cache has been damaged or cannot be read any more.
+        """
+        try:
+            return self._filled(index, start, stop)
+        except UserError:
+            raise
+        except Exception as error:
+            error.add_note(f"while batch {index} was read from {', '.join(self.cache_paths)}")
+            raise
+
+    def unskipped(self, index: int) -> int:
+        """The number that batch `index` has where nothing is skipped."""
+        return self.plan.unskipped(index)
+
+    def memory(self) -> list[list[int]]:
+        """What spares a resumed run planning from the beginning, see `BatchPlan.known_rows`."""
+        return self.plan.known_rows()
+
+    def remember(self, memory: list[list[int]]) -> None:
+        """Takes what `memory` gave in an earlier process."""
+        self.plan.remember(memory)
+
+    def epoch(self) -> Epoch:
+        """Size of the first epoch; planning it takes about a second a million examples."""
+        return Epoch(self.plan.batches_per_epoch(0), self.plan.examples_per_epoch)
+
+    def _filled(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
         config, eos_id = self.plan.config, self.vocabulary.eos_id
         examples = self.plan.examples(index, start, stop)
         source_text, target_text = self._read(examples)
         source = _Side(examples.rows, examples.source_lengths, (stop - start, config.source_length))
         target = _Side(examples.rows, examples.target_lengths, (stop - start, config.target_length))
         labels = target.tokens(self._target_prefixes.select(examples.streams), target_text, eos_id)
-        batch = {
+        return {
             "source_tokens": source.tokens(self._source_prefixes.select(examples.streams), source_text, eos_id),
             "source_segment_ids": source.segment_ids,
             "source_positions": source.positions,
@@ -92,7 +129,6 @@ class PackedBatches:
             "target_segment_ids": target.segment_ids,
             "target_positions": target.positions,
         }
-        return cast(Batch, batch)  # the contract's arrays are JAX's; these become so when they are put on devices
 
     def _read(self, examples: RowExamples) -> tuple[_Text, _Text]:
         """Where the tokens of every example's source and target stand among those that were read."""
@@ -127,7 +163,7 @@ class PackedBatches:
             ids.append(ExampleId(stream.cache.name, stream.name, pair, segmentation, row))
         if not texts:
             return ids
-        shown = (example for row in self.preview(index, self.plan.config.rows) for example in row)
+        shown = (example for row in self.preview(index, self.rows) for example in row)
         return [known._replace(source=text.source, target=text.target) for known, text in zip(ids, shown)]
 
     def example_lengths(self, index: int) -> tuple[Int[np.ndarray, " examples"], Int[np.ndarray, " examples"]]:
@@ -141,8 +177,8 @@ class PackedBatches:
 
     def preview(self, index: int, rows: int = 2) -> list[list[PreviewExample]]:
         """The first rows of a batch as text: for every row its examples, read back from the packed arrays."""
-        rows = min(rows, self.plan.config.rows)
-        batch, examples = self.rows(index, 0, rows), self.plan.examples(index, 0, rows)
+        rows = min(rows, self.rows)
+        batch, examples = self.read(index, 0, rows), self.plan.examples(index, 0, rows)
         preview: list[list[PreviewExample]] = [[] for _ in range(rows)]
         for row, stream in zip(examples.rows.tolist(), examples.streams.tolist()):
             segment = len(preview[row]) + 1
@@ -243,7 +279,7 @@ def _ranges(lengths: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " total"]:
 class _Source:
     """Rows of an endless sequence of batches, as grain reads them."""
 
-    def __init__(self, batches: PackedBatches, start: int, row_start: int, row_stop: int):
+    def __init__(self, batches: BatchSource, start: int, row_start: int, row_stop: int):
         self._batches = batches
         self._start = start
         self._rows = (row_start, row_stop)
@@ -251,25 +287,22 @@ class _Source:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
         number = self._start + index
         try:
-            return self._batches.rows(number, *self._rows)
+            return self._batches.read(number, *self._rows)
         except UserError as error:
             raise UserError(f"batch {number}: {error}") from error
-        except Exception as error:
-            error.add_note(f"while batch {number} was read from {', '.join(self._batches.cache_paths)}")
-            raise
 
 
 def batch_iterator(
-    batches: PackedBatches,
+    batches: BatchSource,
     start: int = 0,
     row_start: int = 0,
     row_stop: int | None = None,
     num_threads: int = 2,
     prefetch: int = 8,
-) -> Iterator[Batch]:
+) -> Iterator[Mapping[str, np.ndarray]]:
     """Batches from `start` on, without end, read ahead by grain's threads.
 
     The position in the data is the number of batches consumed, which the caller counts; what has been read ahead does
@@ -287,7 +320,7 @@ def batch_iterator(
       UserError: where a cache has been damaged or cannot be read any more, naming batch and file. This and whatever
         else goes wrong in a reading thread is raised where its batch would have come, and ends the iterator.
     """
-    row_stop = batches.plan.config.rows if row_stop is None else row_stop
+    row_stop = batches.rows if row_stop is None else row_stop
     source = grain.MapDataset.source(_Source(batches, start, row_start, row_stop))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
     # grain would go on behind a batch that failed; a generator that has raised gives nothing more.

@@ -118,7 +118,7 @@ class SkippingPlan:
         Args:
           skipped: see the attribute.
         """
-        self.skipped = _merge_ranges(skipped)
+        self.skipped = merge_ranges(skipped)
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> Self:
         """The same plan with more ranges [start, stop) left out, in the numbers that `unskipped` gives.
@@ -127,7 +127,7 @@ class SkippingPlan:
         the range goes on from the checkpoint's position.
         """
         plan = copy.copy(self)
-        plan.skipped = _merge_ranges([*self.skipped, *ranges])
+        plan.skipped = merge_ranges([*self.skipped, *ranges])
         return plan
 
     def unskipped(self, index: int) -> int:
@@ -450,7 +450,8 @@ class BatchPlan(SkippingPlan):
         return labels / (batches * self.config.rows * self.config.target_length)
 
 
-def _merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def merge_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges [start, stop) in order, those that touch joined, empty ones dropped."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((int(start), int(stop)) for start, stop in ranges):
         if not 0 <= start <= stop:

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from t5x_ext.contracts import Batch, Corpus, UserError
+from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.corpora.beam import BeamRunner
 from t5x_ext.corpora.cleaning import CleaningConfig
 from t5x_ext.corpora.parallel_text import ParallelText
@@ -106,13 +107,13 @@ class PreparedData:
         """The plan of the training batches."""
         return self.batches.plan
 
-    def valid_batches(self, row_start: int = 0, row_stop: int | None = None) -> Iterator[Batch]:
+    def valid_batches(self, row_start: int = 0, row_stop: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """These rows of every validation batch, one pass; nothing without validation corpora."""
         batches = self.valid_packed
         if batches is not None:
-            stop = batches.plan.config.rows if row_stop is None else row_stop
+            stop = batches.rows if row_stop is None else row_stop
             for index in range(batches.plan.batches_per_epoch(0)):
-                yield batches.rows(index, row_start, stop)
+                yield batches.read(index, row_start, stop)
 
 
 def prepare(

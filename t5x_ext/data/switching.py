@@ -50,6 +50,11 @@ class SwitchingPlan(SkippingPlan):
         """The share of examples drawn from every direction before the switch."""
         return self.first.rates()
 
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples that an epoch before the switch samples."""
+        return self.first.examples_per_epoch
+
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Batches of an epoch before the switch."""
         return self.first.batches_per_epoch(epoch)

@@ -6,6 +6,7 @@ from t5x_ext.optim.adam import adam
 from t5x_ext.optim.flora import flora, flora_accumulator, scale_by_flora
 from t5x_ext.optim.fsam import fsam, sam
 from t5x_ext.optim.ginger import ginger, ginger_curvature_grads, ginger_reference, scale_by_ginger
+from t5x_ext.optim.learning_rate import learning_rate_of, with_learning_rate
 from t5x_ext.optim.matrices import as_matrices, from_matrices
 from t5x_ext.optim.projections import gaussian, orthogonal
 from t5x_ext.optim.rules import freeze, scale_by_path
@@ -26,6 +27,7 @@ __all__ = [
     "ginger_curvature_grads",
     "ginger_reference",
     "inverse_sqrt",
+    "learning_rate_of",
     "linear_decay",
     "mean_accumulator",
     "orthogonal",
@@ -34,4 +36,5 @@ __all__ = [
     "scale_by_ginger",
     "scale_by_path",
     "top_k_mask",
+    "with_learning_rate",
 ]

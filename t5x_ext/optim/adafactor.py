@@ -12,6 +12,7 @@ import optax
 from t5x_ext.contracts import Params, PyTree, path_predicate, select
 from t5x_ext.optim.checks import check_integer, check_number
 from t5x_ext.optim.factored import clip_by_matrix_rms, scale_by_factored_rms, scale_by_param_rms
+from t5x_ext.optim.learning_rate import with_learning_rate
 
 
 def adafactor(
@@ -119,7 +120,7 @@ def factored_chain(
         check_number(owner, "clipping_threshold", clipping_threshold, above=0)
     spared = path_predicate(*no_decay)
     decay_mask = lambda params: select(params, lambda name: not spared(name))
-    return optax.chain(
+    chain = optax.chain(
         scale_by_factored_rms(decay_rate, eps, min_dim_size_to_factor, axes),
         momentum,
         clip_by_matrix_rms(clipping_threshold, axes) if clipping_threshold is not None else optax.identity(),
@@ -127,6 +128,7 @@ def factored_chain(
         scale_by_param_rms(axes=axes) if multiply_by_parameter_scale else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return with_learning_rate(chain, learning_rate)
 
 
 class MomentumState(NamedTuple):

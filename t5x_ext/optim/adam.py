@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from t5x_ext.contracts import Params, PyTree, UserError, path_predicate, select
+from t5x_ext.optim.learning_rate import with_learning_rate
 
 
 def adam(
@@ -60,12 +61,13 @@ def adam(
     def decayed(params: Params) -> PyTree:
         return select(params, lambda name: not spared(name))
 
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm is not None else optax.identity(),
         _in_float32(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return with_learning_rate(chain, learning_rate)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -97,11 +96,11 @@ def check_given(owner: str, name: str, value: Pulled | None, what: str) -> Pulle
 def check_outermost(owner: str, params: PyTree) -> None:
     """For `init` of an optimizer that pulls gradients: refuses wrappers under which those would be wrong.
 
-    `optax.masked` and `optax.partition` are seen by the holes they leave in the parameters. `optax.MultiSteps` leaves
-    no mark, it hands on the callables of its last microbatch while the gradient is of all; so the callers are asked.
+    `optax.masked` and `optax.partition` are seen by the holes they leave in the parameters. Inside `optax.MultiSteps`
+    the callables would be those of its last batch; the training step refuses that, which sees the whole state.
 
     Raises:
-      UserError: under any of the three.
+      UserError: under either of them.
     """
     is_hole = lambda node: isinstance(node, optax.MaskedNode)
     if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
@@ -109,11 +108,3 @@ def check_outermost(owner: str, params: PyTree) -> None:
             f"{owner} must be outermost: inside optax.partition/masked it sees only a part of the parameters; "
             "give it its own path predicate instead"
         )
-    frame = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
-            raise UserError(
-                f"{owner} must be outermost: inside optax.MultiSteps it would pull gradients of the last microbatch "
-                "only; accumulate inside the callables instead (num_microbatches of the training step)"
-            )
-        frame = frame.f_back  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from t5x_ext.contracts import Params, PyTree, UserError, path_name, path_predicate
 from t5x_ext.optim.bits import pack, packed_shape, unpack
 from t5x_ext.optim.checks import check_choice, check_given, check_integer, check_number, check_outermost
+from t5x_ext.optim.learning_rate import with_learning_rate
 from t5x_ext.optim.top_k import num_kept, top_k_mask
 
 GradFn = Callable[[Params, int], PyTree]
@@ -26,6 +27,8 @@ _FISHER_FN = "(params) -> the mean of squared gradients of examples"
 
 class FsamState(NamedTuple):
     """State of `fsam`."""
+
+    pulls_gradients = True  # the training step refuses it inside optax.MultiSteps
 
     count: Int[Array, ""]  # type: ignore[assignment]  # int32: updates whose gradient was finite
     mask: PyTree  # uint8, `bits.packed_shape` of each maskable parameter; () where all entries are kept, or none
@@ -249,7 +252,7 @@ def _masked_sam(
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         return updates, FsamState(count, mask, opt_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_learning_rate(optax.GradientTransformationExtraArgs(init, update), optimizer)
 
 
 def _check(

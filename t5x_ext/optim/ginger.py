@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.contracts import Params, PyTree, UserError, path_name, path_predicate, select
 from t5x_ext.optim.checks import check_choice, check_given, check_integer, check_number, check_outermost
+from t5x_ext.optim.learning_rate import with_learning_rate
 from t5x_ext.optim.matrices import named_axes
 
 CurvatureGradFn = Callable[[Params], PyTree]
@@ -23,6 +24,8 @@ _EPS = float(jnp.finfo(jnp.float32).eps)
 
 class ScaleByGingerState(NamedTuple):
     """State of `scale_by_ginger`."""
+
+    pulls_gradients = True  # the training step refuses it inside optax.MultiSteps
 
     count: Int[Array, ""]  # type: ignore[assignment]  # updates done, int32
     mu: PyTree  # float32, the shape of the parameters: momentum
@@ -194,12 +197,13 @@ def ginger(
     def decayed(params: Params) -> PyTree:
         return select(params, lambda name: not spared(name))
 
-    return optax.chain(
+    chain = optax.chain(
         scale_by_ginger(rank, b1, b2, damping, curvature_every=curvature_every, axes=axes),
         optax.clip(clip_value) if clip_value is not None else optax.identity(),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return with_learning_rate(chain, learning_rate)
 
 
 def ginger_reference(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Container, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,13 +35,28 @@ def host_rows(mesh: Mesh, global_rows: int) -> tuple[int, int]:
     return start * global_rows // pieces, stop * global_rows // pieces
 
 
-def global_batch(mesh: Mesh, host_batch: Batch) -> Batch:
-    """Global arrays from this process's rows: `host_rows(mesh, rows)` of each array, rows first.
+def global_batch(mesh: Mesh, host_batch: Mapping[str, np.ndarray], sharded: Container[str] | None = None) -> Batch:
+    """Global arrays from this process's rows.
+
+    Args:
+      mesh: the devices.
+      host_batch: `host_rows(mesh, rows)` of each array that is sharded, rows first; others whole.
+      sharded: names of the arrays whose rows are sharded; None: all. The others are replicated.
 
     Raises:
       UserError: if the rows do not divide among this process's devices.
     """
-    return cast(Batch, {name: _global_array(mesh, np.asarray(rows)) for name, rows in host_batch.items()})
+    return {
+        name: _global_array(mesh, np.asarray(array))
+        if sharded is None or name in sharded
+        else _replicated(mesh, np.asarray(array))
+        for name, array in host_batch.items()
+    }
+
+
+def _replicated(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _global_array(mesh: Mesh, rows: np.ndarray) -> jax.Array:

@@ -13,6 +13,7 @@ from t5x_ext.pipeline.artefact import Artefact, Kind, Model, TextFiles, Weights
 from t5x_ext.pipeline.stage import Interrupted
 from t5x_ext.pipeline.texts import corpus_of, reversed_corpus, sides_of
 from t5x_ext.pipeline.workspace import Workspace
+from t5x_ext.tasks import text_task, with_data
 from t5x_ext.train import InitFrom, Run, execute
 
 
@@ -35,14 +36,15 @@ class Train:
     Attributes:
       name: of the stage.
       run: a whole run of its own; what follows takes the place of parts of it.
-      corpora: stages whose texts take the place of `run.data.train`; none: that is trained on. A language model
-        (`encoder_layers=0`) learns from each side by itself.
-      valid: stages whose texts take the place of `run.data.valid`. The metrics decoded on it are means over corpora and
-        directions: with a corpus for each domain, stopping early by `valid/bleu` stops by the macro-average of domains.
+      corpora: stages whose texts take the place of the run's training data; none: that is trained on. A language model
+        learns from each side by itself.
+      valid: stages whose texts take the place of the run's validation data. The metrics decoded on it are means over
+        corpora and directions: with a corpus for each domain, stopping early by `valid/bleu` stops by the macro-average
+        of domains.
       init_from: the stage whose weights and vocabulary it starts from.
       keep_optimizer: go on with the optimizer state of `init_from`, too.
       vocabulary: the stage whose vocabulary it takes where it does not start from its weights; None: as `run` says.
-      per_direction: a model for each direction of the corpora, both of every pair where `run.data.bidirectional`.
+      per_direction: a model for each direction of the corpora, both of every pair where the run is bidirectional.
       directions: those that `per_direction` trains; empty: all.
       languages: of a language model: the languages it learns; empty: all that the texts are in.
       upsample: how many times the texts of a stage count, by its name; those that are not named count once.
@@ -86,7 +88,7 @@ class Train:
 
     @property
     def _is_language_model(self) -> bool:
-        return self.run.model.encoder_layers == 0
+        return text_task(self.run).model.encoder_layers == 0
 
     def inputs(self) -> tuple[str, ...]:
         """Texts, weights and vocabulary."""
@@ -99,7 +101,7 @@ class Train:
 
     def sources(self) -> tuple[Corpus, ...]:
         """Corpora of the run that no stage takes the place of."""
-        data = self.run.data
+        data = text_task(self.run).data
         return (*(() if self.corpora else data.train), *(() if self.valid else data.valid), *data.test)
 
     def make(self, workspace: Workspace) -> Artefact:
@@ -127,7 +129,7 @@ class Train:
     ) -> tuple[Model, dict[str, Any]]:
         run_dir = workspace.own(folder)
         results = execute(
-            replace(self.run, data=data),
+            with_data(self.run, data),
             workspace.path(run_dir),
             config_text=workspace.configuration,
             cache_dir=workspace.cache_dir,
@@ -156,7 +158,7 @@ class Train:
 
     def _data(self, workspace: Workspace) -> DataConfig:
         """The run's data with the texts and the vocabulary of stages in it."""
-        data = self.run.data
+        data = text_task(self.run).data
         if self.vocabulary is not None:
             weights = workspace.models(self.vocabulary).models[0].members[0]
             data = replace(data, vocabulary=VocabularyConfig(path=f"{workspace.path(weights.run_dir)}/vocabulary"))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from t5x_ext.parallel.mesh import batch_devices
 from t5x_ext.plan.estimate import Temporaries, accumulated_bytes, estimate_temporaries
 from t5x_ext.plan.report import GIB, CheckReport
+from t5x_ext.tasks import text_task
 from t5x_ext.train.program import Program
 
 
@@ -48,7 +49,7 @@ def scaled(estimate: Temporaries, temporaries: int) -> Temporaries:
 
 
 def _knobs(program: Program, report: CheckReport, estimate: Temporaries, excess: float) -> Iterator[_Knob]:
-    run, config = program.run, program.config
+    run, config = program.run, program.model.config
     yield from _state_knobs(program, report, estimate, excess)
     activations = estimate.residuals + estimate.recomputed
     # The second microbatch brings a sum of gradients.
@@ -58,13 +59,14 @@ def _knobs(program: Program, report: CheckReport, estimate: Temporaries, excess:
     if saving > 0:
         yield _Knob(saving, f"Run.num_microbatches = {more} (now {run.num_microbatches})")
     else:
-        rows = run.data.batch.rows
+        rows = text_task(run).data.batch.rows
         yield _Knob(activations / 2, f"BatchConfig.rows = {max(1, rows // 2)} (now {rows})")
     if config.remat != "full":
-        full = program._replace(config=dataclasses.replace(config, remat="full"))
+        model = program.model.clone(config=dataclasses.replace(config, remat="full"))
+        full = program._replace(definition=program.definition._replace(model=model))
         now, less = (e.residuals + e.recomputed for e in (estimate_temporaries(program), estimate_temporaries(full)))
         saving = activations * (1 - less / now)
-        yield _Knob(saving, f"{type(run.model).__name__}.remat = 'full' (now '{config.remat}')")
+        yield _Knob(saving, f"{type(text_task(run).model).__name__}.remat = 'full' (now '{config.remat}')")
     chunk = getattr(program.objective, "chunk_tokens", None)
     if chunk is not None:
         yield _Knob(
@@ -94,7 +96,7 @@ def _state_knobs(program: Program, report: CheckReport, estimate: Temporaries, e
 def _microbatches(program: Program, activations: float, excess: float) -> int:
     """The fewest microbatches with which activations shrink by `excess`, or the most that the rows allow."""
     count = program.run.num_microbatches
-    rows = program.run.data.batch.rows // batch_devices(program.mesh)
+    rows = text_task(program.run).data.batch.rows // batch_devices(program.mesh)
     while rows % (2 * count) == 0 and activations * (1 - program.run.num_microbatches / count) < excess:
         count *= 2
     return count

@@ -32,6 +32,7 @@ from t5x_ext.plan.hlo_cost import Buffer
 from t5x_ext.plan.report import CheckReport, DeviceMemory
 from t5x_ext.plan.roofline import mfu_bound, roofline
 from t5x_ext.plan.topology import Target
+from t5x_ext.tasks import text_task
 from t5x_ext.train.program import Program, check_rows, make_program
 from t5x_ext.train.run import Run
 
@@ -71,7 +72,7 @@ def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LEN
       UserError: where mesh, rows and microbatches do not fit the devices.
     """
     run = on_slices(run, target)
-    program = make_program(run, vocab_size, _mesh(run, target))
+    program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))
     check_rows(run, program.mesh)
     work = _training_work(program, mean_length)
     if target.is_compiled_for:
@@ -111,7 +112,7 @@ def check_decoding(
       UserError: where the rows do not divide among the devices.
     """
     run = on_slices(run, target)
-    program = make_program(run, vocab_size, _mesh(run, target))
+    program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))
     pieces = batch_devices(program.mesh)
     if rows % pieces:
         raise UserError(f"{rows} rows to decode do not divide among {pieces} devices; take a multiple of {pieces}")
@@ -138,7 +139,7 @@ def on_slices(run: Run, target: Target) -> Run:
 
 def training_flops(config: TransformerConfig, run: Run, mean_length: int) -> tuple[float, int, int]:
     """Model FLOPs of an update, and the real source and target tokens that they are for; see `check`."""
-    shape = run.data.batch
+    shape = text_task(run).data.batch
     length = min(mean_length, shape.target_length)
     examples = shape.target_length / length if shape.packing else 1.0
     # Source rows are as full as target rows, so that their examples are longer or shorter in proportion.
@@ -166,8 +167,8 @@ def _mesh(run: Run, target: Target) -> Mesh:
 
 
 def _training_work(program: Program, mean_length: int) -> _Work:
-    flops, source_tokens, target_tokens = training_flops(program.config, program.run, mean_length)
-    batch = program.run.data.batch
+    flops, source_tokens, target_tokens = training_flops(program.model.config, program.run, mean_length)
+    batch = text_task(program.run).data.batch
     kind = "rows packed with" if batch.packing else "one a row:"
     assumption = f"{kind} examples of {min(mean_length, batch.target_length)} target tokens"
     stored = stored_bytes(program)
@@ -185,7 +186,7 @@ def _decoding_work(
     key = jax.eval_shape(lambda: jax.random.key(0))
     replicated = NamedSharding(program.mesh, PartitionSpec())
     batch = (integers(rows, source_length), integers(rows), integers(rows, 1), integers(rows), integers(rows))
-    model, params = (program.model, program.template.params) if members == 1 else _ensemble(program, members)
+    model, params = (program.model, program.params) if members == 1 else _ensemble(program, members)
     lowered = decode_batch.lower(
         model,
         params,
@@ -196,7 +197,7 @@ def _decoding_work(
         config=decode,
     )
     hypotheses = num_hypotheses(decode)
-    flops = members * decoding_flops(program.config, rows, hypotheses, source_length, max_length)
+    flops = members * decoding_flops(program.model.config, rows, hypotheses, source_length, max_length)
     stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
     models = f"{members} models together, " if members > 1 else ""
     assumption = (
@@ -216,7 +217,7 @@ def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
         sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
         return jax.ShapeDtypeStruct((members, *leaf.shape), leaf.dtype, sharding=sharding)
 
-    return Ensemble(program.model, members), jax.tree.map(stacked, program.template.params)
+    return Ensemble(program.model, members), jax.tree.map(stacked, program.params)
 
 
 def _report(

@@ -43,6 +43,7 @@ from jax.sharding import Mesh
 from t5x_ext.contracts import Batch, Context, PyTree, TranslationBatch
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
 from t5x_ext.parallel.mesh import batch_devices
+from t5x_ext.tasks import text_task
 from t5x_ext.train.program import Program
 
 
@@ -107,13 +108,14 @@ def stored_bytes(program: Program) -> Stored:
     """What the state and the batch of a run take on one device."""
     state = program.template
     optimizer = device_bytes((state.optimizer_state, state.mutable, state.step))
-    return Stored(device_bytes(state.params), optimizer, device_bytes(state.ema), device_bytes(program.batch))
+    params = device_bytes(state.params) + device_bytes(program.frozen)
+    return Stored(params, optimizer, device_bytes(state.ema), device_bytes(program.batch))
 
 
 def estimate_temporaries(program: Program) -> Temporaries:
     """The temporaries of a training step on one device, by the formula of this module."""
-    config, mesh, run = program.config, program.mesh, program.run
-    shape = run.data.batch
+    config, mesh, run = program.model.config, program.mesh, program.run
+    shape = text_task(run).data.batch
     rows = max(1, shape.rows // (batch_devices(mesh) * run.num_microbatches))
     params = program.template.params
     residuals = partial(_residuals, run.objective, rows=rows, lengths=(shape.source_length, shape.target_length))
@@ -154,7 +156,7 @@ def estimate_decoding(
       max_length: tokens that caches have room for.
       members: models of an ensemble.
     """
-    config, rules, mesh = program.config, program.run.axis_rules, program.mesh
+    config, rules, mesh = program.model.config, program.run.axis_rules, program.mesh
     rows = rows // batch_devices(mesh)
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     width = config.embed_dim // _tensor(mesh, rules.heads)
@@ -162,7 +164,7 @@ def estimate_decoding(
     entry = 2 * config.decoder_layers * width * itemsize * members
     cache = rows * hypotheses * max_length * entry
     # All but the encoder's: stored as float32. Of what is cut over `fsdp` a device needs all, and is taken to keep it.
-    params = {name: tree for name, tree in program.template.params.items() if name != "encoder"}
+    params = {name: tree for name, tree in program.params.items() if name != "encoder"}
     read = members * _gathered_bytes(params) * itemsize // 4
     cuts = _tensor(mesh, rules.vocab)
     scores = 4 * members * rows * hypotheses * config.vocab_size // (cuts if config.vocab_size % cuts == 0 else 1)
@@ -244,7 +246,7 @@ def _kept(
 
 def _gathered(program: Program) -> int:
     """Whole weights on a device while they are used: none where parameters are not cut along the rows' axes."""
-    config, mesh, rules = program.config, program.mesh, program.run.axis_rules
+    config, mesh, rules = program.model.config, program.mesh, program.run.axis_rules
     if rules.embed != "fsdp" or mesh.shape["fsdp"] == 1:
         return 0
     bytes_each = jnp.dtype(config.compute_dtype).itemsize
@@ -256,9 +258,9 @@ def _gathered(program: Program) -> int:
 
 def _chunk_tokens(program: Program, rows: int) -> int:
     """Target positions whose scores a device holds at once."""
-    length = program.run.data.batch.target_length
+    length = text_task(program.run).data.batch.target_length
     chunk = getattr(program.objective, "chunk_tokens", None)
     if chunk is None:
         return rows * length
-    microbatch_rows = max(1, program.run.data.batch.rows // program.run.num_microbatches)
+    microbatch_rows = max(1, text_task(program.run).data.batch.rows // program.run.num_microbatches)
     return rows * min(length, max(1, chunk // microbatch_rows))

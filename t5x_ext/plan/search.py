@@ -23,6 +23,7 @@ from t5x_ext.plan.check import MEAN_LENGTH, check, on_slices, training_flops
 from t5x_ext.plan.estimate import Stored, estimate_temporaries, stored_bytes
 from t5x_ext.plan.report import CheckReport, amount, duration, table
 from t5x_ext.plan.topology import Target
+from t5x_ext.tasks import text_task, with_model
 from t5x_ext.train.program import Program, make_program
 from t5x_ext.train.run import Run
 
@@ -62,16 +63,16 @@ class Candidate(NamedTuple):
     def apply(self, run: Run) -> Run:
         """The run, laid out so."""
         return dataclasses.replace(
-            run,
+            with_model(run, remat=self.remat),
             mesh=self.mesh,
             axis_rules=_RULES[self.rules],
-            model=dataclasses.replace(run.model, remat=self.remat),
             num_microbatches=self.num_microbatches,
         )
 
     def gin(self, run: Run) -> list[str]:
         """A gin file that lays out the run so, to be given after the run's own."""
-        folder, _, module = type(run.model).__module__.rpartition(".")
+        kind = type(text_task(run).model)
+        folder, _, module = kind.__module__.rpartition(".")
         return [
             "from __gin__ import dynamic_registration",
             "from t5x_ext import parallel",
@@ -81,7 +82,7 @@ class Candidate(NamedTuple):
             *(f"parallel.MeshConfig.{name} = {size}" for name, size in dataclasses.asdict(self.mesh).items()),
             f"train.Run.axis_rules = @parallel.{self.rules}()",
             f"train.Run.num_microbatches = {self.num_microbatches}",
-            f"{module}.{type(run.model).__name__}.remat = {self.remat!r}",
+            f"{module}.{kind.__name__}.remat = {self.remat!r}",
         ]
 
 
@@ -169,7 +170,7 @@ def search(
     everything = list(candidates(run, target))
     if not everything:
         raise UserError(
-            f"BatchConfig.rows is {run.data.batch.rows}: no mesh of {len(target.devices)} devices divides it"
+            f"BatchConfig.rows is {text_task(run).data.batch.rows}: no mesh of {len(target.devices)} devices divides it"
         )
     estimates = _estimates(run, vocab_size, target, everything, mean_length)
     # The run's own layout is compiled in any case: what is found must be better than that.
@@ -190,13 +191,13 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
     """Every layout whose devices and microbatches divide the rows of the batch."""
     slices = max(target.num_slices, on_slices(run, target).mesh.slices)
     inside = len(target.devices) // slices
-    for tensor in _divisors(math.gcd(inside, run.model.num_heads), MOST_TENSOR):
+    for tensor in _divisors(math.gcd(inside, text_task(run).model.num_heads), MOST_TENSOR):
         for data in _divisors(inside // tensor):
             mesh = MeshConfig(data=data, fsdp=inside // tensor // data, tensor=tensor, slices=slices)
             pieces = slices * data * mesh.fsdp
             rules = "fsdp_tensor" if tensor > 1 else "fsdp" if mesh.fsdp > 1 else "data_parallel"
-            for count in _divisors(run.data.batch.rows // pieces, MOST_MICROBATCHES):
-                if run.data.batch.rows % pieces == 0 and count & (count - 1) == 0:
+            for count in _divisors(text_task(run).data.batch.rows // pieces, MOST_MICROBATCHES):
+                if text_task(run).data.batch.rows % pieces == 0 and count & (count - 1) == 0:
                     yield from (Candidate(mesh, rules, remat, count) for remat in get_args(Remat))
 
 
@@ -205,7 +206,7 @@ def _own_layout(run: Run, target: Target) -> Candidate | None:
     slices, data, fsdp_size, tensor = on_slices(run, target).mesh.sizes(len(target.devices))
     preset = next((name for name, rules in _RULES.items() if rules == run.axis_rules), None)
     mesh = MeshConfig(data=data, fsdp=fsdp_size, tensor=tensor, slices=slices)
-    return None if preset is None else Candidate(mesh, preset, run.model.remat, run.num_microbatches)
+    return None if preset is None else Candidate(mesh, preset, text_task(run).model.remat, run.num_microbatches)
 
 
 def _divisors(number: int, most: int | None = None) -> list[int]:
@@ -221,14 +222,15 @@ def _estimates(
         key = candidate.mesh, candidate.rules
         if key not in programs:
             laid_out = candidate.apply(run)
-            program = make_program(laid_out, vocab_size, make_mesh(candidate.mesh, target.devices))
+            program = make_program(laid_out, {"vocab_size": vocab_size}, make_mesh(candidate.mesh, target.devices))
             programs[key] = program, stored_bytes(program)
         base, stored = programs[key]
         # The gradients of one microbatch and their sum are the least that a step needs beside what it is given.
         if stored.total + 2 * stored.params > target.hbm_bytes:
             continue
         laid_out = candidate.apply(run)
-        program = base._replace(run=laid_out, config=dataclasses.replace(base.config, remat=candidate.remat))
+        model = base.model.clone(config=dataclasses.replace(base.model.config, remat=candidate.remat))
+        program = base._replace(run=laid_out, definition=base.definition._replace(model=model))
         needed = stored.total + _NEEDED[candidate.remat] * estimate_temporaries(program).total
         if needed <= _SLACK * target.hbm_bytes:
             seconds = _seconds(program, candidate, target, mean_length)
@@ -245,14 +247,14 @@ def _seconds(program: Program, candidate: Candidate, target: Target, mean_length
     summed along `tensor` after each sub-layer, in both passes. The larger counts, and a tenth of the other, which
     breaks ties in favour of less communication.
     """
-    hardware, mesh, config = target.hardware, candidate.mesh, program.config
+    hardware, mesh, config = target.hardware, candidate.mesh, program.model.config
     assert hardware is not None
     flops, _, _ = training_flops(config, program.run, mean_length)
     compute = flops * (1 + _RECOMPUTED[candidate.remat] / 3) / (hardware.peak_flops * len(target.devices))
     links = max(1, hardware.torus_dimensions) * hardware.link_bandwidth
     itemsize = jnp.dtype(config.compute_dtype).itemsize
     weights = itemsize * config.num_params() / mesh.tensor
-    batch = program.run.data.batch
+    batch = text_task(program.run).data.batch
     sub_layers = 2 * config.encoder_layers * batch.source_length
     sub_layers += (2 + config.has_encoder) * config.decoder_layers * batch.target_length
     network = 0.0

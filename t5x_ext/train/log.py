@@ -16,18 +16,19 @@ from tqdm import tqdm
 
 from t5x_ext.contracts import Loss
 from t5x_ext.train.goodput import SECTIONS
-from t5x_ext.train.loop import Loop
+from t5x_ext.train.loop import Hook, Loop
+from t5x_ext.train.memory import LogSums
 from t5x_ext.train.step import StepMetrics
 from t5x_ext.train.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
 
-class Log:
+class Log(Hook):
     """Sums up metrics, writes means over the updates since the line before, and shows them.
 
     It observes the loop, so that each update is in one line and in no other, also where a checkpoint lies between two
-    lines: the sums since the last line are in the loop's memory. An update left out for not being finite is counted,
+    lines: the sums since the last line are in the loop's memory. An update skipped for not being finite is counted,
     and in no mean.
 
     In a line, `seconds` is the wall time since the line before and `time/NAME` the share of it that went into each of
@@ -42,7 +43,7 @@ class Log:
         every: int,
         steps: int,
         start: int,
-        batch_flops: Callable[[int], float] | None = None,
+        batch_flops: Callable[[int], float | None] | None = None,
         peak_flops: float | None = None,
     ):
         """Opens the log.
@@ -53,7 +54,7 @@ class Log:
           every: updates between lines.
           steps: total number of updates, for the progress line.
           start: updates already done.
-          batch_flops: floating point operations that the model needs for an update on batch i; None: not told.
+          batch_flops: floating point operations that the model needs for an update on batch i; None: unknown.
           peak_flops: operations per second of all devices at their best; None where unknown.
         """
         self._every, self._batch_flops, self._peak_flops = every, batch_flops, peak_flops
@@ -65,17 +66,18 @@ class Log:
 
     def observe(self, loop: Loop, step: int, metrics: StepMetrics) -> None:
         """Sums up a finished update, and writes a line when one is due."""
-        sums = _sums(loop)
-        sums["updates"] += 1
-        loop.memory["target_tokens"] = loop.memory.get("target_tokens", 0.0) + float(metrics.loss.weight)
-        if self._batch_flops is not None:
-            flops = self._batch_flops(loop.batches_consumed - loop.step + step - 1)
-            sums["model_flops"] += flops
-            loop.memory["model_flops"] = loop.memory.get("model_flops", 0.0) + flops
+        memory, sums = loop.memory, loop.memory.log
+        sums.updates += 1
+        memory.target_tokens += float(metrics.loss.weight)
+        flops = self._flops(loop.batches_consumed - loop.step + step - 1)
+        sums.model_flops += flops
+        memory.model_flops += flops
         if metrics.finite:
-            sums["finite"] += 1
-            sums["gradient_norm"] += float(metrics.gradient_norm)
-            _add(sums["losses"], metrics.loss)
+            sums.finite += 1
+            sums.gradient_norm += float(metrics.gradient_norm)
+            for name, value in metrics.extra.items():
+                sums.extra[name] = sums.extra.get(name, 0.0) + float(value)
+            _add(sums.losses, metrics.loss)
         if step % self._every == 0:
             self._write_training_line(loop, step)
 
@@ -86,8 +88,8 @@ class Log:
         self._bar.update(loop.step - self._bar.n)
 
     def at_end(self, loop: Loop) -> None:
-        """Writes what is left, unless the run is to be gone on with: then the next line will have it."""
-        if _sums(loop)["updates"] and not loop.interrupted:
+        """Writes what is left, unless the run is to be resumed: then the next line will have it."""
+        if loop.memory.log.updates and not loop.interrupted:
             self._write_training_line(loop, loop.step)
         self.close()
 
@@ -98,28 +100,33 @@ class Log:
             self._tensorboard.close()
 
     def _write_training_line(self, loop: Loop, step: int) -> None:
-        sums, now = _sums(loop), loop.clock.split()
-        spent = {name: now.get(name, 0.0) - sums["clock"].get(name, 0.0) for name in SECTIONS}
+        sums, now = loop.memory.log, loop.clock.split()
+        spent = {name: now.get(name, 0.0) - sums.clock.get(name, 0.0) for name in SECTIONS}
         wall = max(sum(spent.values()), 1e-9)
         training = max(spent["data"] + spent["step"], 1e-9)
         line: dict[str, float] = {}
-        if sums["finite"]:
-            weight = sums["losses"]["loss"][1]
-            line |= {name: s / max(w, 1.0) for name, (s, w) in sums["losses"].items()}
+        if sums.finite:
+            weight = sums.losses["loss"][1]
+            line |= {name: s / max(w, 1.0) for name, (s, w) in sums.losses.items()}
             line["target_tokens"] = weight
             line["target_tokens_per_second"] = weight / training
-            line["gradient_norm"] = sums["gradient_norm"] / sums["finite"]
-        if self._batch_flops is not None:
-            line["model_flops_per_second"] = sums["model_flops"] / training
+            line["gradient_norm"] = sums.gradient_norm / sums.finite
+            line |= {name: total / sums.finite for name, total in sums.extra.items()}
+        if sums.model_flops:
+            line["model_flops_per_second"] = sums.model_flops / training
             if self._peak_flops:
                 line["mfu"] = line["model_flops_per_second"] / self._peak_flops
         line["seconds"] = wall
         line |= {f"time/{name}": seconds / wall for name, seconds in spent.items() if seconds > 0}
-        if loop.memory.get("skipped_updates"):
-            line["skipped_updates"] = loop.memory["skipped_updates"]
+        if loop.memory.skipped_updates:
+            line["skipped_updates"] = loop.memory.skipped_updates
         self._write(step, line)
-        self._show(step, line, wall / sums["updates"])
-        loop.memory["log"] = _no_sums(now)
+        self._show(step, line, wall / sums.updates)
+        loop.memory.log = LogSums(clock=dict(now))
+
+    def _flops(self, index: int) -> float:
+        flops = None if self._batch_flops is None else self._batch_flops(index)
+        return flops or 0.0
 
     def _show(self, step: int, line: Mapping[str, float], seconds_per_update: float) -> None:
         parts = [
@@ -142,20 +149,6 @@ class Log:
         self._lines.append({"step": step, **values})
         if self._tensorboard:
             self._tensorboard.add(step, {name: value for name, value in values.items() if value is not None})
-
-
-def _sums(loop: Loop) -> dict[str, Any]:
-    """What has been summed up since the last line, kept over restarts."""
-    if "log" not in loop.memory:
-        loop.memory["log"] = _no_sums({})
-    sums: dict[str, Any] = loop.memory["log"]
-    return sums
-
-
-def _no_sums(clock: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "updates": 0, "finite": 0, "losses": {}, "gradient_norm": 0.0, "model_flops": 0.0, "clock": dict(clock),
-    }  # fmt: skip
 
 
 def _add(sums: dict[str, list[float]], loss: Loss) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from t5x_ext.train.loop import Loop
+from t5x_ext.train.loop import Hook, Loop
 from t5x_ext.train.signals import listening
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -69,12 +69,12 @@ class _Ballot:
         return _Request(*request) if last_step <= step else None
 
 
-class StopOnSignal:
+class StopOnSignal(Hook):
     """Ends the loop on SIGTERM, SIGINT or SIGUSR1, so that the weights are saved.
 
-    A single process stops after the running update, several of them after two more, whichever of them got the signal.
-    It listens inside a `with` block only. While the run is being saved, Ctrl-C ends the process at once; the SIGTERM
-    that Slurm sends some time after SIGUSR1 does not.
+    Use it as a context manager. With one process, training stops after the current update. With several, any process
+    may receive the signal; all stop together two updates later. While the run is being saved, Ctrl-C ends the process
+    at once; the SIGTERM that Slurm sends some time after SIGUSR1 does not.
 
     Attributes:
       received_at: when the signal came to whichever process got it, in seconds since 1970; None before.
@@ -126,6 +126,3 @@ class StopOnSignal:
         if request:
             self.received_at = request.at
             raise Interrupted(request.reason)
-
-    def at_end(self, loop: Loop) -> None:
-        """Nothing is left to do."""

@@ -1,4 +1,4 @@
-"""A profile of a few updates, asked for while the run goes on."""
+"""A profile of a few updates, asked for while the run continues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from t5x_ext.train.log import is_remote
-from t5x_ext.train.loop import Loop
+from t5x_ext.train.loop import Hook, Loop
 from t5x_ext.train.signals import listening
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_REMOTE_LOOKS = 60.0  # asking a bucket takes a tenth of a second
 
 
-class Profile:
+class Profile(Hook):
     """Traces the next updates when a file `profile` appears in the run folder, or on SIGUSR2.
 
     The trace goes to `profiles/step_N` of the run folder, for TensorBoard's profile page or Perfetto; the file is

@@ -1,10 +1,10 @@
 """What becomes of losses and gradients that are not finite.
 
-The update is left out. After several in a row the run goes back to a checkpoint from before them and on with other
-data, as was done by hand for PaLM (arXiv 2204.02311, section 5.1).
+The update is skipped. After several in a row the run is rewound to a checkpoint from before them and continues with
+other data, as was done by hand for PaLM (arXiv 2204.02311, section 5.1).
 
-Left-out updates change no weights, so that replaying the data up to the bad stretch would lead to the same weights
-again: what is skipped begins at the checkpoint, not at the first bad batch.
+Skipped updates change no weights, so replaying the data up to the bad range would lead to the same weights again: the
+skipped data begins at the checkpoint, not at the first bad batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from t5x_ext.data.plan import SkippingPlan
+from t5x_ext.contracts import BatchSource
+from t5x_ext.data.plan import merge_ranges
 from t5x_ext.train.log import JsonLines, cut_log
 from t5x_ext.train.loop import Loop
 from t5x_ext.train.step import StepMetrics
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(Exception):
-    """Updates `first` to `last` were all left out."""
+    """Updates `first` to `last` were all skipped."""
 
     def __init__(self, first: int, last: int):
         super().__init__(f"updates {first} to {last} all had a loss or gradient that is not finite")
@@ -34,7 +35,7 @@ class Diverged(Exception):
 
 
 class BadUpdates:
-    """Counts the updates that were left out, and records their examples.
+    """Counts the updates that were skipped, and records their examples.
 
     It observes the loop; its counts are in the loop's memory. A batch is recorded once, also when it comes again after
     a restart.
@@ -68,15 +69,16 @@ class BadUpdates:
           Diverged: when it is one too many.
         """
         if metrics.finite:
-            loop.memory["skipped_in_row"] = 0
+            loop.memory.skipped_in_row = 0
             return
-        in_row = loop.memory["skipped_in_row"] = loop.memory.get("skipped_in_row", 0) + 1
-        loop.memory["skipped_updates"] = loop.memory.get("skipped_updates", 0) + 1
+        memory = loop.memory
+        memory.skipped_in_row += 1
+        memory.skipped_updates += 1
         if self._lines:
-            logger.warning("update %d left out: its loss or gradient is not finite", step)
+            logger.warning("update %d skipped: its loss or gradient is not finite", step)
             self._record(step, position_of(loop, step))
-        if in_row >= self._limit:
-            raise Diverged(step - in_row + 1, step)
+        if memory.skipped_in_row >= self._limit:
+            raise Diverged(step - memory.skipped_in_row + 1, step)
 
     def _record(self, step: int, position: int) -> None:
         batch = self._batch_number(position)
@@ -90,6 +92,15 @@ def position_of(loop: Loop, step: int) -> int:
     return loop.batches_consumed - loop.step + step - 1
 
 
-def skipped_after(plan: SkippingPlan, start: int, last: int) -> list[tuple[int, int]]:
-    """The ranges to leave out so that the batches at positions `start` to `last` of a plan do not come again."""
-    return list(plan.skipping([(plan.unskipped(start), plan.unskipped(last) + 1)]).skipped)
+def skipped_after(
+    batches: BatchSource, skipped: Sequence[tuple[int, int]], start: int, last: int
+) -> list[tuple[int, int]]:
+    """The ranges to skip so that the batches at positions `start` to `last` do not come again.
+
+    Args:
+      batches: what is read now, with `skipped` skipped.
+      skipped: ranges skipped already.
+      start: the first position.
+      last: the last one.
+    """
+    return list(merge_ranges([*skipped, (batches.unskipped(start), batches.unskipped(last) + 1)]))

@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import optax
 
+from t5x_ext.checkpoints import BASE
 from t5x_ext.contracts import Accumulator, Objective, UserError
-from t5x_ext.data import DataConfig
-from t5x_ext.decode import DecodeConfig
-from t5x_ext.models import TransformerConfig
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import mean_accumulator
 from t5x_ext.parallel import AxisRules, MeshConfig
+from t5x_ext.train.init_from import InitFrom
+from t5x_ext.train.intervals import Interval, check_interval
 from t5x_ext.train.loop import Hook
-
-_DECODED_METRICS = ("valid/bleu", "valid/chrf", "valid/exact_match")
+from t5x_ext.train.step import StepFactory, make_train_step
+from t5x_ext.train.task import Evaluator, Task, checked
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on held-out text, and how it is decoded.
+    """When the run is measured on held-out data, and which value decides.
 
     Attributes:
-      every: updates between evaluations during training; 0 evaluates after the last update only.
-      max_lines: so many lines of each direction are decoded during training; 0 measures the loss only.
-      decode: search used during training.
-      test_decode: search used for the final test.
-      metric: the value that picks the best checkpoint and stops early: `valid/loss`, `valid/bleu`, `valid/chrf`,
-        `valid/exact_match`, or one direction's, as `valid/bleu/en-de`.
+      every: updates between evaluations, or `"2 epochs"`, `"5000 examples"`; 0 evaluates after the last update only.
+        An evaluator may have an interval of its own.
+      metric: the value that picks the best checkpoint and stops early, as `valid/loss`; which there are depends on the
+        task's evaluators.
       higher_is_better: whether more of the metric is better.
-      patience: evaluations without gain after which training stops; None never stops early.
+      patience: measurements of the metric without gain after which training stops; None never stops early.
     """
 
-    every: int = 1000
-    max_lines: int = 200
-    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(strategy="greedy"))
-    test_decode: DecodeConfig = field(default_factory=DecodeConfig)
+    every: Interval = 1000
     metric: str = "valid/loss"
     higher_is_better: bool = False
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        check_interval("EvaluationConfig.every", self.every)
         if self.patience is not None and self.patience < 1:
             raise UserError(f"EvaluationConfig.patience is {self.patience}; it must be at least 1, or None")
-        if self.max_lines == 0 and self.metric.startswith(_DECODED_METRICS):
-            raise UserError(
-                f"EvaluationConfig.metric is {self.metric!r} but max_lines is 0, so that nothing is decoded; "
-                "decode some lines, or take 'valid/loss'"
-            )
 
 
 @dataclass(frozen=True)
@@ -58,14 +49,20 @@ class CheckpointConfig:
     """What is kept.
 
     Attributes:
-      every: updates between saves; each evaluation is followed by a save too.
+      every: updates between saves, or epochs or examples as in `EvaluationConfig.every`; each measurement of the metric
+        is followed by a save too.
       keep_last: newest checkpoints kept.
       keep_best: best checkpoints kept, by the evaluation's metric.
+      keep: from a step to whether its checkpoint is kept for good, beside those; None keeps no others.
     """
 
-    every: int = 500
+    every: Interval = 500
     keep_last: int = 2
     keep_best: int = 1
+    keep: Callable[[int], bool] | None = None
+
+    def __post_init__(self) -> None:
+        check_interval("CheckpointConfig.every", self.every)
 
 
 @dataclass(frozen=True)
@@ -73,35 +70,43 @@ class Run:
     """A training run.
 
     Attributes:
-      data: corpora, vocabulary, tags and batch shape.
-      model: sizes; the vocabulary size is taken from the data.
+      task: model, data and measurements.
       optimizer: an Optax transformation.
       steps: updates in total.
       objective: from the model to what is minimised.
       accumulator: how gradients of microbatches add up.
-      num_microbatches: pieces a batch is cut into; more pieces need less memory.
+      num_microbatches: microbatches that a batch is split into; more of them need less memory.
+      step: how an update is made.
+      trainable: patterns on parameter names; gradient, optimizer state, EMA and checkpoint exist for the parameters in
+        whose name one is found, the others stay as the run begins with them. Empty: all are trained.
+      frozen: parameters of other runs that the objective reads in `context.frozen`, by name, a teacher for example.
+      init_from: weights of another run to start from; None starts from random ones.
       seed: root of every random choice.
       mesh: how devices are laid out.
       axis_rules: which axes of the weights go to which axes of the mesh.
-      ema_decay: moving average of the weights, used for evaluation; None keeps none.
+      ema_decay: of the EMA of the weights, used for evaluation; None keeps none.
       log_every: updates between log lines.
-      max_skipped_updates: so many updates in a row left out, because loss or gradient was not finite, take the run back
-        to a checkpoint from before them, and on with other data.
-      max_rewinds: so often may it go back; then it ends.
+      max_skipped_updates: so many updates in a row skipped, because loss or gradient was not finite, rewind the run to
+        a checkpoint from before them and skip their data.
+      max_rewinds: so many rewinds are made; then the run ends.
       tensorboard: whether TensorBoard files are written beside the JSON lines.
-      evaluation: held-out measurements.
+      evaluation: when it is measured.
+      evaluators: measurements beside those of the task.
       checkpoints: what is kept.
       hooks: further hooks, called after the evaluation and before saving: what they add to `loop.evaluation` can pick
-        the best checkpoint, what they put into `loop.memory` is in it.
+        the best checkpoint, what they put into `loop.memory.hooks` is in it.
     """
 
-    data: DataConfig
-    model: TransformerConfig
+    task: Task
     optimizer: optax.GradientTransformation
     steps: int
     objective: Callable[[Any], Objective] = LabelSmoothedCrossEntropy
     accumulator: Accumulator = field(default_factory=mean_accumulator)
     num_microbatches: int = 1
+    step: StepFactory = make_train_step
+    trainable: tuple[str, ...] = ()
+    frozen: Mapping[str, InitFrom] = field(default_factory=dict)
+    init_from: InitFrom | None = None
     seed: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
     axis_rules: AxisRules = field(default_factory=AxisRules)
@@ -111,6 +116,7 @@ class Run:
     max_rewinds: int = 3
     tensorboard: bool = True
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluators: tuple[Evaluator, ...] = ()
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     hooks: tuple[Hook, ...] = ()
 
@@ -119,10 +125,13 @@ class Run:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise UserError(f"Run.{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.data.batch.rows % self.num_microbatches:
+        if self.task.rows % self.num_microbatches:
             raise UserError(
-                f"Run.num_microbatches is {self.num_microbatches}, which does not divide the {self.data.batch.rows} "
-                "rows of a batch (BatchConfig.rows)"
+                f"Run.num_microbatches is {self.num_microbatches}, which does not divide the {self.task.rows} rows "
+                "of a batch (BatchConfig.rows)"
             )
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise UserError(f"Run.ema_decay is {self.ema_decay}; it must lie between 0 and 1")
+            raise UserError(f"Run.ema_decay is {self.ema_decay}; it must be between 0 and 1")
+        if BASE in self.frozen:
+            raise UserError(f"Run.frozen: {BASE!r} is what Run.trainable leaves frozen; give another name")
+        checked(self)

@@ -103,6 +103,7 @@ from __gin__ import dynamic_registration
 from t5x_ext import data
 from t5x_ext import models
 from t5x_ext import optim
+from t5x_ext import tasks
 from t5x_ext import train
 
 STEPS = 12
@@ -132,7 +133,7 @@ models.VegaTiny:
 optim.adam.learning_rate = @optim.inverse_sqrt()
 optim.inverse_sqrt.peak = 0.003
 optim.inverse_sqrt.warmup_steps = 4
-train.EvaluationConfig.max_lines = 4
+tasks.Translation.max_lines = 4
 train.EvaluationConfig.every = 6
 train.CheckpointConfig:
     every = 4

@@ -32,8 +32,8 @@ CORPORA = [
 def test_every_run_builds_with_text_files_of_ones_own(name, folder, tmp_path):
     flags = [f"--gin_file={name}", *CORPORA, "--steps=2", "--seed=5", "--vocab_size=300", "--bidirectional"]
     run, text = run_from_flags(parse(define_run_flags, flags))
-    assert (run.steps, run.seed, run.data.vocabulary.size, run.data.bidirectional) == (2, 5, 300, True)
-    assert [corpus.name for corpus in run.data.valid] == ["valid.source.en-de"]
+    assert (run.steps, run.seed, run.task.data.vocabulary.size, run.task.data.bidirectional) == (2, 5, 300, True)
+    assert [corpus.name for corpus in run.task.data.valid] == ["valid.source.en-de"]
     (tmp_path / "resolved.gin").write_text(text)
     assert build_run(["resolved.gin"])[1] == text
 
@@ -41,7 +41,7 @@ def test_every_run_builds_with_text_files_of_ones_own(name, folder, tmp_path):
 def test_without_a_gin_file_bindings_apply_to_the_packaged_default(folder):
     run, _ = run_from_flags(parse(define_run_flags, [*CORPORA, "--gin.Run.log_every=7"]))
     assert run.log_every == 7
-    assert run.data.train[0].languages == ("en", "de")
+    assert run.task.data.train[0].languages == ("en", "de")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -36,7 +36,7 @@ def test_a_stage_that_decodes_has_the_model_it_reads_laid_out_as_the_pipeline_sa
     work = stage_work(tiny(*mesh), stage)
     assert (work.decode.strategy, work.decode.beam_size, work.members) == (strategy, beam_size, members)
     assert work.run.mesh.tensor == 2
-    assert work.run.model.encoder_layers == 1
+    assert work.run.task.model.encoder_layers == 1
 
 
 def test_an_ensemble_has_no_more_members_than_it_may():
@@ -47,7 +47,7 @@ def test_the_vocabulary_is_that_of_the_run_it_began_with():
     """pretrain, retrain1, finetune: the sizes of the later two are never trained."""
     pipeline = tiny("pretrain/VocabularyConfig.size=777", "finetune/VocabularyConfig.size=888")
     for stage in ("pretrain", "retrain1", "finetune", "lm", "past_lm", "round1", "best_test"):
-        assert stage_work(pipeline, stage).run.data.vocabulary.size == 777
+        assert stage_work(pipeline, stage).run.task.data.vocabulary.size == 777
 
 
 def test_what_has_no_program_says_which_stages_have():

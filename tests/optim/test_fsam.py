@@ -442,8 +442,6 @@ def test_callables_that_are_missing_are_named():
             ),
             "give it its own path predicate",
         ),
-        (lambda inner: optax.MultiSteps(inner, 2), "last microbatch only"),
-        (lambda inner: optax.chain(optax.MultiSteps(inner, 2).gradient_transformation()), "last microbatch only"),
     ],
 )
 def test_wrappers_that_hide_something_are_refused(wrap, message):
@@ -451,10 +449,6 @@ def test_wrappers_that_hide_something_are_refused(wrap, message):
     for name, init in inits.items():
         with pytest.raises(UserError, match=f"^{name} must be outermost: .*{message}"):
             init(start())
-
-
-def test_multi_steps_around_other_things_is_no_concern():
-    fsam(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()).init(start())
 
 
 # --- Eight devices --------------------------------------------------------------------------------------------------

@@ -311,7 +311,6 @@ def test_the_chain_clips_before_decay_and_learning_rate():
             lambda: optax.masked(ginger(0.1), {"a": True, "b": False}).init({"a": jnp.ones(1), "b": jnp.ones(1)}),
             "outermost",
         ),
-        (lambda: optax.MultiSteps(ginger(0.1), 2).init(jnp.ones(1)), "outermost"),
         (
             lambda: ginger(0.1).update(jnp.ones(1), ginger(0.1).init(jnp.ones(1)), jnp.ones(1)),
             "needs curvature_grad_fn",

@@ -15,6 +15,7 @@ from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, VocabularyConfig
 from t5x_ext.models import TransformerConfig
 from t5x_ext.pipeline import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
+from t5x_ext.tasks import Translation
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
 from t5x_ext.vega_mt import NoisyDev
 
@@ -26,20 +27,21 @@ MONO = Given("mono", texts=(("c", ("de",), tuple((pair[1],) for pair in PAIRS)),
 @pytest.fixture
 def run() -> Run:
     dev = Lines("dev", ("en", "de"), PAIRS[:2])
+    data = DataConfig(
+        train=(dev,),
+        valid=(dev,),
+        bidirectional=True,
+        tags=TagPolicy(decoder="target"),
+        vocabulary=VocabularyConfig(size=300),
+        batch=BatchConfig(rows=4, source_length=16, target_length=16),
+    )
+    model = TransformerConfig(embed_dim=8, mlp_dim=16, num_heads=2, encoder_layers=1, decoder_layers=1)
     return Run(
-        data=DataConfig(
-            train=(dev,),
-            valid=(dev,),
-            bidirectional=True,
-            tags=TagPolicy(decoder="target"),
-            vocabulary=VocabularyConfig(size=300),
-            batch=BatchConfig(rows=4, source_length=16, target_length=16),
-        ),
-        model=TransformerConfig(embed_dim=8, mlp_dim=16, num_heads=2, encoder_layers=1, decoder_layers=1),
+        task=Translation(data, model, max_lines=0),
         optimizer=optax.sgd(0.1),
         steps=2,
         tensorboard=False,
-        evaluation=EvaluationConfig(every=0, max_lines=0),
+        evaluation=EvaluationConfig(every=0),
         checkpoints=CheckpointConfig(every=1, keep_last=3),
     )
 
@@ -54,8 +56,8 @@ def asked(monkeypatch) -> list[tuple[Run, str, InitFrom | None]]:
         folder = RunFolder(run_dir)
         directions = dict.fromkeys(
             f"{first}-{second}"
-            for corpus in run.data.train
-            for first, second in (corpus.languages, corpus.languages[::-1])[: 1 + run.data.bidirectional]
+            for corpus in run.task.data.train
+            for first, second in (corpus.languages, corpus.languages[::-1])[: 1 + run.task.data.bidirectional]
         )
         folder.write_model({}, {}, tuple(directions), "")
         folder.vocabulary.mkdir(exist_ok=True)
@@ -83,14 +85,14 @@ def test_texts_take_the_place_of_the_run_s_own(run, asked, tmp_path):
     assert (folder, init_from) == ("p1/run", None)
     assert names(done.data) == [("a", "en-de", None), ("b", "en-cs", None)] * 2
     assert done.data.bidirectional
-    assert replace(done, data=run.data) == run
+    assert replace(done, data=run.task.data) == run
     assert artefacts["p1"].models == (Model(("en-de", "de-en", "en-cs", "cs-en"), (Weights("p1/run", 2),)),)
 
 
 def test_without_stages_it_is_the_run_itself(run, asked, tmp_path):
     stage = Train("p1", run)
-    assert stage.sources() == (*run.data.train, *run.data.valid)
-    assert Train("p1", run, corpora=("texts",)).sources() == run.data.valid
+    assert stage.sources() == (*run.task.data.train, *run.task.data.valid)
+    assert Train("p1", run, corpora=("texts",)).sources() == run.task.data.valid
     made(tmp_path, stage)
     assert asked[0][0] == run
 
@@ -118,7 +120,7 @@ def test_each_direction_gets_a_model_from_that_of_all(run, asked, tmp_path):
 
 
 def test_a_language_model_reads_each_side_by_itself(run, asked, tmp_path):
-    model = replace(run.model, encoder_layers=0)
+    model = replace(run.task.model, encoder_layers=0)
     lm = Train("lm", replace(run, model=model), corpora=("texts", "mono"), languages=("de",), vocabulary="p1")
     made(tmp_path, TEXTS, MONO, Train("p1", run, corpora=("texts",)), lm)
     data = asked[1][0].data
@@ -159,7 +161,7 @@ def test_texts_for_one_direction_are_not_read_in_the_other(run, asked, tmp_path)
     assert [corpus.languages for corpus in data.valid] == [("en", "de"), ("de", "en")]
     made(tmp_path / "plain", TEXTS, written, replace(stage, provenance=False))
     assert {marked for _, _, marked in names(asked[1][0].data)} == {None}
-    switching = replace(run, data=replace(run.data, bidirectional_steps=1))
+    switching = replace(run, data=replace(run.task.data, bidirectional_steps=1))
     with pytest.raises(UserError, match="stage 'p3': bidirectional_steps changes the direction of every corpus"):
         made(tmp_path / "switching", TEXTS, written, replace(stage, run=switching))
 

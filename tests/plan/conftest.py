@@ -12,6 +12,7 @@ from t5x_ext.models import TransformerConfig
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import adam
 from t5x_ext.parallel import MeshConfig, fsdp
+from t5x_ext.tasks import Translation
 from t5x_ext.train import Run
 
 TINY = TransformerConfig(embed_dim=64, mlp_dim=128, num_heads=4, encoder_layers=1, decoder_layers=1)
@@ -24,11 +25,9 @@ def make_run():
 
     def make(rows: int = 16, length: int = 32, model: dict[str, Any] | None = None, **changes: Any) -> Run:
         texts = ParallelText("nowhere.en", "nowhere.de", "en", "de")
+        batch = BatchConfig(rows=rows, source_length=length, target_length=length)
         fields = {
-            "data": DataConfig(
-                train=(texts,), batch=BatchConfig(rows=rows, source_length=length, target_length=length)
-            ),
-            "model": dataclasses.replace(TINY, **(model or {})),
+            "task": Translation(DataConfig(train=(texts,), batch=batch), dataclasses.replace(TINY, **(model or {}))),
             "optimizer": adam(1e-3),
             "steps": 1,
             "num_microbatches": 2,

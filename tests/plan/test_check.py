@@ -24,6 +24,7 @@ from t5x_ext.plan.topology import find_target
 from t5x_ext.train.program import make_program
 
 VOCAB_SIZE = 512
+SIZES = {"vocab_size": VOCAB_SIZE}
 KEYS = {
     "fits", "hbm_bytes", "per_device_bytes", "model_flops", "hlo_flops", "collectives", "roofline_step_seconds",
     "mfu_bound", "compile_seconds",
@@ -32,16 +33,16 @@ KEYS = {
 
 def products_of(run) -> float:
     """FLOPs that a compiled update without recomputation must have: attention is computed on whole rows."""
-    config = dataclasses.replace(run.model, vocab_size=VOCAB_SIZE)
-    s, t, d = run.data.batch.source_length, run.data.batch.target_length, config.embed_dim
+    config = dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE)
+    s, t, d = run.task.data.batch.source_length, run.task.data.batch.target_length, config.embed_dim
     # `flops` counts the causal half of self-attention; a program computes it all.
     upper_half = config.decoder_layers * (4 * t * t * d - 2 * t * (t + 1) * d)
-    return 3 * run.data.batch.rows * (config.flops([s], [t]) + upper_half)
+    return 3 * run.task.data.batch.rows * (config.flops([s], [t]) + upper_half)
 
 
 def state_bytes(run, pieces: int) -> float:
     """float32 parameters cut into `pieces` along `embed`; biases of other axes stay whole."""
-    config = dataclasses.replace(run.model, vocab_size=VOCAB_SIZE)
+    config = dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE)
     attention_biases = 3 * config.embed_dim * (config.encoder_layers + 2 * config.decoder_layers)
     inner_biases = config.mlp_dim * (config.encoder_layers + config.decoder_layers)
     whole = attention_biases + inner_biases
@@ -148,7 +149,7 @@ def test_decoding_on_a_gpu_node_by_formula(make_run, layout):
     run = make_run(mesh=layout[0], axis_rules=layout[1], model={"compute_dtype": "bfloat16"})
     decode = DecodeConfig(beam_size=4, max_length_ratio=1.0, max_length_extra=0)
     report = check_decoding(run, VOCAB_SIZE, find_target("h100:8"), decode, rows=16, source_length=10)
-    config = dataclasses.replace(run.model, vocab_size=VOCAB_SIZE)
+    config = dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE)
     d, f = 64, 128
     encoder = 4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d + 2 * d
     decoder_weights = 2 * (config.num_params() - encoder)
@@ -181,7 +182,9 @@ def test_rows_that_do_not_divide_are_refused(make_run):
 @pytest.mark.devices(8)
 def test_too_little_memory_names_what_is_largest_and_what_would_do(make_run, gpu_report):
     deep = {"encoder_layers": 4, "decoder_layers": 4, "scan_layers": True}
-    program = make_program(make_run(num_microbatches=1, model=deep), VOCAB_SIZE, make_mesh(make_run().mesh))
+    program = make_program(
+        make_run(num_microbatches=1, model=deep), {"vocab_size": VOCAB_SIZE}, make_mesh(make_run().mesh)
+    )
     stored, estimate = stored_bytes(program), estimate_temporaries(program)
     memory = DeviceMemory(stored.params, stored.optimizer, 0, estimate.total, stored.batch)
     report = dataclasses.replace(gpu_report(), fits=False, memory=memory, hbm_bytes=memory.total * 7 // 8)
@@ -194,7 +197,9 @@ def test_too_little_memory_names_what_is_largest_and_what_would_do(make_run, gpu
     assert "3.00 GiB  f32[9]" in text
     assert f"  - {advice[0]}" in text
 
-    whole = make_program(make_run(mesh=MeshConfig(), axis_rules=data_parallel()), VOCAB_SIZE, make_mesh())
+    whole = make_program(
+        make_run(mesh=MeshConfig(), axis_rules=data_parallel()), {"vocab_size": VOCAB_SIZE}, make_mesh()
+    )
     advice = training_advice(whole, dataclasses.replace(report, hbm_bytes=100_000), None)
     assert any("parallel/fsdp.gin" in line for line in advice)
     assert advice[-1].startswith("none of these is enough alone")
@@ -208,7 +213,7 @@ def test_model_flops_are_those_of_rows_full_of_examples(make_run):
     assert (source_tokens, target_tokens) == (512, 512)
     assert training_flops(config, run, 100)[0] == pytest.approx(3 * 16 * config.flops([32], [32]))
     batch = BatchConfig(rows=16, source_length=64, target_length=32, packing=False)
-    padded = dataclasses.replace(run, data=dataclasses.replace(run.data, batch=batch))
+    padded = dataclasses.replace(run, data=dataclasses.replace(run.task.data, batch=batch))
     flops, source_tokens, target_tokens = training_flops(config, padded, 8)
     assert flops == pytest.approx(3 * 16 * config.flops([16], [8]))
     assert (source_tokens, target_tokens) == (256, 128)
@@ -310,7 +315,7 @@ class TestTpu:
         memory = report.memory
         assert memory.ema == memory.params
         assert memory.params == pytest.approx(
-            4 * dataclasses.replace(run.model, vocab_size=512).num_params() / 4, rel=0.02
+            4 * dataclasses.replace(run.task.model, vocab_size=512).num_params() / 4, rel=0.02
         )
         assert 0 < report.roofline.overlapped <= report.roofline.serial
         assert report.mfu_bound[0] == pytest.approx(
@@ -349,7 +354,7 @@ class TestTpu:
         run = make_run(mesh=MeshConfig(), axis_rules=data_parallel(), model=model)
         target = find_target("v5e:2x2")
         found = check_decoding(run, VOCAB_SIZE, target, DecodeConfig(), rows=128, source_length=32)
-        program = make_program(run, VOCAB_SIZE, make_mesh(run.mesh, target.devices))
+        program = make_program(run, SIZES, make_mesh(run.mesh, target.devices))
         temporaries, traffic = estimate_decoding(program, 128, 5, 32, 117)
         assert found.memory.temporaries / 2 < temporaries.total < 2 * found.memory.temporaries
         assert found.roofline.hbm_seconds / 2 < 117 * traffic / HARDWARE["v5e"].hbm_bandwidth
@@ -374,13 +379,13 @@ class TestTpu:
         model |= {"compute_dtype": "bfloat16", "remat": remat}
         run = make_run(rows=64, length=128, num_microbatches=1, model=model)
         target = find_target("v5e:2x2")
-        estimate = estimate_temporaries(make_program(run, VOCAB_SIZE, make_mesh(run.mesh, target.devices)))
+        estimate = estimate_temporaries(make_program(run, SIZES, make_mesh(run.mesh, target.devices)))
         found = check(run, VOCAB_SIZE, target).memory.temporaries
         assert found / 2 < estimate.total < 2 * found
 
 
 def estimate_on_one_device(run):
-    return estimate_temporaries(make_program(run, VOCAB_SIZE, make_mesh(MeshConfig(), jax.devices()[:1])))
+    return estimate_temporaries(make_program(run, SIZES, make_mesh(MeshConfig(), jax.devices()[:1])))
 
 
 def test_residuals_of_full_recomputation_are_the_inputs_of_layers(make_run):
@@ -397,7 +402,7 @@ def test_residuals_of_full_recomputation_are_the_inputs_of_layers(make_run):
 
 def test_gradients_and_scores_of_the_formula(make_run):
     run = make_run()
-    params = 4 * dataclasses.replace(run.model, vocab_size=VOCAB_SIZE).num_params()
+    params = 4 * dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE).num_params()
     estimate = estimate_on_one_device(run)
     # The accumulator's sum and one microbatch's gradient; its count of labels on top. A single gradient is the sum.
     assert estimate.gradients == pytest.approx(2 * params, abs=16)
@@ -409,7 +414,7 @@ def test_gradients_and_scores_of_the_formula(make_run):
 
 def test_stored_bytes_follow_the_template(make_run):
     run = make_run(ema_decay=0.5)
-    program = make_program(run, VOCAB_SIZE, make_mesh(MeshConfig(), jax.devices()[:1]))
+    program = make_program(run, SIZES, make_mesh(MeshConfig(), jax.devices()[:1]))
     stored = stored_bytes(program)
     sizes = [np.prod(leaf.shape, dtype=int) * 4 for leaf in jax.tree.leaves(program.template.params)]
     assert stored.params == stored.ema == sum(sizes)

@@ -50,7 +50,7 @@ def test_the_gin_lines_lay_out_the_run(make_run, tmp_path):
     )
     run, _ = build_run(["runs/vega_mt_4b7_v5e_8x8.gin", str(tmp_path / "layout.gin")])
     assert (run.mesh, run.axis_rules) == (candidate.mesh, fsdp_tensor())
-    assert (run.model.remat, run.num_microbatches) == ("full", 4)
+    assert (run.task.model.remat, run.num_microbatches) == ("full", 4)
     assert dataclasses.replace(candidate.apply(make_run()), optimizer=None).mesh == run.mesh
 
 
@@ -107,5 +107,5 @@ def test_a_candidate_changes_the_layout_only(make_run):
     run = make_run()
     laid_out = Candidate(MeshConfig(1, 8, 1, 1), "fsdp", "full", 8).apply(run)
     assert laid_out.axis_rules == fsdp()
-    assert dataclasses.replace(laid_out.model, remat="none") == run.model
-    assert laid_out.data == run.data
+    assert dataclasses.replace(laid_out.task.model, remat="none") == run.task.model
+    assert laid_out.task.data == run.task.data

@@ -36,9 +36,9 @@ def run_for(topology: str, *flags: str) -> Run:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_state_of_the_model_is_cut_over_the_devices_and_leaves_room(topology):
     run, target = run_for(topology), find_target(topology)
-    shape = run.data.batch
+    shape = run.task.data.batch
     assert shape.rows * shape.target_length >= 1_000_000
-    program = make_program(run, run.data.vocabulary.size, make_mesh(run.mesh, target.devices))
+    program = make_program(run, {"vocab_size": run.task.data.vocabulary.size}, make_mesh(run.mesh, target.devices))
     assert sum(leaf.size for leaf in jax.tree.leaves(program.template.params)) == 4_693_321_728
     check_rows(run, program.mesh)
     # Parameters and Adam's moments are float32 and cut over the devices of a copy; other biases whole.
@@ -72,7 +72,7 @@ def test_the_update_of_a_million_tokens_fits_and_can_be_fast(topology):
     assert max(buffer.bytes for buffer in hlo.find("f32", lambda dims: True)) < largest_stack / 2
     coordinates = [device.coords for device in program.mesh.devices.flat]
     bound = roofline(hlo, target.hardware, dict(program.mesh.shape), coordinates)
-    flops, _, target_tokens = training_flops(program.config, run, 32)
+    flops, _, target_tokens = training_flops(program.model.config, run, 32)
     assert target_tokens >= 1_000_000
     # On v6e memory traffic holds it back, see README.md.
     least = 0.5 if topology == "v6e:8x8" else 0.6
@@ -88,7 +88,8 @@ def stacks(program: Program) -> list[jax.ShapeDtypeStruct]:
 
 def compile_and_look(run: Run, topology: str) -> tuple[Compiled, Program]:
     """Compiles the update; no device has the weights of all layers, or the scores of all its tokens, at once."""
-    program = make_program(run, run.data.vocabulary.size, make_mesh(run.mesh, find_target(topology).devices))
+    sizes = {"vocab_size": run.task.data.vocabulary.size}
+    program = make_program(run, sizes, make_mesh(run.mesh, find_target(topology).devices))
     compiled = compile_for(program.lower(), dict(program.mesh.shape))
     assert isinstance(compiled, Compiled)
     hlo = compiled.hlo
@@ -96,7 +97,7 @@ def compile_and_look(run: Run, topology: str) -> tuple[Compiled, Program]:
     for leaf in stacks(program):
         assert not hlo.arrays_of_shape(leaf.shape)
 
-    shape, vocab = run.data.batch, program.config.vocab_size
+    shape, vocab = run.task.data.batch, program.model.config.vocab_size
     tokens = shape.rows // (program.mesh.size * run.num_microbatches) * shape.target_length
     scores = hlo.find("f32", lambda dims: vocab in dims)
     assert scores
@@ -104,7 +105,7 @@ def compile_and_look(run: Run, topology: str) -> tuple[Compiled, Program]:
     # Of what has a vocabulary axis, only the table is gathered, in bfloat16 (scores are float32), and only its gradient
     # is summed: whole, or the part that a device keeps.
     moved = [op for op in hlo.collective_ops if vocab in op.dims]
-    embed_dim, cuts = program.config.embed_dim, program.mesh.shape["fsdp"]
+    embed_dim, cuts = program.model.config.embed_dim, program.mesh.shape["fsdp"]
     assert any(op.kind == "all-gather" for op in moved) or "v5e" not in topology
     for op in moved:
         assert sorted(op.dims) in ([embed_dim, vocab], [embed_dim // cuts, vocab])

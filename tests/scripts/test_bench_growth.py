@@ -37,10 +37,13 @@ from t5x_ext import corpora
 from t5x_ext import data
 from t5x_ext import models
 from t5x_ext import optim
+from t5x_ext import tasks
 from t5x_ext import train
 
-train.Run.data = @data.DataConfig()
-train.Run.model = @models.TransformerConfig()
+train.Run.task = @tasks.Translation()
+tasks.Translation.data = @data.DataConfig()
+train.Run.task = @tasks.Translation()
+tasks.Translation.model = @models.TransformerConfig()
 train.Run.optimizer = @optim.adam()
 train.Run.steps = 9
 optim.adam.learning_rate = 0.003

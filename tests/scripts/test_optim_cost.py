@@ -52,9 +52,9 @@ def test_an_update_begins_at_the_count_that_is_asked_for():
     training = optim_cost._Training(adam, QUICK_SIZES, init_params(QUICK_SIZES.model, jax.random.key(0)))
     step, counts = training.step, []
 
-    def watched(state, batch):
+    def watched(state, frozen, batch):
         counts.append(optax.tree.get(state, "count").item())
-        state, metrics = step(state, batch)
+        state, metrics = step(state, frozen, batch)
         counts.append(optax.tree.get(state, "count").item())
         return state, metrics
 

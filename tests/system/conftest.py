@@ -24,17 +24,22 @@ from t5x_ext import data
 from t5x_ext import decode
 from t5x_ext import models
 from t5x_ext import optim
+from t5x_ext import tasks
 from t5x_ext import train
 
 train.Run:
-    data = @data.DataConfig()
-    model = @models.TransformerConfig()
+    task = @tasks.Translation()
     optimizer = @optim.adam()
     steps = 2
     log_every = 1
     tensorboard = False
     evaluation = @train.EvaluationConfig()
     checkpoints = @train.CheckpointConfig()
+tasks.Translation:
+    data = @data.DataConfig()
+    model = @models.TransformerConfig()
+    max_lines = 0
+    test_decode = @decode.DecodeConfig()
 optim.adam.learning_rate = 0.003
 models.TransformerConfig:
     embed_dim = 16
@@ -52,8 +57,6 @@ data.BatchConfig:
     target_length = 32
 train.EvaluationConfig:
     every = 0
-    max_lines = 0
-    test_decode = @decode.DecodeConfig()
 decode.DecodeConfig.max_length_extra = 4
 train.CheckpointConfig.every = 0
 """

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from t5x_ext.contracts import PyTree
 from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, PreparedData, VocabularyConfig, batch_iterator, prepare
-from t5x_ext.models import LayerSharing, TransformerConfig, init_params
+from t5x_ext.models import LayerSharing, TransformerConfig
 from t5x_ext.optim import adam
 from t5x_ext.parallel import (
     DistributedConfig,
@@ -31,9 +31,9 @@ from t5x_ext.parallel import (
     make_mesh,
     primary_first,
 )
+from t5x_ext.tasks import Translation
 from t5x_ext.train import Run
 from t5x_ext.train.program import make_program
-from t5x_ext.train.state import create_state
 
 STEPS = 20
 MESHES = {
@@ -62,7 +62,7 @@ def tiny_run(folder: Path, name: str) -> Run:
     # Where a gradient is nothing but rounding, Adam must not divide by so little.
     optimizer = adam(0.01, eps=1e-4)
     return Run(
-        data=data, model=model, optimizer=optimizer, steps=STEPS, num_microbatches=2, ema_decay=0.9,
+        task=Translation(data, model), optimizer=optimizer, steps=STEPS, num_microbatches=2, ema_decay=0.9,
         mesh=mesh, axis_rules=rules,
     )  # fmt: skip
 
@@ -70,17 +70,17 @@ def tiny_run(folder: Path, name: str) -> Run:
 def train(run: Run, data: PreparedData, devices: list[jax.Device]) -> dict[str, np.ndarray]:
     """Losses by step, and every array of the last state."""
     mesh = make_mesh(run.mesh, devices)
-    program = make_program(run, data.vocabulary.size, mesh)
+    program = make_program(run, {"vocab_size": data.vocabulary.size}, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.template)
-    create = lambda key: create_state(init_params(program.config, key), run.optimizer, with_ema=True)
+    create = lambda key: program.create(program.definition.init(key))
     state = jax.jit(create, out_shardings=shardings)(jax.random.key(run.seed))
     step, losses = program.compile(), []
-    rows = host_rows(mesh, run.data.batch.rows)
+    rows = host_rows(mesh, run.task.data.batch.rows)
     for index, host_batch in enumerate(islice(batch_iterator(data.batches, 0, *rows), STEPS)):
         batch = global_batch(mesh, host_batch)
         if index < 2:
             jax.tree.map(np.testing.assert_array_equal, whole(batch, mesh), dict(data.batches[index]))
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         loss = jax.device_get(metrics.loss)
         losses.append(float(loss.sum) / float(loss.weight))
     leaves = jax.tree_util.tree_leaves_with_path(whole(state, mesh))
@@ -96,7 +96,7 @@ def check_rows(data: PreparedData) -> None:
     ):
         rows = host_rows(mesh, 16)
         assert rows == ranges[jax.process_index()]
-        batch = global_batch(mesh, data.batches.rows(0, *rows))
+        batch = global_batch(mesh, data.batches.read(0, *rows))
         jax.tree.map(np.testing.assert_array_equal, whole(batch, mesh), dict(data.batches[0]))
 
 
@@ -114,7 +114,7 @@ def main(folder: str, result: str, names: str, *processes: str) -> None:
     for name in names.split(","):
         run = tiny_run(Path(folder), name)
         with primary_first("data"):
-            data = prepare(run.data, folder, str(Path(folder) / "cache"), run.seed)
+            data = prepare(run.task.data, folder, str(Path(folder) / "cache"), run.seed)
         arrays = train(run, data, jax.devices()[:1] if name == "one_device" else jax.devices())
         if processes:
             check_rows(data)

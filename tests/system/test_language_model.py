@@ -31,6 +31,7 @@ from t5x_ext import data
 from t5x_ext import models
 from t5x_ext import objectives
 from t5x_ext import optim
+from t5x_ext import tasks
 from t5x_ext import train
 
 include 'models/lm_tiny.gin'
@@ -43,7 +44,8 @@ models.TransformerConfig.embed_dim = 32
 models.TransformerConfig.mlp_dim = 64
 models.TransformerConfig.decoder_layers = 1
 models.TransformerConfig.dropout = 0.0
-train.Run.data = @data.DataConfig()
+train.Run.task = @tasks.Translation()
+tasks.Translation.data = @data.DataConfig()
 data.DataConfig.train = [@corpora.monolingual_text()]
 corpora.monolingual_text.path = 'train.en'
 corpora.monolingual_text.language = 'en'
@@ -58,7 +60,7 @@ data.BatchConfig.target_length = 48
 train.Run.objective = @objectives.LabelSmoothedCrossEntropy
 objectives.LabelSmoothedCrossEntropy.label_smoothing = 0.0
 train.Run.evaluation = @train.EvaluationConfig()
-train.EvaluationConfig.max_lines = 0
+tasks.Translation.max_lines = 0
 """
 
 

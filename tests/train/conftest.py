@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, VocabularyConfig, train_vocabulary
 from t5x_ext.models import TransformerConfig
 from t5x_ext.optim import adam
+from t5x_ext.tasks import Translation
 from t5x_ext.train import CheckpointConfig, Clock, EvaluationConfig, Run, execute
 from t5x_ext.train.loop import Hook, Loop, train
 from t5x_ext.train.state import TrainState
@@ -55,7 +56,7 @@ def report() -> Callable[..., StepMetrics]:
 
     def make(loss: float = 1.0, labels: float = 1.0, hits: float = 0.0, norm: float = 1.0, finite: bool = True) -> Any:
         sums = Loss(np.float32(loss), np.float32(labels), {"accuracy": (np.float32(hits), np.float32(labels))})
-        return StepMetrics(sums, np.float32(norm), np.bool_(finite))
+        return StepMetrics(sums, np.float32(norm), np.bool_(finite), {})
 
     return make
 
@@ -73,7 +74,7 @@ def run_loop(seconds: Seconds) -> Callable[..., Loop]:
                 seconds.now += 0.5
                 yield number
 
-        def step(state: TrainState, batch: int) -> tuple[TrainState, StepMetrics]:
+        def step(state: TrainState, frozen: Any, batch: int) -> tuple[TrainState, StepMetrics]:
             seconds.now += 2.0
             return state._replace(step=state.step + 1), reports[batch]
 
@@ -98,22 +99,23 @@ class Place:
         return execute(self.tiny_run(**changes), str(run_dir), cache_dir=str(self.path / "caches"), **options)
 
     def tiny_run(self, **changes: Any) -> Run:
-        """Six updates of a model with one layer a stack; `dropout` and fields of `BatchConfig` may be given, too."""
+        """Six updates of a model with one layer a stack; `dropout` and fields of `Translation` may be given, too."""
         model = TransformerConfig(
             embed_dim=16, mlp_dim=32, num_heads=2, encoder_layers=1, decoder_layers=1,
             dropout=changes.pop("dropout", 0.0),
         )  # fmt: skip
-        fields: dict[str, Any] = {
-            "data": self.data(),
-            "model": model,
+        task: dict[str, Any] = {"data": self.data(), "model": model, "max_lines": 0}
+        task |= {item.name: changes.pop(item.name) for item in fields(Translation) if item.name in changes}
+        values: dict[str, Any] = {
+            "task": Translation(**task),
             "optimizer": adam(0.01),
             "steps": 6,
             "log_every": 1,
             "tensorboard": False,
-            "evaluation": EvaluationConfig(every=0, max_lines=0),
+            "evaluation": EvaluationConfig(every=0),
             "checkpoints": CheckpointConfig(every=0),
         }
-        return Run(**{**fields, **changes})
+        return Run(**{**values, **changes})
 
     def data(self, valid: bool = False, test: bool = False) -> DataConfig:
         return DataConfig(

@@ -71,12 +71,10 @@ def whole(place):
         "data": place.data(valid=True, test=True),
         "dropout": 0.1,
         "ema_decay": 0.5,
-        "evaluation": EvaluationConfig(
-            every=3,
-            max_lines=2,
-            decode=DecodeConfig(strategy="greedy", **SHORT),
-            test_decode=DecodeConfig(beam_size=2, **SHORT),
-        ),
+        "evaluation": EvaluationConfig(every=3),
+        "max_lines": 2,
+        "decode": DecodeConfig(strategy="greedy", **SHORT),
+        "test_decode": DecodeConfig(beam_size=2, **SHORT),
     }
 
 
@@ -116,7 +114,7 @@ def test_results_and_records_of_a_run(finished, place):
 
 def test_a_finished_run_says_so_and_does_not_train(finished, place, whole, monkeypatch, capsys):
     # The package's `execute` is the function, not the module of that name.
-    monkeypatch.setattr(sys.modules["t5x_ext.train.execute"], "prepare", lambda *_: pytest.fail("reads data"))
+    monkeypatch.setattr(sys.modules["t5x_ext.tasks.translation"], "prepare", lambda *_: pytest.fail("reads data"))
     results = place.run(finished, config_text=CONFIG, **whole)
     assert results == json.loads((finished / "results.json").read_text())
     assert f"{finished} is finished, with 6 updates" in capsys.readouterr().err
@@ -124,7 +122,7 @@ def test_a_finished_run_says_so_and_does_not_train(finished, place, whole, monke
 
 def test_more_steps_go_on_where_the_run_stood(finished, place, whole, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    more = whole | {"evaluation": EvaluationConfig(every=0, max_lines=0), "data": place.data(valid=True)}
+    more = whole | {"evaluation": EvaluationConfig(every=0), "max_lines": 0, "data": place.data(valid=True)}
     results = place.run(tmp_path / "run", steps=8, config_text=CONFIG.replace("steps = 6", "steps = 8"), **more)
     assert results["steps"] == 8
     before, after = lines(finished), lines(tmp_path / "run")
@@ -367,7 +365,7 @@ def test_fine_tuning_with_the_optimizer_of_the_other_run(finished, place, whole,
 
 
 def test_weights_of_another_model_are_refused(finished, place, tmp_path):
-    model = dataclasses.replace(place.tiny_run().model, mlp_dim=48)
+    model = dataclasses.replace(place.tiny_run().task.model, mlp_dim=48)
     with pytest.raises(UserError, match=r"init_from=.*shape \(1, 32, 16\) where this one has \(1, 48, 16\)"):
         place.run(tmp_path / "tuned", init_from=InitFrom(str(finished)), model=model)
 
@@ -376,7 +374,7 @@ def test_early_stop_is_an_end_until_more_patience_is_given(place, tmp_path):
     """At learning rate 0 no evaluation is better than the first."""
 
     def run(patience):
-        evaluation = EvaluationConfig(every=2, max_lines=0, patience=patience)
+        evaluation = EvaluationConfig(every=2, patience=patience)
         still = {"data": place.data(valid=True), "optimizer": optax.sgd(0.0), "steps": 30}
         return place.run(tmp_path, evaluation=evaluation, **still)
 
@@ -410,8 +408,10 @@ def test_runs_that_cannot_be(place, change, complaint):
         place.tiny_run(**change)
 
 
-def test_evaluations_that_cannot_be():
+def test_evaluations_that_cannot_be(place):
     with pytest.raises(UserError, match="max_lines is 0, so that nothing is decoded"):
-        EvaluationConfig(max_lines=0, metric="valid/bleu/en-de")
+        place.tiny_run(evaluation=EvaluationConfig(metric="valid/bleu/en-de"))
+    with pytest.raises(UserError, match=r"EvaluationConfig\.every is '3 lines'; give updates, or a text like"):
+        EvaluationConfig(every="3 lines")
     with pytest.raises(UserError, match="patience is 0"):
         EvaluationConfig(patience=0)

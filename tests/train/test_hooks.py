@@ -19,6 +19,7 @@ from t5x_ext.checkpoints import CheckpointStore, Retention
 from t5x_ext.contracts import UserError
 from t5x_ext.train import hooks
 from t5x_ext.train.log import JsonLines, Log, cut_log
+from t5x_ext.train.memory import Memory
 from t5x_ext.train.preemption import SIGNALS, StopOnSignal
 from t5x_ext.train.recovery import BadUpdates, Diverged
 
@@ -89,7 +90,7 @@ def test_a_line_gives_means_over_the_updates_since_the_line_before(new_loop, run
         "target_tokens_per_second": 3 / 5, "seconds": 5, "time/data": 0.2, "time/step": 0.8,
     }  # fmt: skip
     assert [last[name] for name in ("step", "loss", "accuracy", "gradient_norm")] == [5, 1, 3 / 5, 4]
-    assert loop.memory["target_tokens"] == 14
+    assert loop.memory.target_tokens == 14
 
 
 def test_a_line_tells_where_the_time_went(new_loop, run_loop, report, seconds, tmp_path):
@@ -115,7 +116,7 @@ def test_a_line_tells_where_the_time_went(new_loop, run_loop, report, seconds, t
     assert line["target_tokens_per_second"] == 2 / 5
     assert line["model_flops_per_second"] == 70 / 5
     assert line["mfu"] == 70 / 5 / 20
-    assert loop.memory["model_flops"] == 70
+    assert loop.memory.model_flops == 70
 
 
 def test_measurements_have_a_line_of_their_own(new_loop, run_loop, report, tmp_path):
@@ -183,11 +184,11 @@ def test_too_many_updates_left_out_in_a_row_are_reported_with_their_examples(new
     assert lines(path) == [
         {"step": step, "batch": 99 + step, "examples": [f"pair {step - 1}"]} for step in (2, 4, 5, 6)
     ]
-    assert loop.memory["skipped_updates"] == 4
+    assert loop.memory.skipped_updates == 4
     # A restart in the middle of the stretch goes on counting, and records no batch twice.
     with path.open("a") as file:
         file.write('{"step": 6, "ba')
-    loop = new_loop(step=5, memory={"skipped_in_row": 2})
+    loop = new_loop(step=5, memory=Memory(skipped_in_row=2))
     with pytest.raises(Diverged, match="updates 4 to 6"):
         run_loop(loop, reports, bad_updates(path))
     assert len(lines(path)) == 4
@@ -243,12 +244,17 @@ def test_a_full_disk_ends_the_file_of_tensorboard_and_nothing_else(new_loop, run
 def test_early_stop_counts_over_restarts(new_loop, run_loop, report):
     """Losses 5, 4, | 4, nan, | 4.5: the third evaluation in a row without gain stops, wherever the run was cut."""
     losses = {2: 5.0, 4: 4.0, 6: 4.0, 8: math.nan, 10: 4.5, 12: 1.0}
-    memory = {}
+    memory = Memory().to_json()
     for start, end in ((0, 5), (5, 9), (9, 12)):
         measure = Measure({step: {"valid/loss": loss} for step, loss in losses.items()})
         stop = hooks.EarlyStop("valid/loss", higher_is_better=False, patience=3)
-        loop = run_loop(new_loop(step=start, memory=json.loads(json.dumps(memory))), [report()] * end, measure, stop)
-        memory = loop.memory
+        loop = run_loop(
+            new_loop(step=start, memory=Memory.from_json(json.loads(json.dumps(memory)))),
+            [report()] * end,
+            measure,
+            stop,
+        )
+        memory = loop.memory.to_json()
     assert loop.step == 10
     assert loop.stop == "valid/loss has not become better in 3 evaluations"
     assert not loop.interrupted
@@ -264,15 +270,18 @@ def test_evaluations_come_at_the_interval_and_after_the_last_update(new_loop, ru
     for every, expected in ((3, [3, 6, 7]), (0, [7]), (7, [7])):
         at = []
 
-        def evaluate(state, at=at):
-            at.append(int(state.step))
-            return {"valid/bleu": 12.345678, "valid/bleu/en-de": 1.0}
+        class Scores:
+            name, every = "scores", None
+
+            def __call__(self, params, frozen, mutable, step, at=at):
+                at.append(step)
+                return {"valid/bleu": 12.345678, "valid/bleu/en-de": 1.0}
 
         class Look(Measure):
             def after_step(self, loop, at=at):
                 assert bool(loop.evaluation) == (loop.step in at)
 
-        run_loop(new_loop(), [report()] * 7, hooks.Evaluate(evaluate, every=every, steps=7), Look({}))
+        run_loop(new_loop(), [report()] * 7, hooks.Evaluate([(Scores(), every)], steps=7), Look({}))
         assert at == expected
     assert "evaluation at step 7: valid/bleu 12.35\n" in capsys.readouterr().err
 
@@ -283,7 +292,13 @@ def test_a_run_that_is_told_to_stop_does_not_evaluate_first(new_loop, run_loop, 
             if loop.step == 3:
                 loop.stop, loop.interrupted = "SIGTERM received", True
 
-    evaluate = hooks.Evaluate(lambda state: pytest.fail("an evaluation"), every=3, steps=7)
+    class Never:
+        name, every = "never", None
+
+        def __call__(self, *_):
+            pytest.fail("an evaluation")
+
+    evaluate = hooks.Evaluate([(Never(), 3)], steps=7)
     assert run_loop(new_loop(), [report()] * 7, Preempted({}), evaluate).step == 3
 
 
@@ -296,7 +311,7 @@ def store(tmp_path):
 
 def test_saves_keep_the_best_and_the_newest_with_everything_to_go_on(new_loop, run_loop, report, store):
     measure = Measure({2: {"valid/loss": 3.0}, 4: {"valid/loss": 1.0}, 6: {"valid/loss": 2.0}})
-    loop = new_loop(memory={"note": [1]})
+    loop = new_loop(memory=Memory(hooks={"note": [1]}))
     save = hooks.Save(store, every=3, data={"vocabulary": "v"}, metric="valid/loss")
     run_loop(loop, [report(labels=5)] * 7, measure, save)
     assert store.steps() == [4, 7]
@@ -305,7 +320,8 @@ def test_saves_keep_the_best_and_the_newest_with_everything_to_go_on(new_loop, r
     assert state.step == 7
     assert extra["batches_consumed"] == 7
     assert extra["data"] == {"vocabulary": "v"}
-    assert extra["memory"] == {"note": [1]}
+    assert Memory.from_json(extra["memory"]) == loop.memory
+    assert extra["memory"]["hooks"] == {"note": [1]}
     assert extra["clock"]["data"] + extra["clock"]["step"] == 7 * 2.5
     assert store.restore(loop.state, 4)[0].step == 4
 

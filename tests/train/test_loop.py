@@ -41,7 +41,7 @@ def test_hooks_see_the_metrics_of_the_update_before_and_at_the_end_the_last(new_
 
 
 def test_a_loop_goes_on_at_its_step_and_takes_as_many_batches_as_updates(new_loop, report):
-    def step(state, batch):
+    def step(state, frozen, batch):
         return state._replace(step=state.step + 1), report(batch)
 
     batches = count(5)
@@ -63,7 +63,7 @@ def test_a_hook_stops_the_loop_after_all_hooks_have_run(new_loop, run_loop, repo
 
 def test_a_finished_loop_does_nothing(new_loop):
     batches = iter(())
-    loop = train(new_loop(step=4), lambda state, batch: pytest.fail("a step"), batches, steps=4, hooks=[])
+    loop = train(new_loop(step=4), lambda state, frozen, batch: pytest.fail("a step"), batches, steps=4, hooks=[])
     assert (loop.step, loop.metrics) == (4, None)
 
 
@@ -90,7 +90,7 @@ def test_silent_transfers_in_a_step_are_refused(new_loop, report):
     add = jax.jit(lambda x, y: x + y)
     add(np.float32(0), np.float32(0))
 
-    def step(state, batch):
+    def step(state, frozen, batch):
         add(np.float32(1), np.float32(2))
         return state, report()
 

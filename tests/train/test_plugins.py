@@ -94,13 +94,16 @@ class Notes:
 
     best: int
 
+    def begin(self, session):
+        self.first = session.loop.step
+
     def after_step(self, loop):
-        loop.memory.setdefault("notes", []).append(loop.step)
+        loop.memory.hooks.setdefault("notes", []).append(loop.step)
         if loop.evaluation:
             loop.evaluation["notes/nearness"] = -abs(loop.step - self.best)
 
     def at_end(self, loop):
-        loop.memory["notes"].append("end")
+        loop.memory.hooks["notes"].append("end")
 '''
 
 GIN = """
@@ -109,11 +112,11 @@ import optax
 import outside_plugin
 from t5x_ext import data
 from t5x_ext import decode
+from t5x_ext import tasks
 from t5x_ext import train
 
 train.Run:
-    data = @data.DataConfig()
-    model = @outside_plugin.Minute()
+    task = @tasks.Translation()
     objective = @outside_plugin.SquaredScores
     optimizer = @optax.sgd()
     accumulator = @outside_plugin.ones()
@@ -123,6 +126,11 @@ train.Run:
     log_every = 1
     tensorboard = False
     evaluation = @train.EvaluationConfig()
+tasks.Translation:
+    data = @data.DataConfig()
+    model = @outside_plugin.Minute()
+    max_lines = 0
+    test_decode = @decode.DecodeConfig()
 outside_plugin.SquaredScores.factor = 3.0
 outside_plugin.Notes.best = 1
 optax.sgd.learning_rate = @outside_plugin.rising()
@@ -142,10 +150,8 @@ data.BatchConfig:
     target_length = 16
 train.EvaluationConfig:
     every = 1
-    max_lines = 0
     metric = 'notes/nearness'
     higher_is_better = True
-    test_decode = @decode.DecodeConfig()
 decode.DecodeConfig:
     strategy = 'greedy'
     max_length_ratio = 0.0

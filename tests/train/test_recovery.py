@@ -13,7 +13,7 @@ import pytest
 from t5x_ext.checkpoints import CheckpointStore
 from t5x_ext.contracts import UserError
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
-from t5x_ext.train import CheckpointConfig
+from t5x_ext.train import CheckpointConfig, Hook
 from t5x_ext.train.recovery import skipped_after
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -25,12 +25,6 @@ class Poisoned:
 
     inner: LabelSmoothedCrossEntropy
     sums: tuple[int, ...]
-
-    def logits(self, params, batch, context):
-        return self.inner.logits(params, batch, context)
-
-    def label_weights(self, batch, context=None):
-        return self.inner.label_weights(batch, context)
 
     def __call__(self, params, batch, context):
         loss = self.inner(params, batch, context)
@@ -125,13 +119,10 @@ def test_where_only_a_checkpoint_of_the_stretch_was_kept_it_will_do(place, poiso
     """A signal after the first bad update saves it, and `keep_last=1` deletes what was before."""
     settings = {**SETTINGS, "checkpoints": CheckpointConfig(every=2, keep_last=1), **poisoned(5, 6)}
 
-    class Stop:
+    class Stop(Hook):
         def after_step(self, loop):
             if loop.step == 6:
                 loop.stop, loop.interrupted = "told to", True
-
-        def at_end(self, loop):
-            pass
 
     place.run(tmp_path, **settings, hooks=(Stop(),))
     assert weights(tmp_path)[1] == [6]
@@ -150,9 +141,8 @@ def test_a_run_that_keeps_diverging_ends_with_the_place_of_its_examples(place, p
 
 
 def test_ranges_add_up_in_the_numbers_of_the_whole_data(batches):
-    plan = batches.plan
-    first = skipped_after(plan, 4, 6)
+    first = skipped_after(batches, [], 4, 6)
     assert first == [(4, 7)]
-    assert skipped_after(plan.skipping(first), 2, 3) == [(2, 7)]
-    assert skipped_after(plan.skipping(first), 3, 4) == [(3, 8)]
-    assert skipped_after(plan.skipping(first), 8, 9) == [(4, 7), (11, 13)]
+    assert skipped_after(batches.skipping(first), first, 2, 3) == [(2, 7)]
+    assert skipped_after(batches.skipping(first), first, 3, 4) == [(3, 8)]
+    assert skipped_after(batches.skipping(first), first, 8, 9) == [(4, 7), (11, 13)]

@@ -10,11 +10,13 @@ import optax
 import optax.contrib
 import pytest
 
-from t5x_ext.contracts import Batch, Context, Loss
+from t5x_ext.contracts import Batch, Context, Loss, UserError
 from t5x_ext.objectives.packed import single_examples
 from t5x_ext.optim import adam, flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
+from t5x_ext.train.curvature import _sample
+from t5x_ext.train.microbatches import split_rows
 from t5x_ext.train.state import create_state
-from t5x_ext.train.step import _sample, accepted_arguments, make_train_step, split_rows
+from t5x_ext.train.step import accepted_arguments, make_train_step
 
 ROWS, LENGTH, DIM, VOCAB = 8, 6, 5, 7
 
@@ -78,7 +80,7 @@ def float64_gradient(params: Any, batch: Any) -> tuple[float, np.ndarray]:
 def run_step(params: Any, batch: Any, optimizer: Any, noise: float = 0.0, **options: Any) -> Any:
     step = make_train_step(LinearTagger(noise), optimizer, mean_accumulator(), seed=3, **options)
     state = create_state(params, optimizer, with_ema="ema_decay" in options)
-    return jax.jit(step)(state, batch)
+    return jax.jit(step)(state, {}, batch)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4, 8])
@@ -141,7 +143,7 @@ def test_curvature_gradient_squares_to_the_gauss_newton_matrix(params, batch):
     step = jax.jit(make_train_step(LinearTagger(), optimizer, mean_accumulator(), seed=0, num_microbatches=2))
     state = create_state(jax.tree.map(jnp.asarray, params), optimizer, with_ema=False)
     for draw in range(3000):
-        moved, _ = step(state._replace(step=jnp.asarray(draw, jnp.int32)), batch)
+        moved, _ = step(state._replace(step=jnp.asarray(draw, jnp.int32)), {}, batch)
         collected.append(np.asarray(moved.params["kernel"] - state.params["kernel"]).ravel())
     estimate = np.mean([np.outer(g, g) for g in collected], axis=0)
 
@@ -166,7 +168,7 @@ def pulled(name: str, params: Any, batch: Any, objective: Any = None, step: int 
     probe = optax.GradientTransformationExtraArgs(lambda params: (), update)
     run = make_train_step(objective or LinearTagger(), probe, mean_accumulator(), seed=0, **options)
     state = create_state(jax.tree.map(jnp.asarray, params), probe, with_ema=False)
-    return jax.jit(run)(state._replace(step=jnp.int32(step)), batch)[0].params["kernel"]
+    return jax.jit(run)(state._replace(step=jnp.int32(step)), {}, batch)[0].params["kernel"]
 
 
 def test_labels_are_drawn_from_the_model_s_distribution():
@@ -258,7 +260,7 @@ def test_fisher_is_computed_only_when_a_mask_is_refreshed(params, packed):
     step = jax.jit(make_train_step(Watched(), optimizer, mean_accumulator(), seed=0, fisher_examples=3))
     state = create_state(jax.tree.map(jnp.asarray, params), optimizer, with_ema=False)
     for _ in range(4):
-        state, _ = step(state, packed)
+        state, _ = step(state, {}, packed)
     jax.effects_barrier()
     assert rows.count(1) == 2 * 3
     assert rows.count(ROWS) == 4 * 2
@@ -291,7 +293,7 @@ def test_a_second_gradient_that_is_not_finite_changes_nothing_but_the_counter(pa
     optimizer = sam(adam(0.1))
     step = jax.jit(make_train_step(Cliff(), optimizer, mean_accumulator(), seed=0, ema_decay=0.9))
     before = create_state(params, optimizer, with_ema=True)
-    state, metrics = step(before, batch)
+    state, metrics = step(before, {}, batch)
     assert np.isfinite(metrics.loss.sum)
     assert np.isfinite(metrics.gradient_norm)
     assert not metrics.finite
@@ -305,7 +307,7 @@ def test_moving_average_follows_its_recursion(params, batch):
     state = create_state(params, optimizer, with_ema=True)
     average = params["kernel"].astype(np.float64)
     for _ in range(5):
-        state, _ = step(state, batch)
+        state, _ = step(state, {}, batch)
         average = 0.75 * average + 0.25 * np.asarray(state.params["kernel"], np.float64)
     np.testing.assert_allclose(state.ema["kernel"], average, atol=1e-6)
     np.testing.assert_array_equal(state.evaluation_params["kernel"], state.ema["kernel"])
@@ -342,7 +344,7 @@ def run_steps(step: Any, state: Any, batch: Any, steps: int) -> Any:
     """Every step has rows of its own: those of the batch, turned."""
     for _ in range(steps):
         turned = {name: np.roll(values, int(state.step), axis=0) for name, values in batch.items()}
-        state, metrics = step(state, turned)
+        state, metrics = step(state, {}, turned)
         assert metrics.finite
     return state
 
@@ -380,3 +382,21 @@ def test_a_step_uphill_of_length_zero_leaves_the_base_optimizer(params, packed, 
     base = make_train_step(LinearTagger(0.5), _SGD, mean_accumulator(), seed=0, num_microbatches=4, ema_decay=0.5)
     expected = run_steps(jax.jit(base), begin_with(_SGD, params), packed, 2)
     np.testing.assert_allclose(state.params["kernel"], expected.params["kernel"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: optax.MultiSteps(inner, 2).gradient_transformation(),
+        lambda inner: optax.chain(optax.MultiSteps(inner, 2).gradient_transformation()),
+    ],
+)
+@pytest.mark.parametrize("inner", [sam(optax.sgd(0.1)), ginger(0.1, damping=0.1)])
+def test_multi_steps_around_what_pulls_gradients_is_refused(params, packed, wrap, inner):
+    with pytest.raises(UserError, match=r"cannot be inside optax.MultiSteps: .*; set Run.num_microbatches instead"):
+        run_step(params, packed, wrap(inner))
+
+
+def test_multi_steps_around_other_things_is_no_concern(params, packed):
+    state, _ = run_step(params, packed, sam(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()))
+    assert state.step == 1

@@ -17,10 +17,11 @@ from t5x_ext.models import TransformerConfig, init_params, logical_axes
 from t5x_ext.optim import flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
 from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh
 from t5x_ext.parallel.batches import batch_sharding
+from t5x_ext.tasks import Translation
 from t5x_ext.train import Run
+from t5x_ext.train.curvature import _sample
 from t5x_ext.train.program import make_program
 from t5x_ext.train.state import create_state
-from t5x_ext.train.step import _sample
 
 VOCAB_SIZE = 64
 # A decoder alone, which compiles in half the time. No biases: that of keys has a gradient of nothing but rounding, and
@@ -76,20 +77,19 @@ def trained(name: str, mesh_config: MeshConfig, devices: list[jax.Device]) -> An
         batch=BATCH,
     )
     run = Run(
-        data=data,
-        model=MODEL,
+        task=Translation(data, MODEL),
         steps=STEPS,
         num_microbatches=2,
         mesh=mesh_config,
         axis_rules=fsdp_tensor(),
         **method(name),
     )
-    program = make_program(run, VOCAB_SIZE, mesh)
+    program = make_program(run, {"vocab_size": VOCAB_SIZE}, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.template)
     create = lambda key: create_state(init_params(MODEL, key), run.optimizer, with_ema=False)
     state, step = jax.jit(create, out_shardings=shardings)(jax.random.key(0)), program.compile()
     for number in range(STEPS):
-        state, metrics = step(state, jax.device_put(packed_batch(number), batch_sharding(mesh)))
+        state, metrics = step(state, {}, jax.device_put(packed_batch(number), batch_sharding(mesh)))
         assert metrics.finite
     return state
 

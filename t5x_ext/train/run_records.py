@@ -1,11 +1,11 @@
-"""What a run folder tells of its run, and what a run that goes on must have in common with it."""
+"""What a run folder tells of its run, and what a resumed run must have in common with it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -15,24 +15,39 @@ import jax
 import t5x_ext
 from t5x_ext.checkpoints import CheckpointStore, RunFolder, write_json
 from t5x_ext.contracts import UserError
-from t5x_ext.data import PreparedData
-from t5x_ext.models import TransformerConfig
 from t5x_ext.parallel import cpu_threads
-from t5x_ext.train.run import Run
+from t5x_ext.train.task import Prepared
 
 _MAY_CHANGE = (
-    *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.checkpoints"),
+    *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.evaluators", "Run.checkpoints"),
     *("Run.max_skipped_updates", "Run.max_rewinds", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
     *("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules."),
+    *(".decode", ".test_decode", ".max_lines", "Beam.", "Greedy.", "Sample."),
 )
 """Settings that a restart may change: they do not touch what has been learned so far. Devices may be others, too."""
 
+MOVED = {
+    "Run.data": "Translation.data",
+    "Run.model": "Translation.model",
+    "EvaluationConfig.max_lines": "Translation.max_lines",
+    "EvaluationConfig.decode": "Translation.decode",
+    "EvaluationConfig.test_decode": "Translation.test_decode",
+}
+"""Settings of the first edition, and what they are called now."""
 
-def write_records(folder: RunFolder, run: Run, data: PreparedData, config: TransformerConfig, config_text: str) -> None:
+_ADDED = {
+    "Run.task": "@Translation()",
+    "Run.step": "<function make_train_step>",
+    "Run.trainable": "()",
+    "Run.frozen": "{}",
+    "Run.init_from": "None",
+}
+"""Settings that runs of the first edition did not have, with the value that they had in effect."""
+
+
+def write_records(folder: RunFolder, prepared: Prepared, config_text: str) -> None:
     """Writes what a reader needs (`model.json`), and what a person wants to know later (configuration, environment)."""
-    folder.write_model(
-        config.to_json(), dataclasses.asdict(run.data.tags), data.directions, data.vocabulary.fingerprint()
-    )
+    folder.write_record(prepared.record())
     folder.config_gin.write_text(config_text)
     write_json(folder.environment_json, environment())
 
@@ -71,7 +86,7 @@ def _exactness(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_config(folder: RunFolder, config_text: str) -> None:
-    """Refuses to go on with a run whose settings have changed; before its first checkpoint there is none to go on with.
+    """Refuses to resume a run whose settings have changed; before its first checkpoint there is nothing to resume.
 
     Raises:
       UserError: naming the first difference.
@@ -79,8 +94,9 @@ def check_config(folder: RunFolder, config_text: str) -> None:
     with CheckpointStore(folder.checkpoints) as store:
         if not store.steps() or not folder.config_gin.exists():
             return
-    before, now = _settings(folder.config_gin.read_text()), _settings(config_text)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    before, now = settings(folder.config_gin.read_text()), settings(config_text)
+    names = [name for name in sorted(before.keys() | now.keys()) if not _may_change(name)]
+    changed = [name for name in names if before.get(name, _ADDED.get(name.split("/")[-1])) != now.get(name)]
     if changed:
         name = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -90,8 +106,8 @@ def check_config(folder: RunFolder, config_text: str) -> None:
         )
 
 
-def check_data(store: CheckpointStore, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with other data: the position in it would mean something else.
+def check_data(store: CheckpointStore, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to resume with other data: the position in it would mean something else.
 
     Raises:
       UserError: naming the parts that differ.
@@ -104,12 +120,41 @@ def check_data(store: CheckpointStore, before: dict[str, Any], now: dict[str, An
         )
 
 
-def _settings(config_text: str) -> dict[str, str]:
+def settings(config_text: str) -> dict[str, str]:
+    """The settings of a resolved configuration, by scope, class and parameter.
+
+    Modules are left out, since classes may move; settings of the first edition are under their present names.
+    """
     lines = (line.split(" = ", 1) for line in config_text.splitlines() if " = " in line and not line.startswith("#"))
-    return {name: value for name, value in lines if not any(part in name for part in _MAY_CHANGE)}
+    return {_present_name(name): _MODULES.sub(r"\1", value) for name, value in lines}
+
+
+_MODULES = re.compile(r"(@(?:\w+/)*)(?:\w+\.)+(?=\w)")
+"""The modules before the name of a class or function in a reference."""
+
+
+def _present_name(name: str) -> str:
+    *scopes, path = name.split("/")
+    setting = ".".join(path.split(".")[-2:])
+    return "/".join((*scopes, MOVED.get(setting, setting)))
+
+
+def _may_change(name: str) -> bool:
+    return any(part in name for part in _MAY_CHANGE)
 
 
 def read_results(run_dir: str) -> dict[str, Any] | None:
-    """The results of a finished run; None where there are none yet."""
+    """The results of a finished run; None where there are none yet.
+
+    Raises:
+      UserError: if they are damaged.
+    """
     path = RunFolder(run_dir).results_json
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text())
+        int(results["steps"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); delete it, and the run is tested again") from error
+    return results
