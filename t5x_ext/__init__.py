@@ -1,31 +1,29 @@
-"""t5x_ext: train, compress and serve encoder-decoder Transformers for translation with JAX and Flax.
+"""t5x_ext: train, adapt and decode encoder-decoder Transformers with JAX and Flax.
 
 Importing the package loads nothing heavy; `load` brings in what it needs when it is called.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from t5x_ext.decode.translator import Translator
+from typing import Any
 
 __version__ = "0.1.0"
 
 
-def load(run_dir: str, checkpoint: str = "best") -> Translator:
-    """Opens a run folder for translation and scoring.
+def load(run_dir: str, checkpoint: str = "best") -> Any:
+    """Opens a run folder to use its model.
 
     Args:
       run_dir: a folder that `t5x_ext train` wrote; a local path or any path that etils reads (`gs://`).
       checkpoint: `best`, `last`, or a step number.
 
     Returns:
-      A `Translator`: `load(run_dir).translate(["a line"], target_language="de")`.
+      What the run's task gives its readers. For translation it is a `decode.Translator`:
+      `load(run_dir).translate(["a line"], target_language="de")`.
 
     Raises:
       UserError: where the folder holds no model, no such checkpoint, or the parts do not fit each other.
     """
-    from t5x_ext.decode.translator import Translator
+    from t5x_ext.tasks import open_run
 
-    return Translator.from_run(run_dir, checkpoint)
+    return open_run(run_dir, checkpoint)

@@ -22,6 +22,7 @@ from typing import Any
 import t5x_ext
 from gin import config_parser  # type: ignore[attr-defined]  # mypy sees the folder gin/ of this repository
 from t5x_ext.cli.messages import did_you_mean
+from t5x_ext.cli.retired import moved_name, retired_setting
 from t5x_ext.contracts import UserError
 
 Scopes = tuple[str, ...]
@@ -173,7 +174,7 @@ class Config:
         target = self._resolve(statement.selector, symbols, binding.is_flag)
         known = parameters(target)
         if known is not None and statement.arg_name not in known:
-            hint = did_you_mean(statement.arg_name, known)
+            hint = retired_setting(target.__name__, statement.arg_name) or did_you_mean(statement.arg_name, known)
             raise UserError(f"'{statement.selector}' has no parameter '{statement.arg_name}'{hint}")
         key = (scopes, target, statement.arg_name)
         if through_macros and key in self.bindings and isinstance(self.bindings[key].value, Macro):
@@ -197,7 +198,8 @@ class Config:
         for part in rest:
             if not hasattr(target, part):
                 public = [name for name in dir(target) if not name.startswith("_")]
-                raise UserError(f"'{selector}': {target.__name__} has no '{part}'{did_you_mean(part, public)}")
+                hint = moved_name(target.__name__, part) or did_you_mean(part, public)
+                raise UserError(f"'{selector}': {target.__name__} has no '{part}'{hint}")
             target = getattr(target, part)
         if not callable(target):
             raise UserError(f"'{selector}' is neither a class nor a function")
@@ -330,11 +332,17 @@ def _import(statement: Any, symbols: dict[str, ModuleType]) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"cannot import '{name}': {error}") from error
-        raise UserError(f"there is no module '{error.name}'{did_you_mean(error.name, _siblings(error.name))}") from None
+        hint = moved_name(*_split(error.name)) or did_you_mean(error.name, _siblings(error.name))
+        raise UserError(f"there is no module '{error.name}'{hint}") from None
     except ImportError as error:
         raise UserError(f"cannot import '{name}': {error}") from error
     whole = statement.is_from or statement.alias
     symbols[statement.bound_name()] = module if whole else importlib.import_module(name.split(".")[0])
+
+
+def _split(path: str) -> tuple[str, str]:
+    parent, _, name = path.rpartition(".")
+    return parent, name
 
 
 def _siblings(name: str) -> list[str]:

@@ -28,11 +28,14 @@ _FISHER_FN = "(params) -> the mean of squared gradients of examples"
 class FsamState(NamedTuple):
     """State of `fsam`."""
 
-    pulls_gradients = True  # the training step refuses it inside optax.MultiSteps
-
     count: Int[Array, ""]  # type: ignore[assignment]  # int32: updates whose gradient was finite
     mask: PyTree  # uint8, `bits.packed_shape` of each maskable parameter; () where all entries are kept, or none
     opt_state: PyTree  # of the base optimizer
+
+    @property
+    def pulls_gradients(self) -> bool:
+        """Tells the training step to refuse it inside `optax.MultiSteps`."""
+        return True
 
 
 class _Scope(NamedTuple):

@@ -25,12 +25,15 @@ _EPS = float(jnp.finfo(jnp.float32).eps)
 class ScaleByGingerState(NamedTuple):
     """State of `scale_by_ginger`."""
 
-    pulls_gradients = True  # the training step refuses it inside optax.MultiSteps
-
     count: Int[Array, ""]  # type: ignore[assignment]  # updates done, int32
     mu: PyTree  # float32, the shape of the parameters: momentum
     basis: PyTree  # float32, layers + (rank,) + the other axes: orthonormal along the rank axis, unused entries zero
     eigvals: Float[Array, "blocks rank"]  # float32, descending; blocks are layers of a leaf, leaves in tree order
+
+    @property
+    def pulls_gradients(self) -> bool:
+        """Tells the training step to refuse it inside `optax.MultiSteps`."""
+        return True
 
 
 def scale_by_ginger(

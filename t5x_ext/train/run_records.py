@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-import t5x_ext
 from t5x_ext.checkpoints import CheckpointStore, RunFolder, write_json
 from t5x_ext.contracts import UserError
 from t5x_ext.parallel import cpu_threads
@@ -54,10 +53,11 @@ def write_records(folder: RunFolder, prepared: Prepared, config_text: str) -> No
 
 def environment() -> dict[str, Any]:
     """What decides the last bit of a result, beside the configuration: versions, devices, threads."""
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+    packages = ("t5x_ext", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {name: metadata.version(name) for name in packages}
     return {
         "python": platform.python_version(),
-        "packages": {"t5x_ext": t5x_ext.__version__, **versions},
+        "packages": versions,
         "platform": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),

@@ -152,7 +152,7 @@ def accepted_arguments(update: Callable[..., Any], offered: dict[str, Any]) -> d
 def _refuse_multi_steps(optimizer_state: PyTree, called: str) -> None:
     """Inside `optax.MultiSteps` an optimizer would pull gradients of the last of its batches only."""
     is_multi_steps = lambda node: isinstance(node, optax.MultiStepsState)
-    pulls = lambda node: getattr(type(node), "pulls_gradients", False)
+    pulls = lambda node: hasattr(type(node), "pulls_gradients")
     around = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_multi_steps) if is_multi_steps(node)]
     inside = [leaf for node in around for leaf in jax.tree.leaves(node.inner_opt_state, is_leaf=pulls)]
     if any(map(pulls, inside)):
