@@ -34,10 +34,12 @@ def classification_scores(confusion: Int[np.ndarray, "classes classes"]) -> dict
     truth, predicted = np.nonzero(counts)
     weights = counts[truth, predicted]
     average: dict[str, Any] = {"average": "binary", "pos_label": 1} if len(counts) == 2 else {"average": "macro"}
+    occurring = np.count_nonzero(counts.sum(0) + counts.sum(1))
+    matthews = metrics.matthews_corrcoef(truth, predicted, sample_weight=weights) if occurring > 1 else 0.0
     return {
         "accuracy": float(metrics.accuracy_score(truth, predicted, sample_weight=weights)),
         "f1": float(metrics.f1_score(truth, predicted, sample_weight=weights, zero_division=0.0, **average)),
-        "matthews": float(metrics.matthews_corrcoef(truth, predicted, sample_weight=weights)),
+        "matthews": float(matthews),
     }
 
 
