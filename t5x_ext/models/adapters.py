@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from t5x_ext.contracts import UserError, path_predicate
+from t5x_ext.contracts import Params, UserError, path_predicate
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.sublayers import (
@@ -32,8 +32,8 @@ from t5x_ext.models.sublayers import (
 )
 
 AdapterForm = Literal["sequential", "after_norm", "parallel"]
-"""Where a bottleneck reads and adds, y being the sub-layer's output for x: `sequential` adds u(y) to y; `after_norm` adds
-u(norm(x + y)) to x + y; `parallel` adds u(what the sub-layer reads) to y."""
+"""Where a bottleneck reads and adds, y being the sub-layer's output for x: `sequential` adds u(y) to y, `after_norm`
+u(norm(x + y)) to x + y, `parallel` u(what the sub-layer reads) to y."""
 
 AdapterInit = Literal["bert", "lora"]
 """`bert`: both factors normal with deviation 0.02. `lora`: the first Kaiming-uniform, the second zero, so that a new
@@ -42,6 +42,21 @@ adapter changes nothing; scores that multiply weights and gradients are then zer
 SUBLAYERS = ("self_attention", "cross_attention", "feed_forward")
 
 _KAIMING = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # bound 1/sqrt(fan_in), as a = sqrt(5)
+
+
+def _check_width(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a positive integer")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _check_sublayers(name: str, sublayers: Sequence[str]) -> None:
+    for one in sublayers:
+        _check_choice(f"{name}.sublayers", one, SUBLAYERS)
 
 
 @dataclass(frozen=True)
@@ -325,6 +340,26 @@ class PrefixedAttention(Attention):
         return super().__call__(x, memory, mask, deterministic)
 
 
+def merged_lora(params: Params, lora: LoraProjection) -> Params:
+    """Parameters of a model without adapters that computes what one with low-rank products does.
+
+    Args:
+      params: with `<projection>/adapter/{down,up}/kernel`; stacked layers and positions are told by their shapes.
+      lora: gives the scale of the products.
+    """
+    if not isinstance(params, dict):
+        return params
+    if set(params.get("adapter", ())) != {"down", "up"} or "kernel" not in params:
+        return {name: merged_lora(value, lora) for name, value in params.items()}
+    kernel, (down, up) = params["kernel"], (params["adapter"][name]["kernel"] for name in ("down", "up"))
+    leading = down.ndim + up.ndim - 2 - kernel.ndim  # axes `layers`: in down, in up and in the kernel
+    stacked = kernel.shape[:leading]
+    into, out = down.reshape(*stacked, -1, lora.rank), up.reshape(*stacked, lora.rank, -1)
+    change = (into @ out).reshape(kernel.shape) * (lora.alpha / lora.rank)
+    rest = {name: value for name, value in params.items() if name not in ("adapter", "kernel")}
+    return {"kernel": kernel + change.astype(kernel.dtype), **rest}
+
+
 def _before(prefix: Float[Array, "prefix heads head_dim"], memory: Array) -> Float[Array, "batch all heads head_dim"]:
     shared = jnp.broadcast_to(prefix, (memory.shape[0], *prefix.shape)).astype(memory.dtype)
     return jnp.concatenate([shared, memory], axis=1)
@@ -343,18 +378,3 @@ def _matrix(shape: Sequence[int], contracted: int) -> tuple[int, int]:
 def _initializers(init: AdapterInit) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:
     normal = nn.initializers.normal(0.02)
     return (normal, normal) if init == "bert" else (_KAIMING, nn.initializers.zeros)
-
-
-def _check_width(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} is {value!r}; it must be a positive integer")
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def _check_sublayers(name: str, sublayers: Sequence[str]) -> None:
-    for one in sublayers:
-        _check_choice(f"{name}.sublayers", one, SUBLAYERS)
