@@ -32,7 +32,7 @@ from etils import epath
 from trial_runs import TIMEOUT_SECONDS, Trial
 
 from t5x_ext.checkpoints import CheckpointStore
-from t5x_ext.checkpoints.files import DIGESTS, write_digests
+from t5x_ext.storage.digests import DIGESTS, write_digests
 
 _ONLY = flags.DEFINE_list("only", [], "names of faults, as the table shows them; by default all")
 _GOLDEN = flags.DEFINE_string(

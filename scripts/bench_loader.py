@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from t5x_ext.corpora import CleaningConfig
+from t5x_ext.corpora import PairRules
 from t5x_ext.data import (
     BatchConfig,
     BatchPlan,
@@ -111,7 +111,7 @@ def _vocabulary() -> Vocabulary:
 def _make_cache(folder: Path, pairs: int) -> str:
     folder.mkdir()
     random, vocabulary = np.random.default_rng(0), _vocabulary()
-    encoder = Encoder(vocabulary.model, vocabulary.languages, CleaningConfig(), SubwordSampling())
+    encoder = Encoder(vocabulary.model, vocabulary.languages, SubwordSampling(), PairRules(), ("en", "de"))
     with CacheWriter(folder, encoder.dtype) as writer:
         for start in range(0, pairs, 8192):
             lengths = _draw_lengths(random, min(8192, pairs - start))

@@ -18,6 +18,7 @@ from t5x_ext.cli.gin_read import find_gin_file, gin_root
 from t5x_ext.cli.messages import UsageError, one_line
 from t5x_ext.cli.run_flags import run_from_flags
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.remote import is_remote
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
@@ -107,7 +108,7 @@ def _check(arguments: Sequence[str], devices: int, slices: int) -> list[str]:
 
 def require_bucket(run_dir: str, why: str) -> None:
     """Raises UsageError for a run folder on the disk of one machine."""
-    if "://" not in run_dir:
+    if not is_remote(run_dir):
         raise UsageError(f"--run_dir={run_dir}: {why}; give a bucket, as --run_dir=gs://my-bucket/run")
 
 

@@ -21,6 +21,7 @@ from launch_common import Training, define_flags, launch, run_script, training
 
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
+from t5x_ext.storage.remote import is_remote
 
 _TIME = re.compile(r"\d+(:\d{2}){0,2}|\d+-\d{1,2}(:\d{2}){0,2}")
 _OF_ONE_NODE = ("/tmp", "/var/tmp", "/dev/shm")
@@ -113,7 +114,7 @@ def batch_script(values: flags.FlagValues, run: Training) -> str:
 def _check_run_dir(values: flags.FlagValues) -> None:
     """Refuses a run folder that only one node can see."""
     run_dir = PurePosixPath(values.run_dir)
-    if "://" in values.run_dir:
+    if is_remote(values.run_dir):
         if not values.cache_dir:
             raise UsageError("--cache_dir is missing: a run folder in a bucket cannot hold token caches")
         return

@@ -15,7 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import tokenizer_for
-from t5x_ext.pipeline.artefact import read_artefact
+from t5x_ext.pipeline import StageFolder
 
 DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 TABLES = ("scores", "controlled")
@@ -128,7 +128,7 @@ def _draws(lines: int) -> Float[np.ndarray, "samples lines"]:
 
 
 def _counts(output_dir: Path, stage: str, direction: str) -> Float[np.ndarray, "lines 10"]:
-    artefact = read_artefact(output_dir, stage)
+    artefact = StageFolder(output_dir, stage).artefact
     assert artefact is not None
     text = next(text for text in artefact.corpora if "-".join(text.languages) == direction)
     assert text.reference is not None

@@ -1,10 +1,9 @@
 """What is kept: a verified store of checkpoints, averages of them, and the names of files in a run folder."""
 
 from t5x_ext.checkpoints.averaging import average_params, average_run
-from t5x_ext.checkpoints.files import delete_drafts, to_disk, write_text
 from t5x_ext.checkpoints.references import BASE, Reference, read_references, run_params, write_references
 from t5x_ext.checkpoints.retention import Retention
-from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder, write_json
+from t5x_ext.checkpoints.run_folder import ModelRecord, RunFolder
 from t5x_ext.checkpoints.store import CheckpointStore, SaveError
 from t5x_ext.checkpoints.trees import StructureError, check_structure
 
@@ -20,11 +19,7 @@ __all__ = [
     "average_params",
     "average_run",
     "check_structure",
-    "delete_drafts",
     "read_references",
     "run_params",
-    "to_disk",
-    "write_json",
     "write_references",
-    "write_text",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from t5x_ext.checkpoints.run_folder import RunFolder
 from t5x_ext.checkpoints.store import CheckpointStore
 from t5x_ext.checkpoints.trees import LeafSpec, specs
 from t5x_ext.contracts import Params, UserError
+from t5x_ext.storage.folders import whole_folder
 
 
 def average_params(checkpoints: Iterable[Params]) -> Params:
@@ -62,11 +61,9 @@ def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> 
       output: a local folder that does not exist, or is empty; its one checkpoint is called as the newest of `steps`.
 
     Raises:
-      UserError: where a checkpoint is missing or damaged.
+      UserError: if a checkpoint is missing or damaged, or something else has the path `output`.
     """
-    output = Path(output)
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(Path(output), None, "the averaged run") as draft:
         target = RunFolder(draft)
         target.write_record(source.read_record())
         write_references(target, read_references(source))
@@ -78,11 +75,6 @@ def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> 
             params = average_params(store.restore_params(step) for step in steps)
         with CheckpointStore(target.checkpoints, alone=True) as store:
             store.save(max(steps), {"params": params}, {"averaged_steps": list(steps)})
-        if output.is_dir():
-            output.rmdir()
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_same(these: Mapping[str, LeafSpec], first: Mapping[str, LeafSpec], number: int) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from t5x_ext.checkpoints import trees
-from t5x_ext.checkpoints.files import write_json
 from t5x_ext.checkpoints.run_folder import RunFolder
 from t5x_ext.checkpoints.store import CheckpointStore
 from t5x_ext.contracts import Params, UserError, path_predicate
+from t5x_ext.storage.digests import params_digest
+from t5x_ext.storage.files import write_json
+from t5x_ext.storage.remote import is_remote
 
 BASE = "base"
 """The name of the parameters that a run with a trainable subset does not train."""
@@ -36,7 +35,7 @@ class Reference(NamedTuple):
     ) -> tuple[Reference, dict[str, Any]]:
         """A reference to a checkpoint, and its parameters by their new names, as NumPy arrays."""
         params = run_params(folder, step)
-        path = str(folder.path) if "://" in str(folder.path) else os.path.abspath(folder.path)
+        path = str(folder.path) if is_remote(folder.path) else os.path.abspath(folder.path)
         reference = cls(path, step, params_digest(params), dict(rename or {}), tuple(only))
         return reference, reference.taken(params)
 
@@ -90,7 +89,7 @@ class Reference(NamedTuple):
 
     def _found_from(self, folder: RunFolder) -> Reference:
         path = self.run_dir
-        inside = not os.path.isabs(path) and "://" not in path
+        inside = not os.path.isabs(path) and not is_remote(path)
         return self._replace(run_dir=str(folder.path / path) if inside else path, only=tuple(self.only))
 
     def to_json(self) -> dict[str, Any]:
@@ -139,20 +138,10 @@ def run_params(folder: RunFolder, which: str | int = "best") -> Params:
       UserError: if there is no such checkpoint, or what it was trained on top of is gone.
     """
     with CheckpointStore(folder.checkpoints) as store:
-        trained = store.evaluation_params(which)
+        trained = store.evaluation_params(store.checked_name(which))
     base = read_references(folder).get(BASE)
     if base is None:
         return trained
     part = trees.flatten(trained)
     rest = {name: leaf for name, leaf in base.params().items() if name not in part}
     return trees.nested(dict(sorted((rest | part).items())))
-
-
-def params_digest(params: Params) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of parameters."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(trees.flatten(params).items()):
-        array = np.asarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()

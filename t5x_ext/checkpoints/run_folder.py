@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from t5x_ext.checkpoints.files import write_json
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.files import write_json
 
 MODEL_FORMAT = 1
 

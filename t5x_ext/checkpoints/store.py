@@ -6,49 +6,41 @@ import json
 import logging
 import math
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import SingleDeviceSharding
 
-from t5x_ext.checkpoints import trees
-from t5x_ext.checkpoints.files import DIGESTS, find_damage, write_digests, write_part_of_digests
-from t5x_ext.checkpoints.processes import ALONE, TIMEOUT_SECONDS, Processes, barrier
+from t5x_ext.checkpoints import orbax_io, trees
+from t5x_ext.checkpoints.layout import (
+    FORMAT,
+    CheckpointFolders,
+    Saved,
+    delete,
+    parse,
+    read_meta,
+    recorded_specs,
+)
 from t5x_ext.checkpoints.retention import Retention
 from t5x_ext.contracts import Params, PyTree, UserError
+from t5x_ext.storage.digests import find_damage, recorded_files, write_digests, write_part_of_digests
+from t5x_ext.storage.processes import ALONE, TIMEOUT_SECONDS, Processes, barrier
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-WEIGHTS = ("params", "ema")
-"""Parts of a state that are stored apart, so that reading parameters touches nothing else."""
+Which = Literal["best", "last"] | int
+"""A checkpoint: the best by metric (the newest if no metric was recorded), the newest, or that of a step."""
 
-_STATE = "state"
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_FOLDER_NAME = re.compile(r"([0-9]+)(?:\.([0-9]+))?")
 _SYSTEM_ERROR = re.compile(r": ([A-Z][^:\[\]]*) \[(?:\w+=.*)?os_error_code=", re.DOTALL)
 """How TensorStore ends a message: the words of the operating system, then notes in brackets, its number among them."""
 
 
 class SaveError(UserError):
     """A checkpoint could not be saved, for example because the disk is full; earlier checkpoints are untouched."""
-
-
-class _Saved(NamedTuple):
-    """A folder of one saved step; saving the same step again makes a new revision beside it."""
-
-    step: int
-    revision: int
-    folder: epath.Path
 
 
 class CheckpointStore:
@@ -71,12 +63,15 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: epath.PathLike, retention: Retention | None = None, *, alone: bool = False) -> None:
-        self.directory = epath.Path(directory) if _is_remote(directory) else epath.Path(directory).absolute()
+        self._folders = CheckpointFolders(directory)
         self._retention = retention
         self._alone = alone
         self._pending: Future[None] | None = None
-        self._refused: set[epath.Path] = set()
-        self._mentioned: set[epath.Path] = set()
+
+    @property
+    def directory(self) -> epath.Path:
+        """Where the checkpoints are, as an absolute path."""
+        return self._folders.directory
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -114,13 +109,11 @@ class CheckpointStore:
             "leaves": specs,
             "extra": dict(extra or {}),
         }
-        arrays = {name: trees.to_stored(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
+        arrays = {name: trees.to_stored(leaf) for name, leaf in leaves.items() if orbax_io.is_stored(specs[name])}
         num_bytes = sum(array.nbytes for array in arrays.values())
         folder = self._new_folder(step, num_bytes)
-        ocp = _orbax()
-        items = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(arrays).items()}
         try:
-            self._checkpointer.save(folder, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+            orbax_io.start_writing(self._checkpointer, folder, arrays, meta)
         except OSError as error:
             raise self._cleared(folder, error, num_bytes) from error
         self._pending = self._finalizer.submit(self._finish, folder, num_bytes)
@@ -161,9 +154,9 @@ class CheckpointStore:
         """
         self.wait()
         if self._everyone.index == 0:
-            for saved in self._folders():
+            for saved in self._folders.all():
                 if saved.step > step:
-                    _delete(saved.folder)
+                    delete(saved.folder)
         self._everyone.gather("discarded")
 
     def steps(self) -> list[int]:
@@ -172,7 +165,7 @@ class CheckpointStore:
         What an interrupted save has left behind is mentioned once, as a warning.
         """
         self._mention_unfinished()
-        return sorted({saved.step for saved in self._finished()})
+        return sorted({saved.step for saved in self._folders.finished()})
 
     def best_step(self) -> int | None:
         """The best finished step by the metric of the retention (or the one the newest checkpoint names), if any."""
@@ -180,7 +173,7 @@ class CheckpointStore:
 
     def ranked_steps(self) -> list[int]:
         """Finished steps from best to worst by that metric; those that were not measured are left out."""
-        metas = self._metas()
+        metas = self._folders.metas()
         if not metas:
             return []
         retention = self._retention or Retention(**metas[max(metas)]["selection"])
@@ -208,26 +201,24 @@ class CheckpointStore:
         self.wait()
         self._mention_unfinished()
         saved = self._newest_whole(step, together=self._everyone)
-        meta = _read_meta(saved.folder)
+        meta = read_meta(saved.folder)
         leaves = trees.flatten(template)
         specs = {name: trees.leaf_spec(name, leaf) for name, leaf in leaves.items()}
-        trees.check_same(_specs(meta), specs, where=f"checkpoint {saved.folder}")
-        requests = {name: _restore_args(leaf) for name, leaf in leaves.items() if _is_stored(specs[name])}
-        arrays = _read(self._checkpointer, saved.folder, requests)
+        trees.check_same(recorded_specs(meta), specs, where=f"checkpoint {saved.folder}")
+        wanted = {name: leaf for name, leaf in leaves.items() if orbax_io.is_stored(specs[name])}
+        requests = {name: orbax_io.request_like(leaf) for name, leaf in wanted.items()}
+        arrays = orbax_io.read(self._checkpointer, saved.folder, requests)
         restored = (
-            trees.from_stored(arrays[name], leaf) if name in arrays else _empty_like(leaf)
+            trees.from_stored(arrays[name], leaf) if name in arrays else orbax_io.empty_like(leaf)
             for name, leaf in leaves.items()
         )
         return jax.tree.unflatten(jax.tree.structure(template), restored), meta["extra"]
 
-    def restore_params(
-        self, which: Literal["best", "last"] | int = "best", subtree: Literal["params", "ema"] = "params"
-    ) -> Params:
+    def restore_params(self, which: Which = "best", subtree: Literal["params", "ema"] = "params") -> Params:
         """Loads only the parameters, as NumPy arrays, knowing nothing about the rest of the state.
 
         Args:
-          which: `last`, a step, or `best`: the best by metric, or the newest where no metric was recorded. `best` and
-            `last` fall back to the next whole one, with a warning.
+          which: `best` and `last` fall back to the next whole one, with a warning.
           subtree: `params`, or `ema` for the averaged weights.
 
         Returns:
@@ -236,39 +227,30 @@ class CheckpointStore:
         Raises:
           UserError: if there is no such checkpoint, or it has no such weights.
         """
-        self.wait()
-        step = which if isinstance(which, int) else None
-        others = {_STATE, *WEIGHTS} - {subtree}
-        saved = self._newest_whole(
-            step,
-            first=self.ranked_steps() if which == "best" else (),
-            wanted=lambda name: name.split("/")[0] not in others,
-        )
-        specs = {name: spec for name, spec in _specs(_read_meta(saved.folder)).items() if _item_of(name) == subtree}
+        folder = self._chosen(which, lambda folder: subtree)
+        specs = _specs_of(folder, subtree)
         if not specs:
-            raise UserError(f"checkpoint {saved.folder} holds no weights named {subtree!r}")
-        as_numpy = _orbax().RestoreArgs(restore_type=np.ndarray)
-        wanted = {name: as_numpy for name, spec in specs.items() if _is_stored(spec)}
-        with _lone_reader() as reader:
-            arrays = _read(reader, saved.folder, wanted)
-        empty = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not _is_stored(spec)}
-        return trees.nested(arrays | empty)[subtree]
+            raise UserError(f"checkpoint {folder} holds no weights named {subtree!r}")
+        return _read_weights(folder, subtree, specs)
 
-    def evaluation_params(self, which: str | int = "best") -> Params:
-        """The weights to decode or measure with, as NumPy arrays: their EMA where the run kept one.
+    def evaluation_params(self, which: Which = "best") -> Params:
+        """Loads the weights that a run is evaluated and decodes with: their EMA if the run kept one, else the last.
 
         Args:
-          which: `best`, `last` or a step, also as text.
+          which: `best` and `last` fall back to the next whole one, with a warning. An EMA that is damaged is never
+            replaced by the parameters beside it.
+
+        Returns:
+          Nested dictionaries of NumPy arrays.
 
         Raises:
-          UserError: as `restore_params`.
+          UserError: if there is no such checkpoint.
         """
-        chosen = self.checked_name(which)
-        try:
-            return self.restore_params(chosen, subtree="ema")
-        except UserError:
-            # Most runs keep no EMA; where it is the checkpoint that is missing, this says so.
-            return self.restore_params(chosen)
+        folder = self._chosen(which, _evaluated)
+        for subtree in ("ema", "params"):
+            if specs := _specs_of(folder, subtree):
+                return _read_weights(folder, subtree, specs)
+        raise UserError(f"checkpoint {folder} holds no weights")
 
     def step_of(self, which: str | int) -> int:
         """The finished step that a name means: the best by metric (or the newest), the newest, or that step.
@@ -305,21 +287,7 @@ class CheckpointStore:
 
     @cached_property
     def _checkpointer(self) -> Any:
-        ocp = _orbax()
-        options = _only_here() if self._alone else ocp.options.MultiprocessingOptions()
-        # Trained weights are noise to a compressor: it would cost time and save little.
-        trees_of_arrays = {
-            item: ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
-            for item in (_STATE, *WEIGHTS)
-        }
-        meta = ocp.JsonCheckpointHandler(multiprocessing_options=options)
-        return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(multiprocessing_options=options), meta=meta, **trees_of_arrays
-            ),
-            timeout_secs=TIMEOUT_SECONDS,
-            multiprocessing_options=options,
-        )
+        return orbax_io.make_checkpointer(alone=self._alone)
 
     @cached_property
     def _finalizer(self) -> ThreadPoolExecutor:
@@ -334,27 +302,20 @@ class CheckpointStore:
         """
         answer: dict[str, Any] = {}
         if self._everyone.index == 0:
-            self._check_is_folder()
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._delete_unfinished()
-            revision = max((saved.revision + 1 for saved in self._folders() if saved.step == step), default=0)
-            free = _free_bytes(self.directory)
-            answer = {"revision": revision, "free": free}
+            self._folders.prepare()
+            revision = max((saved.revision + 1 for saved in self._folders.all() if saved.step == step), default=0)
+            answer = {"revision": revision, "free": self._folders.free_bytes()}
         # Only one process may decide: another may see files that the first has already deleted.
         answer = json.loads(self._everyone.gather(json.dumps(answer))[0])
-        # A bucket has no empty folders to see.
-        seen = self._everyone.gather("yes" if _is_remote(self.directory) or self.directory.exists() else "no")
+        seen = self._everyone.gather("yes" if self._folders.is_visible() else "no")
         if blind := [index for index, sees in enumerate(seen) if sees == "no"]:
             raise UserError(
                 f"processes {blind} do not see {self.directory}, which process 0 has made; the run folder must be on a "
                 "file system that all processes share"
             )
-        free, revision = answer["free"], answer["revision"]
-        folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
+        free, folder = answer["free"], self._folders.named(step, answer["revision"])
         if free is not None and free < num_bytes:
             raise self._cleared(folder, "the disk is too full", num_bytes)
-        self._refused.discard(folder)
-        self._mentioned.discard(folder)
         return folder
 
     def _finish(self, folder: epath.Path, num_bytes: int) -> None:
@@ -368,7 +329,7 @@ class CheckpointStore:
             self._checkpointer.wait_until_finished()
             if everyone.count > 1:
                 write_part_of_digests(folder, everyone.index, everyone.count)
-                barrier(f"digests of {folder}")
+                barrier(f"digests of {folder}", TIMEOUT_SECONDS)
             if everyone.index == 0:
                 write_digests(folder, parts=everyone.count if everyone.count > 1 else 0)
         except Exception as error:
@@ -376,164 +337,96 @@ class CheckpointStore:
         if everyone.index == 0:
             self._delete_others(folder)
         if everyone.count > 1:
-            barrier(f"end of {folder}")
+            barrier(f"end of {folder}", TIMEOUT_SECONDS)
         logger.debug("checkpoint %s saved", folder)
 
     def _cleared(self, folder: epath.Path, reason: object, num_bytes: int) -> SaveError:
         """Why a save failed, after deleting what there is of it: it is of no use, and a full disk needs the room."""
         if self._everyone.index == 0:
-            self._delete_for_good(folder)
+            self._folders.delete_for_good(folder)
         text = str(reason) or repr(reason)
         named = _SYSTEM_ERROR.search(text)
         text = named[1].strip() if named else text.splitlines()[0]
-        free = _free_bytes(self.directory)
+        free = self._folders.free_bytes()
         room = "" if free is None else f" (it takes {_readable(num_bytes)}; {_readable(free)} are free there)"
-        whole = [saved.folder.name for saved in self._finished()]
+        whole = [saved.folder.name for saved in self._folders.finished()]
         left = f"the last checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
         return SaveError(f"checkpoint {folder} could not be saved: {text}{room}; {left}")
 
-    def _check_is_folder(self) -> None:
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory} is a file; it must be the folder of the checkpoints")
-
     def _mention_unfinished(self) -> None:
         """Says once of each folder without digests that it counts for nothing; not while a save is under way."""
-        if self._pending is not None or not self.directory.is_dir():
-            return
-        for folder in self.directory.iterdir():
-            damage = find_damage(folder, wanted=lambda name: False) if _parse(folder) else None
-            if _TEMPORARY in folder.name:
-                damage = "its save has not finished"
-            if damage and folder not in self._mentioned | self._refused:
-                self._mentioned.add(folder)
-                logger.warning("checkpoint %s refused: %s", folder, damage)
-
-    def _delete_unfinished(self) -> None:
-        """Deletes what interrupted saves have left; not while a save is under way."""
-        if self._everyone.index == 0 and self.directory.is_dir():
-            for folder in self.directory.iterdir():
-                if _TEMPORARY in folder.name or (_parse(folder) and not (folder / DIGESTS).exists()):
-                    _delete(folder)
-
-    def _delete_for_good(self, folder: epath.Path) -> None:
-        """Deletes what a failed save has left, and what its other writers add: Orbax reports the first that failed."""
-        looks_clean = 0
-        for _ in range(100):
-            self._delete_unfinished()
-            if folder.exists():
-                _delete(folder)
-            time.sleep(0.1)
-            left = folder.exists() or any(_TEMPORARY in other.name for other in self.directory.iterdir())
-            looks_clean = 0 if left else looks_clean + 1
-            if looks_clean == 5:
-                return
+        if self._pending is None:
+            self._folders.mention_unfinished()
 
     def _delete_others(self, just_saved: epath.Path) -> None:
-        folders = {saved.step: saved.folder for saved in self._finished()}
-        metas = self._metas()
+        folders = {saved.step: saved.folder for saved in self._folders.finished()}
+        metas = self._folders.metas()
         retention = self._retention or Retention()
         values = {step: metas[step]["metrics"].get(retention.metric) if step in metas else None for step in folders}
         kept = {folders[step] for step in retention.kept(values)} | {just_saved}
-        for saved in self._folders():
+        for saved in self._folders.all():
             if saved.folder not in kept:
-                _delete(saved.folder)
+                delete(saved.folder)
 
-    def _folders(self) -> list[_Saved]:
-        """Folders of steps, finished or not, ascending by step and revision."""
-        self._check_is_folder()
-        if not self.directory.exists():
-            return []
-        return sorted(saved for folder in self.directory.iterdir() if (saved := _parse(folder)))
+    def _chosen(self, which: Which, subtree: Callable[[epath.Path], str]) -> epath.Path:
+        """The checkpoint `which`, its record and one kind of weights verified; `subtree` says of a folder, which."""
+        self.wait()
 
-    def _finished(self) -> list[_Saved]:
-        return [
-            saved
-            for saved in self._folders()
-            if saved.folder not in self._refused and (saved.folder / DIGESTS).exists()
-        ]
+        def wanted(folder: epath.Path) -> Callable[[str], bool]:
+            others = {orbax_io.STATE, *orbax_io.WEIGHTS} - {subtree(folder)}
+            return lambda name: name.split("/")[0] not in others
 
-    def _metas(self) -> dict[int, dict[str, Any]]:
-        """The records of finished steps, ascending, without those that cannot be read."""
-        metas = {}
-        for saved in self._finished():
-            try:
-                metas[saved.step] = _read_meta(saved.folder)
-            except (OSError, ValueError, LookupError, TypeError, UserError) as error:
-                # Not verified here: a load would refuse this folder, saying why.
-                logger.debug("checkpoint %s has no readable record: %s", saved.folder, error)
-        return metas
+        step = which if isinstance(which, int) else None
+        return self._newest_whole(step, first=self.ranked_steps() if which == "best" else (), wanted=wanted).folder
 
     def _newest_whole(
         self,
         step: int | None,
         first: Sequence[int] = (),
-        wanted: Callable[[str], bool] = lambda name: True,
+        wanted: Callable[[epath.Path], Callable[[str], bool]] = lambda folder: lambda name: True,
         together: Processes = ALONE,
-    ) -> _Saved:
-        """The first folder without damage: of `step`, or of the steps `first` in their order, then the newest."""
+    ) -> Saved:
+        """The first folder without damage: of `step`, or of the steps `first` in their order, then the newest.
+
+        Of a folder the files are verified for which `wanted(folder)` is true.
+        """
         order = {step: rank for rank, step in enumerate(first)}
-        folders = [saved for saved in self._folders() if step is None or saved.step == step]
+        folders = [saved for saved in self._folders.all() if step is None or saved.step == step]
         folders.sort(key=lambda saved: (order.get(saved.step, len(order)), -saved.step, -saved.revision))
         reasons = []
         names = (saved.folder.name for saved in folders)
         # Process 0 says which one is next, so that all look at the same, whatever their file system shows them.
         while name := together.gather(next(names, ""))[0]:
             folder = self.directory / name
-            found = together.gather(find_damage(folder, wanted, together.index, together.count) or "")
+            found = together.gather(find_damage(folder, wanted(folder), together.index, together.count) or "")
             damage = next(filter(None, found), None)
             if damage is None:
-                saved = _parse(folder)
+                saved = parse(folder)
                 assert saved is not None
                 return saved
             reasons.append(f"{name}: {damage}")
-            if folder not in self._refused | self._mentioned:
-                logger.warning("checkpoint %s refused: %s", folder, damage)
-            self._refused.add(folder)
+            self._folders.refuse(folder, damage)
         asked = "checkpoint" if step is None else f"checkpoint of step {step}"
         why = f" ({'; '.join(reasons)})" if reasons else f"; finished steps: {self.steps() or 'none'}"
         raise UserError(f"no whole {asked} in {self.directory}{why}")
 
 
-def _orbax() -> Any:
-    """Orbax on first use: importing it takes as long as importing the rest of the room."""
-    import orbax.checkpoint
-
-    return orbax.checkpoint
+def _evaluated(folder: epath.Path) -> str:
+    """Which weights of a checkpoint are evaluated: its EMA if it has files of one."""
+    return "ema" if any(name.startswith("ema/") for name in recorded_files(folder)) else "params"
 
 
-def _only_here() -> Any:
-    """Orbax' options for what waits for no other process."""
-    here = jax.process_index()
-    return _orbax().options.MultiprocessingOptions(primary_host=here, active_processes={here})
+def _specs_of(folder: epath.Path, subtree: str) -> dict[str, trees.LeafSpec]:
+    specs = recorded_specs(read_meta(folder))
+    return {name: spec for name, spec in specs.items() if orbax_io.item_of(name) == subtree}
 
 
-@contextmanager
-def _lone_reader() -> Iterator[Any]:
-    """A reader that waits for no other process."""
-    ocp, options = _orbax(), _only_here()
-    handlers = {item: ocp.PyTreeCheckpointHandler(multiprocessing_options=options) for item in (_STATE, *WEIGHTS)}
-    composite = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options), **handlers
-    )
-    with ocp.Checkpointer(composite, multiprocessing_options=options) as reader:
-        yield reader
-
-
-def _read(reader: Any, folder: epath.Path, requests: Mapping[str, Any]) -> dict[str, Any]:
-    """The requested arrays by name."""
-    ocp = _orbax()
-    items = {item: ocp.args.PyTreeRestore(item=tree, restore_args=tree) for item, tree in _items(requests).items()}
-    restored = reader.restore(folder, args=ocp.args.Composite(**items))
-    return {name: leaf for item in items for name, leaf in trees.flatten(restored[item]).items()}
-
-
-def _is_remote(path: epath.PathLike) -> bool:
-    return "://" in str(path)
-
-
-def _free_bytes(directory: epath.Path) -> int | None:
-    """Free bytes of a local disk; None for a bucket, which has no end."""
-    return None if _is_remote(directory) else shutil.disk_usage(directory).free
+def _read_weights(folder: epath.Path, subtree: str, specs: Mapping[str, trees.LeafSpec]) -> Params:
+    wanted = {name: orbax_io.request_numpy() for name, spec in specs.items() if orbax_io.is_stored(spec)}
+    with orbax_io.lone_reader() as reader:
+        arrays = orbax_io.read(reader, folder, wanted)
+    empty = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items() if not orbax_io.is_stored(spec)}
+    return trees.nested(arrays | empty)[subtree]
 
 
 def _readable(num_bytes: float) -> str:
@@ -543,64 +436,6 @@ def _readable(num_bytes: float) -> str:
     while num_bytes >= 1000 and (larger := next(units, None)):
         num_bytes, unit = num_bytes / 1000, larger
     return f"{num_bytes:.3g} {unit}"
-
-
-def _parse(folder: epath.Path) -> _Saved | None:
-    match = _FOLDER_NAME.fullmatch(folder.name)
-    return _Saved(int(match[1]), int(match[2] or 0), folder) if match else None
-
-
-def _delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint, or what stands in its place; what cannot be deleted is only a loss of room."""
-    try:
-        # The digests go first, so that a deletion that is cut short leaves no folder that looks whole.
-        if (folder / DIGESTS).exists():
-            (folder / DIGESTS).rmtree()
-        if folder.exists():
-            folder.rmtree()
-    except OSError as error:
-        logger.warning("%s cannot be deleted: %s", folder, error.strerror or error)
-
-
-def _item_of(name: str) -> str:
-    head = name.split("/")[0]
-    return head if head in WEIGHTS else _STATE
-
-
-def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Nested dictionaries a part of the folder, full names kept inside."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, leaf in leaves.items():
-        parts.setdefault(_item_of(name), {})[name] = leaf
-    return {item: trees.nested(part) for item, part in parts.items()}
-
-
-def _is_stored(spec: trees.LeafSpec) -> bool:
-    """Orbax refuses arrays without elements; their shape and dtype say all about them."""
-    return 0 not in spec.shape
-
-
-def _empty_like(leaf: Any) -> Any:
-    return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else jnp.zeros(leaf.shape, leaf.dtype)
-
-
-def _restore_args(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return _orbax().RestoreArgs(restore_type=np.ndarray)
-    plain = jax.eval_shape(jax.random.key_data, leaf) if trees.is_key(leaf) else leaf
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    return _orbax().ArrayRestoreArgs(sharding=sharding, global_shape=plain.shape, dtype=plain.dtype)
-
-
-def _read_meta(folder: epath.Path) -> dict[str, Any]:
-    meta = json.loads((folder / "meta" / "metadata").read_text())
-    if meta.get("format") != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {meta.get('format')}; this version reads format {FORMAT}")
-    return meta
-
-
-def _specs(meta: Mapping[str, Any]) -> dict[str, trees.LeafSpec]:
-    return {name: trees.LeafSpec(tuple(shape), dtype) for name, (shape, dtype) in meta["leaves"].items()}
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tabulate import tabulate
 
 from t5x_ext.contracts import PyTree, UserError, path_name
 
@@ -110,8 +111,7 @@ def check_same(stored: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec], w
         return
     rows = [("array", "in the checkpoint", "wanted")]
     rows += [(name, str(stored.get(name, "-")), str(wanted.get(name, "-"))) for name in names]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    table = "\n".join(f"{name:<{widths[0]}}  {there:<{widths[1]}}  {here}" for name, there, here in rows)
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True)
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     first = _difference(names[0], stored.get(names[0]), wanted.get(names[0]))
     raise StructureError(f"{where} belongs to another model or optimizer: {first}{more}", table)

@@ -28,10 +28,11 @@ from t5x_ext.cli.flags import require
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.pipeline import pipeline_from_flags
 from t5x_ext.cli.run_flags import RUN_FLAGS, define_run_flags, run_from_flags
-from t5x_ext.cli.stage_work import StageWork, stage_work
+from t5x_ext.cli.stage_work import stage_work
 
 if TYPE_CHECKING:
     from t5x_ext.decode import DecodeConfig
+    from t5x_ext.pipeline import StageWork
     from t5x_ext.plan.report import CheckReport
     from t5x_ext.plan.topology import Target
     from t5x_ext.train import Run
@@ -87,7 +88,7 @@ def main(values: flags.FlagValues) -> int:
     vocab_size = values.vocab_size
     # It says how many pieces there are here, not how many to train.
     values["vocab_size"].value = None
-    work = _work_of_stage(values) if values.stage else StageWork(run_from_flags(values)[0])
+    work = _work_of_stage(values) if values.stage else _work_of_run(values)
     if values.program == "decode" and work.decode is None:
         from t5x_ext.tasks import text_task
 
@@ -102,11 +103,18 @@ def main(values: flags.FlagValues) -> int:
     return _examine(values, work, vocab_size, target)
 
 
+def _work_of_run(values: flags.FlagValues) -> StageWork:
+    """The training of a run, as of a stage that consists of it."""
+    from t5x_ext.pipeline import StageWork
+
+    return StageWork(run_from_flags(values)[0])
+
+
 def _work_of_stage(values: flags.FlagValues) -> StageWork:
     """What the stage of a pipeline computes.
 
     Raises:
-      UsageError: for flags that do not go with a stage.
+      UsageError: for flags that do not go with a stage, and for a stage that computes nothing.
     """
     require(values, "gin_file")
     if values["program"].present:

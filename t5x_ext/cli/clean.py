@@ -27,6 +27,7 @@ from t5x_ext.cli.flags import require
 from t5x_ext.cli.languages import known_language
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.runner_flags import check_runner_flags, define_runner_flags, runner_from_flags
+from t5x_ext.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from t5x_ext.cli.gin_read import Source
@@ -61,7 +62,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     """Runs `t5x_ext clean`."""
     require(values, "output_dir")
-    if values.runner is None or "://" not in values.output_dir:
+    if values.runner is None or not is_remote(values.output_dir):
         check_folder(values.output_dir, "--output_dir")
     check_writable(values.json_out, "--json_out")
     check_runner_flags(values)

@@ -6,25 +6,25 @@ import logging
 
 from absl import flags
 
-_KINDS = ("none", "auto", "tpu", "gke", "slurm", "explicit")
+from t5x_ext.cli.field_flags import FieldFlag, define_field_flags, field_values
+
+_FLAGS = {
+    "kind": FieldFlag(
+        "how processes find each other: alone; as found; Cloud TPU, Kubernetes (GKE) or Slurm; by the next three flags",
+        name="distributed",
+    ),
+    "coordinator": FieldFlag("HOST:PORT of process 0; by default as the cluster says", name="coordinator_address"),
+    "num_processes": FieldFlag("processes of the run", lower_bound=1),
+    "process_id": FieldFlag("number of this process, from 0", lower_bound=0),
+    "timeout_seconds": FieldFlag(
+        "seconds to wait for processes that do not come", name="initialization_timeout", lower_bound=1
+    ),
+}
 
 
 def define_distributed_flags(values: flags.FlagValues) -> None:
-    """Declares the flags of a command that can run on several processes."""
-    flags.DEFINE_enum(
-        "distributed", "none", _KINDS,
-        "how processes find each other: alone; as found; Cloud TPU, Kubernetes (GKE) or Slurm; by the next three flags",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0; by default as the cluster says", flag_values=values
-    )
-    flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer(
-        "initialization_timeout", 300, "seconds to wait for processes that do not come", lower_bound=1,
-        flag_values=values,
-    )  # fmt: skip
+    """Declares the flags of a command that can run on several processes: the fields of `DistributedConfig`."""
+    define_field_flags(values, "parallel.distributed", "DistributedConfig", _FLAGS)
 
 
 def join_processes(values: flags.FlagValues) -> bool:
@@ -35,15 +35,7 @@ def join_processes(values: flags.FlagValues) -> bool:
     """
     from t5x_ext.parallel import DistributedConfig, initialize_distributed, is_primary
 
-    initialize_distributed(
-        DistributedConfig(
-            values.distributed,
-            values.coordinator_address,
-            values.num_processes,
-            values.process_id,
-            values.initialization_timeout,
-        )
-    )
+    initialize_distributed(DistributedConfig(**field_values(values, _FLAGS)))
     if not is_primary():
         logging.getLogger("t5x_ext").setLevel(logging.WARNING)
     return is_primary()

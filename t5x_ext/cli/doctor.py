@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from absl import flags
 
 from t5x_ext.cli.files import check_writable, report
+from t5x_ext.storage.remote import is_remote
 
 _MODULES = {
     "absl-py": "absl",
@@ -112,7 +113,7 @@ def gin_files() -> Finding:
 
 def write_access(run_dir: str) -> Finding:
     """Whether a run folder could be made there, and how much room there is."""
-    if "://" in run_dir:
+    if is_remote(run_dir):
         return Finding("ok", "run folder", f"{run_dir} is remote: not tried")
     folder = Path(run_dir).absolute()
     while not folder.exists():

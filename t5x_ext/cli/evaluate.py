@@ -14,10 +14,11 @@ from typing import Any
 from absl import flags
 
 from t5x_ext.cli.decoding import decode_config, define_decode_flags, define_model_flags, open_translator
-from t5x_ext.cli.files import check_writable, report, whole_file
+from t5x_ext.cli.files import check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.languages import known_language
 from t5x_ext.cli.messages import UsageError
+from t5x_ext.storage.files import whole_file
 
 _TOKENIZERS = ["13a", "zh", "ja-mecab", "char", "intl", "none"]
 _TESTS = ["bootstrap", "approximate_randomization"]

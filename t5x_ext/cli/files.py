@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from t5x_ext.cli.messages import UsageError
+from t5x_ext.storage.files import whole_file
+from t5x_ext.storage.remote import is_remote
 
 
 def check_absent(path: str, flag: str) -> None:
@@ -36,7 +38,7 @@ def check_writable(path: str | None, flag: str) -> None:
 
 def check_folder(path: str, flag: str) -> None:
     """Raises UsageError where a folder at `path` could not be made or written to."""
-    if "://" in path:
+    if is_remote(path):
         return
     folder = Path(path).absolute()
     while not folder.exists():
@@ -49,20 +51,8 @@ def check_folder(path: str, flag: str) -> None:
 
 def _check_local(path: str, flag: str) -> None:
     # A bucket knows neither renaming nor appending, on which whole and restartable files rest.
-    if "://" in path:
+    if is_remote(path):
         raise UsageError(f"{flag}={path}: give a local path; only run folders and texts may be remote")
-
-
-@contextmanager
-def whole_file(path: str) -> Iterator[TextIO]:
-    """A text file to write that appears under its name only when the block has ended without an error."""
-    draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextmanager

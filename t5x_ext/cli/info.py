@@ -15,6 +15,7 @@ from absl import flags
 
 from t5x_ext.cli.files import check_writable, report
 from t5x_ext.cli.messages import UsageError, did_you_mean
+from t5x_ext.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from t5x_ext.models import LayerSharing, TransformerConfig
@@ -108,7 +109,7 @@ def _run(run_dir: str) -> dict[str, Any]:
         "vocabulary": {"size": vocabulary.size, "languages": list(vocabulary.languages)},
         "checkpoints": steps,
         "best_checkpoint": best,
-        "megabytes_on_disk": None if "://" in run_dir else round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "megabytes_on_disk": None if is_remote(run_dir) else round(sum(file.stat().st_size for file in files) / 1e6, 1),
         "finished": folder.results_json.exists(),
     }
 

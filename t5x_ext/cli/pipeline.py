@@ -1,12 +1,12 @@
-"""Runs a pipeline of stages, from raw text to scores; the same command goes on where an interrupted one stopped.
+"""Runs a pipeline of stages, from raw text to scores; rerun the same command to resume an interrupted one.
 
-A stage that has finished is left alone. One whose configuration or inputs have changed is refused with the difference,
-unless --stages names it: then it is made anew. --audit computes every digest of a finished pipeline again, from its
-scores back to the texts it began with, and ends with exit code 1 where something does not match.
+Finished stages are not run again. A stage whose configuration or inputs have changed is refused with the difference,
+unless --stages names it: then it is rebuilt. --audit computes every digest of a finished pipeline again, from its
+scores back to the texts it began with, and ends with exit code 1 if something does not match.
 
 Processes of one command (--distributed, as for t5x_ext train) share training, decoding and scoring; process 0 does the
-rest. The folder is on a file system that all of them see, and is named by the same path: not a bucket, but a mount of
-one will do where a new file is seen at once by all and renaming is atomic.
+rest. All of them see the folder under the same path. It cannot be a bucket; a mounted bucket works if a new file is
+visible to all processes at once and renaming is atomic.
 
 example: t5x_ext pipeline --gin_file=runs/vega_mt_tiny.gin --output_dir=out
 example: srun t5x_ext pipeline --gin_file=runs/vega_mt_tiny.gin --output_dir=/shared/out --distributed=slurm
@@ -30,6 +30,7 @@ from t5x_ext.cli.files import check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.languages import known_language
 from t5x_ext.cli.messages import UsageError
+from t5x_ext.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from t5x_ext.pipeline import Artefact, Pipeline, StageAudit, Status
@@ -37,31 +38,31 @@ if TYPE_CHECKING:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Declares the flags of `t5x_ext pipeline`."""
-    flags.DEFINE_string("output_dir", None, "folder for everything the stages make; required", flag_values=values)
-    flags.DEFINE_multi_string("gin_file", [], "the pipeline; required but for --audit", flag_values=values)
+    flags.DEFINE_string("output_dir", None, "folder for all that the stages make; required", flag_values=values)
+    flags.DEFINE_multi_string("gin_file", [], "the pipeline; required unless --audit is given", flag_values=values)
     flags.DEFINE_multi_string(
-        "gin", [], "one binding over those of the files, as --gin.Synthesize.provenance=True", flag_values=values
+        "gin", [], "one binding that overrides those of the files, as --gin.Train.provenance=True", flag_values=values
     )
     flags.DEFINE_list(
-        "stages", [], "run these only, separated by commas, and make them anew where they have changed",
+        "stages", [], "run only these, separated by commas, and rebuild them if they have changed",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_boolean("dry_run", False, "say how each stage stands, and do nothing", flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "print the state of each stage, and do nothing", flag_values=values)
     flags.DEFINE_boolean("audit", False, "check every file against its recorded digest", flag_values=values)
-    flags.DEFINE_string("json_out", None, "file for what was found as JSON; - is standard output", flag_values=values)
+    flags.DEFINE_string("json_out", None, "file for the findings as JSON; - is standard output", flag_values=values)
     define_deterministic_flag(values)
     define_compile_cache_flag(values)
     define_distributed_flags(values)
 
 
 def main(values: flags.FlagValues) -> int:
-    """Runs `t5x_ext pipeline`; 1 where an audit finds something, 130 when a signal ended it early."""
+    """Runs `t5x_ext pipeline`; 1 if an audit finds something, 130 if a signal ended it early."""
     require(values, "output_dir")
     check_writable(values.json_out, "--json_out")
-    if "://" in values.output_dir:
+    if is_remote(values.output_dir):
         raise UsageError(f"--output_dir={values.output_dir}: give a local path")
     if values.distributed != "none" and (values.audit or values.dry_run):
-        raise UsageError("--audit and --dry_run are for one process: leave --distributed out")
+        raise UsageError("--audit and --dry_run are for one process: remove --distributed")
     check_folder(values.output_dir, "--output_dir")
     if values.audit:
         if values.stages or values.dry_run:
@@ -78,16 +79,16 @@ def main(values: flags.FlagValues) -> int:
     with failing_together():
         pipeline, texts = pipeline_from_flags(values)
 
-    from t5x_ext.pipeline import Interrupted, execute, status_of
+    from t5x_ext.pipeline import Interrupted, execute, statuses
 
     if values.dry_run:
-        found = [status_of(stage, Path(values.output_dir), texts[stage.name]) for stage in pipeline.stages]
+        found = statuses(pipeline, values.output_dir, texts)
         report(_plan(pipeline, found), [status._asdict() for status in found], values.json_out)
         return 0
     try:
         artefacts = execute(pipeline, values.output_dir, configurations=texts, only=values.stages)
     except Interrupted as error:
-        print(f"{error} was interrupted; the same command goes on", file=sys.stderr)
+        print(f"{error} was interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
     if primary:
         summary = {name: artefact.to_json() for name, artefact in artefacts.items()}
@@ -125,7 +126,7 @@ def _plan(pipeline: Pipeline, found: list[Status]) -> str:
 
 
 def _summary(output_dir: str, artefacts: dict[str, Artefact]) -> str:
-    """What a person sees at the end: a line a stage, and the tables of scores."""
+    """What is printed at the end: a line for each stage, and the tables of scores."""
     lines = []
     for name, artefact in artefacts.items():
         lines.append(f"{name:<16} {artefact.kind:<8} {_counts(artefact)}".rstrip())

@@ -1,4 +1,4 @@
-"""Does a value fit an annotation? A small checker for what configuration files hold."""
+"""Whether a value from a configuration file fits an annotation (beartype checks), and annotations in words."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ import collections.abc
 import inspect
 import types
 import typing
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import starmap
+from typing import Annotated, Any
 
-_SEQUENCES = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+from beartype import BeartypeConf, FrozenDict
+from beartype.door import is_bearable
+from beartype.roar import BeartypeException
+from beartype.vale import Is
+
+_LISTS = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
+# What configuration files can give where an annotation asks for a container.
+_CONTAINERS: dict[Any, Any] = {
+    **dict.fromkeys(_LISTS, (list, tuple)),
+    dict: dict,
+    collections.abc.Mapping: dict,
+    tuple: tuple,
+}
+
+
+def _is_no_flag(value: object) -> bool:
+    return not isinstance(value, bool)
+
+
+_CONF = BeartypeConf(
+    hint_overrides=FrozenDict({int: Annotated[int, Is[_is_no_flag]], float: Annotated[float | int, Is[_is_no_flag]]})
+)
 
 
 def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
@@ -33,26 +56,34 @@ def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
 def fits(value: Any, hint: Any) -> bool:
     """False where the value contradicts the annotation; True where it fits or nothing can be said.
 
-    An integer is a float too; True is no integer.
+    An integer is a float too; True is no integer, and text is no sequence.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is None:
-        return value is None
     if _is_union(origin):
         return any(fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if origin is tuple or hint is tuple:
-        return _fits_tuple(value, arguments)
-    if _is_callable(origin) or hint is Callable:
-        return callable(value)
-    if origin in _SEQUENCES:
-        items = arguments or (Any,)
-        return isinstance(value, list | tuple) and all(fits(item, items[0]) for item in value)
-    if origin in (dict, collections.abc.Mapping):
-        keys, items = arguments
-        return isinstance(value, dict) and all(fits(k, keys) and fits(v, items) for k, v in value.items())
-    return _fits_class(value, origin or hint)
+    if origin in _CONTAINERS and not isinstance(value, _CONTAINERS[origin]):
+        return False
+    return _is_bearable(value, hint) and all(starmap(fits, _items(value, origin, arguments)))
+
+
+def _is_bearable(value: Any, hint: Any) -> bool:
+    try:
+        with warnings.catch_warnings():
+            # Beartype warns of outdated names such as typing.List in annotations of other packages.
+            warnings.simplefilter("ignore")
+            return is_bearable(value, hint, conf=_CONF)
+    except BeartypeException:
+        # Text that is not Python, protocols without runtime_checkable: no check is defined for them.
+        return True
+
+
+def _items(value: Any, origin: Any, arguments: tuple[Any, ...]) -> Iterable[tuple[Any, Any]]:
+    """Every item of a container beside its annotation: beartype looks at a single item, chosen at random."""
+    if isinstance(value, dict) and origin in _CONTAINERS:
+        return [pair for key, item in value.items() for pair in zip((key, item), arguments)]
+    if origin is tuple and arguments[1:] != (...,):
+        return zip(value, arguments)
+    return [(item, arguments[0]) for item in value] if origin in _CONTAINERS else ()
 
 
 def describe(hint: Any) -> str:
@@ -91,28 +122,6 @@ def _evaluated(hint: Any, scope: dict[str, Any]) -> Any:
     except Exception:
         # An annotation is arbitrary text that only its own tool reads; there is nothing to check then.
         return inspect.Parameter.empty
-
-
-def _fits_class(value: Any, hint: Any) -> bool:
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(hint, type):
-        return True
-    try:
-        return isinstance(value, hint)
-    except TypeError:
-        # Protocols without runtime_checkable, shape classes: an instance check is not defined for them.
-        return True
-
-
-def _fits_tuple(value: Any, arguments: tuple[Any, ...]) -> bool:
-    if not isinstance(value, tuple):
-        return False
-    if not arguments or arguments[1:] == (...,):
-        return all(fits(item, arguments[0]) for item in value) if arguments else True
-    return len(value) == len(arguments) and all(map(fits, value, arguments))
 
 
 def _is_union(origin: Any) -> bool:

@@ -10,9 +10,23 @@ from __future__ import annotations
 
 from absl import flags
 
+from t5x_ext.cli.field_flags import FieldFlag, define_field_flags, field_values
 from t5x_ext.cli.files import check_absent, check_folder, check_writable, report
 from t5x_ext.cli.flags import require
 from t5x_ext.cli.languages import known_language
+
+_TRAINING = {
+    "size": FieldFlag("number of pieces", lower_bound=1),
+    "model_type": FieldFlag("kind of model"),
+    "character_coverage": FieldFlag(
+        "share of characters with pieces of their own; chosen from the text by default",
+        lower_bound=0.98,
+        upper_bound=1.0,
+    ),
+    "split_digits": FieldFlag("make every digit a piece of its own"),
+    "max_lines": FieldFlag("lines to train on, sampled", lower_bound=1),
+    "seed": FieldFlag("of the sample"),
+}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -20,15 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("input", [], "text file, plain or gzipped, UTF-8; required", flag_values=values)
     flags.DEFINE_list("languages", [], "languages that get a tag, separated by commas", flag_values=values)
     flags.DEFINE_string("output", None, "folder for the vocabulary; required", flag_values=values)
-    flags.DEFINE_integer("size", 32768, "number of pieces", lower_bound=1, flag_values=values)
-    flags.DEFINE_enum("model_type", "unigram", ["unigram", "bpe"], "kind of model", flag_values=values)
-    flags.DEFINE_float(
-        "character_coverage", None, "share of characters with pieces of their own; chosen from the text by default",
-        lower_bound=0.98, upper_bound=1.0, flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_boolean("split_digits", False, "make every digit a piece of its own", flag_values=values)
-    flags.DEFINE_integer("max_lines", 4_000_000, "lines to train on, sampled", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the sample", flag_values=values)
+    define_field_flags(values, "data.vocabulary", "VocabularyConfig", _TRAINING)
     flags.DEFINE_string("json_out", None, "file for the result as JSON", flag_values=values)
 
 
@@ -44,13 +50,8 @@ def main(values: flags.FlagValues) -> None:
     languages = [known_language(language) for language in values.languages]
     vocabulary = train_vocabulary(
         (line for path in values.input for line in read_lines(path)),
-        values.size,
-        languages,
-        seed=values.seed,
-        model_type=values.model_type,
-        character_coverage=values.character_coverage,
-        split_digits=values.split_digits,
-        max_lines=values.max_lines,
+        languages=languages,
+        **field_values(values, _TRAINING),
     )
     vocabulary.save(values.output)
     result = {

@@ -1,7 +1,6 @@
-"""Where lines come from and how they are cleaned: text files, CLDR, seqio tasks, filters, typing and word noise.
+"""Corpora and how they are cleaned: text files, CLDR, seqio tasks, filters, typing and word noise.
 
-A corpus yields aligned pairs of lines (`contracts.Corpus`); what is made of them (vocabulary, tokens, batches) is in
-`data`.
+A corpus yields aligned pairs of lines (`contracts.Corpus`). `data` turns them into a vocabulary, tokens and batches.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from t5x_ext.corpora.beam import BeamRunner
-from t5x_ext.corpora.cleaning import CleaningConfig, clean_line
+from t5x_ext.corpora.cleaning import clean_line
+from t5x_ext.corpora.filters.config import PairRules
 from t5x_ext.corpora.parallel_text import ParallelText, aligned_files, monolingual_text, read_lines
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BeamRunner",
     "CldrCorpus",
-    "CleaningConfig",
+    "PairRules",
     "ParallelText",
     "SeqioMixture",
     "aligned_files",
@@ -28,7 +28,14 @@ __all__ = [
     "read_lines",
 ]
 
-# Corpora whose libraries (babel, seqio with TensorFlow) are loaded by those who use them only.
+RETIRED = {
+    "CleaningConfig": "PairRules",
+    "CleaningConfig.drop_copies": "PairRules.drop_copies",
+    "CleaningConfig.max_length_ratio": "PairRules.max_ratio",
+}
+"""Names that gin files used, and what to write instead. `max_ratio` counts words; the old one counted characters."""
+
+# Imported on first use: these need babel, or seqio with TensorFlow.
 _LAZY = {"CldrCorpus": "t5x_ext.corpora.cldr", "SeqioMixture": "t5x_ext.corpora.seqio_mixture"}
 
 

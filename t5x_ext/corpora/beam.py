@@ -1,4 +1,4 @@
-"""What pipelines on Apache Beam share: the runner, its options, and a corpus cut into tasks that workers can read.
+"""What pipelines on Apache Beam share: the runner, its options, and a corpus split into tasks for workers.
 
 apache_beam is imported when a pipeline is made, not before.
 """
@@ -39,7 +39,7 @@ class BeamRunner:
 
 
 class Task(NamedTuple):
-    """A numbered chunk of a corpus: a stretch of its files, or the name of the scratch file that holds its pairs."""
+    """A numbered chunk of a corpus: a range of its files, or the name of the scratch file with its pairs."""
 
     number: int
     pairs: LineSpan | str
@@ -49,7 +49,7 @@ def import_beam() -> ModuleType:
     """Apache Beam.
 
     Raises:
-      UserError: where it is not installed.
+      UserError: if it is not installed.
     """
     try:
         import apache_beam
@@ -59,10 +59,10 @@ def import_beam() -> ModuleType:
 
 
 def make_pipeline(beam: ModuleType, runner: BeamRunner) -> Any:
-    """An empty pipeline; a runner checks here whether it has all that it needs.
+    """An empty pipeline. The runner checks its options here.
 
     Raises:
-      UserError: where the runner refuses its options, or Beam knows one of them not.
+      UserError: if the runner refuses its options, or Beam does not know one of them.
     """
     messages = io.StringIO()
     try:
@@ -84,18 +84,18 @@ def make_pipeline(beam: ModuleType, runner: BeamRunner) -> Any:
 
 
 def write_tasks(corpus: Corpus, scratch: epath.Path, pairs_per_task: int) -> tuple[str, int]:
-    """Cuts a corpus into tasks; text that workers cannot find by themselves goes into numbered files.
+    """Splits a corpus into tasks. Text that workers cannot read themselves is written to numbered files.
 
     Args:
       corpus: the pairs.
-      scratch: a folder that all workers reach.
-      pairs_per_task: pairs of all tasks but the last.
+      scratch: a folder that all workers can read.
+      pairs_per_task: pairs in every task but the last.
 
     Returns:
-      The file of the tasks, for `read_tasks`, and the number of pairs.
+      The path of the tasks, for `read_tasks`, and the number of pairs.
 
     Raises:
-      UserError: for what the corpus raises, and an empty corpus.
+      UserError: if the corpus raises it or is empty.
     """
     spans = corpus.spans(pairs_per_task) if isinstance(corpus, ParallelText) else None
     if spans is not None:
@@ -119,7 +119,7 @@ def read_tasks(path: str) -> list[Task]:
 
 
 def sent_corpus(corpus: Corpus) -> ParallelText | None:
-    """What workers get of a corpus: one that they do not read need not be one that can be sent to them."""
+    """The corpus if workers read it themselves; others are not sent, because they may not be picklable."""
     return corpus if isinstance(corpus, ParallelText) else None
 
 

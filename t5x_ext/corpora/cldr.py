@@ -1,11 +1,10 @@
 """`CldrCorpus`: an embedded six-language corpus composed from Unicode CLDR, so that a first run needs no download.
 
-Every phrase is rendered by babel from CLDR's own patterns (dates, units with plural forms, list patterns, locale
-names, ...) once a language from one language-neutral item, so the six sides mean the same by construction. Items are
-drawn per family; a phrase that two items share in any language is removed with both, hence every phrase of the table
-is unique in its language: each of the thirty directions is a one-to-one map and exact match is a fair measure.
-Test and validation hold out combinations, not names: a name that training never shows cannot be translated, so bare
-names are for training only.
+Babel renders every phrase from CLDR's own patterns (dates, units with plural forms, list patterns, locale names, ...),
+once a language, from one language-neutral item. So the six sides mean the same by construction. Items are sampled per
+family. If two items share a phrase in any language, both are removed: every phrase is unique in its language, each of
+the thirty directions is a one-to-one map, and exact match is a fair measure. Test and validation hold out combinations,
+not names: a name that training never shows cannot be translated, so bare names are in the training split only.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from t5x_ext.contracts import UserError
 LANGUAGES = ("en", "de", "cs", "ru", "ja", "zh")
 SPLITS = ("train", "valid", "test")
 NAMES_FAMILY = "names"
-"""The family of bare names, which only the training split has."""
+"""The family of bare names, which is in the training split only."""
 
 _FORMAT_VERSION = 1  # Part of the fingerprint: raise it when items, families or rendering change.
 
@@ -40,7 +39,7 @@ def _codes(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Curated by hand for being well known and regular; a test holds that they stay distinct in all six languages.
+# Chosen by hand: well known and regular. A test checks that they are distinct in all six languages.
 TERRITORIES = _codes(
     "AT AU BE BG BR CA CH CL CN CO CU CZ DE DK DZ EE EG ES ET FI FR GB GE GR HR HU ID IE IL IN IQ IR IS IT JM JO JP KE "
     "KH KR KZ LB LT LV LY MA MG MN MX MY NG NL NO NP NZ OM PE PH PK PL PT PY QA RO RS RU SA SE SI SK SN SY TH TR TZ UA "
@@ -81,7 +80,7 @@ RELATIVE_UNITS = {
 
 ListStyle: TypeAlias = Literal["standard", "or"]
 Item: TypeAlias = tuple[Any, ...]
-"""What a phrase says, in no language: numbers, codes and dates."""
+"""A language-neutral item: numbers, codes and dates."""
 
 
 class Family(NamedTuple):
@@ -94,14 +93,14 @@ class Family(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One tuple of the table: a phrase in each of `LANGUAGES`, in that order."""
+    """One row of the table: a phrase in each of `LANGUAGES`, in that order."""
 
     family: str
     phrases: tuple[str, ...]
 
 
 class _Dice:
-    """Seeded draws that use `random.random()` alone, the one sequence that Python promises to keep across versions."""
+    """Seeded sampling by `random.random()` alone, the only sequence that Python keeps the same across versions."""
 
     def __init__(self, *seed: object):
         self._random = random.Random("/".join(map(str, seed))).random
@@ -132,12 +131,12 @@ _SPACES = {0x00A0: " ", 0x202F: " ", 0x2009: " "}
 
 
 def _tidy(text: str) -> str:
-    """NFC, with CLDR's typographic spaces (no-break, narrow no-break, thin) turned into plain ones."""
+    """NFC, with CLDR's typographic spaces (no-break, narrow no-break, thin) as plain spaces."""
     return unicodedata.normalize("NFC", text.translate(_SPACES))
 
 
 def _style(dice: _Dice, members: Sequence[Any]) -> ListStyle:
-    """The list pattern, `and` or `or`; a single member has no pattern, so that its phrase is one item only."""
+    """The list pattern, `and` or `or`. A single member has no pattern."""
     return dice.choice(("standard", "or")) if len(members) > 1 else "standard"
 
 
@@ -215,7 +214,7 @@ def _draw_relative(dice: _Dice) -> Item:
 def _render_relative(locale: Locale, item: Item) -> str:
     unit, count, sign = item
     seconds = sign * count * RELATIVE_UNITS[unit]
-    # A threshold beyond every count keeps babel from moving on to the next larger unit.
+    # A threshold above every count keeps babel from switching to the next larger unit.
     return dates.format_timedelta(seconds, unit, threshold=1e9, add_direction=True, format="long", locale=locale)
 
 
@@ -229,7 +228,7 @@ def _amount(dice: _Dice) -> Decimal:
 
 def _unit(locale: Locale, value: Decimal, unit: str) -> str:
     text = units.format_unit(value, unit, "long", locale=locale)
-    # Where a locale has no long form of its own babel prints the raw id; CLDR's alias says: take the short form.
+    # If a locale has no long form, babel prints the raw id; CLDR's alias says to take the short form.
     return units.format_unit(value, unit, "short", locale=locale) if unit in text else text
 
 
@@ -300,7 +299,7 @@ def _language(locale: Locale, code: str) -> str:
 
 
 def _city(locale: Locale, zone: str) -> str:
-    """The exemplar city of a time zone; by CLDR's rule the last part of the zone's id where a locale names none."""
+    """The exemplar city of a time zone; by CLDR's rule the last part of the zone's id if a locale has no name."""
     return locale.time_zones.get(zone, {}).get("city", zone.rpartition("/")[2].replace("_", " "))
 
 
@@ -376,7 +375,7 @@ FAMILIES = (
 
 
 def _items(family: Family, count: int, seed: int) -> list[Item]:
-    """Distinct items, fewer than `count` where a family has not so many; what comes out is in random order."""
+    """Distinct items in random order, fewer than `count` if a family has fewer."""
     dice = _Dice("cldr", _FORMAT_VERSION, seed, family.name)
     items: dict[Item, None] = {}
     for _ in range(4 * count):
@@ -411,7 +410,7 @@ def _table(seed: int, num_tuples: int) -> tuple[Row, ...]:
 
 @functools.lru_cache(maxsize=12)
 def _split(seed: int, num_tuples: int, valid: int, test: int, split: str) -> tuple[Row, ...]:
-    """Rows of one split, families mixed: of every family the first rows are test, the next valid, the rest train."""
+    """Rows of one split, families mixed. Of each family the first rows are test, the next valid, the rest train."""
     part = {"test": slice(test), "valid": slice(test, test + valid), "train": slice(test + valid, None)}[split]
     taken: list[Row] = []
     by_family: dict[str, list[Row]] = {}
@@ -429,17 +428,17 @@ def _split(seed: int, num_tuples: int, valid: int, test: int, split: str) -> tup
 class CldrCorpus:
     """Two sides of the embedded six-language corpus; satisfies `contracts.Corpus`.
 
-    Corpora that differ in their languages only are sides of one table, made once a process (seconds) and split alike:
-    a phrase of the test or validation split occurs in no other split, in any of the six languages.
+    All language pairs share one table, made once a process (seconds), and one split: a phrase of the test or
+    validation split occurs in no other split, in any of the six languages.
 
     Attributes:
       source_language: one of `LANGUAGES` (en, de, cs, ru, ja, zh).
       target_language: another one.
       split: `train`, `valid` or `test`.
-      seed: which phrases are drawn. The same seed gives the same corpus in every process and on every machine, for
+      seed: which phrases are sampled. The same seed gives the same corpus in every process and on every machine for
         one version of babel (its CLDR data is part of the fingerprint).
-      num_tuples: size of the whole table; small families and the removal of ambiguous phrases leave a few per cent
-        less, bare names add some two hundred to training.
+      num_tuples: size of the table in rows. Small families and the removal of ambiguous phrases make it a few per cent
+        smaller; bare names add about two hundred rows to training.
       valid_per_family: phrases of each family held out for validation.
       test_per_family: phrases of each family held out for testing.
 
@@ -465,7 +464,7 @@ class CldrCorpus:
         if min(self.valid_per_family, self.test_per_family) < 1 or self.num_tuples < 100 * held_out:
             raise UserError(
                 f"CldrCorpus.num_tuples={self.num_tuples} with {held_out} phrases of each family held out: "
-                f"hold out at least one for each of valid and test, and draw at least {100 * max(held_out, 2)} tuples"
+                f"hold out at least one for each of valid and test, and sample at least {100 * max(held_out, 2)} tuples"
             )
 
     @property

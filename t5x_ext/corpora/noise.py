@@ -1,7 +1,7 @@
-"""Noise for text to learn from: of back-translation, word by word, and of typing, letter by letter.
+"""Noise for training text: word noise for back-translation, and typing errors.
 
-What happens to a line follows from the seed and the number of the line alone, so that it does not matter in which
-order, in what portions, or by which process the lines of a text are treated.
+The noise of a line is a function of the seed and the line's number. So it does not depend on the order in which lines
+are processed, on how a text is split, or on the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BETWEEN_LATIN = re.compile(rf"(?<=[{_LATIN}])\n(?=[{_LATIN}])")
 
 
 def _draws(seed: int, number: int) -> _Draw:
-    """Numbers in [0, 1) for one line: of a text seed `random()` is the one sequence that Python promises to keep."""
+    """Numbers in [0, 1) for one line. Seeded with text, `random()` is the only sequence that Python keeps the same."""
     return random.Random(f"{seed}/{number}").random
 
 
@@ -36,27 +36,28 @@ def _check_probabilities(noise: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class WordNoise:
-    """Noise for the sources of back-translation: words change places, are left out, or give way to a filler.
+    """Noise for the sources of back-translation: words are moved, dropped, or replaced by a filler.
 
-    With beam search for the translation itself this is "beam + noise", which teaches as much as sampling does. Words
-    are what stands between spaces; in Chinese and Japanese characters, and runs of Latin letters and digits.
+    After beam search this is "beam + noise", which trains as well as sampled translations. Words are separated by
+    spaces; in Chinese and Japanese a word is a character, or a run of Latin letters and digits.
 
-    First word i is sorted by i + u, u being drawn from [0, swap + 1), so that none moves by more than `swap` places.
-    Then each is left out, and each that is left replaced, by itself. A line of at least one word keeps at least one.
+    First, words are sorted by i + u, where i is a word's position and u is sampled from [0, swap + 1), so that no word
+    moves by more than `swap` positions. Then each word is dropped or kept, and each kept word is replaced or not,
+    independently. A line with words keeps at least one.
 
     Attributes:
-      drop: probability that a word is left out.
-      blank: probability that a word that is left is replaced by `blank_token`.
-      swap: most places by which a word moves; 0: none does.
-      blank_token: text of the filler, a word that the text does not need; it is encoded like any other.
-      seed: of all of it.
+      drop: probability that a word is dropped.
+      blank: probability that a kept word is replaced by `blank_token`.
+      swap: most positions by which a word moves; 0: none does.
+      blank_token: the filler, a word that does not occur in the text; it is encoded like any other.
+      seed: of the random choices.
 
     Raises:
-      UserError: for what is no probability, a negative number of places, and a filler that is not one word.
+      UserError: for a value that is no probability, a negative `swap`, and a filler that is not one word.
 
     References:
       Edunov et al., arXiv 1808.09381, section 3, whose values are the defaults; the permutation is that of Lample et
-      al., arXiv 1711.00043. They noise pieces of words, here it is whole words, before there are pieces.
+      al., arXiv 1711.00043. They noise subwords; here it is words, before tokenisation.
     """
 
     drop: float = 0.1
@@ -68,12 +69,12 @@ class WordNoise:
     def __post_init__(self) -> None:
         _check_probabilities(self, "drop", "blank")
         if self.swap < 0:
-            raise UserError(f"WordNoise.swap={self.swap}: must be at least 0 places")
+            raise UserError(f"WordNoise.swap={self.swap}: must be at least 0 positions")
         if self.blank_token.split() != [self.blank_token]:
             raise UserError(f"WordNoise.blank_token={self.blank_token!r}: must be one word")
 
     def __call__(self, line: str, number: int, language: str) -> str:
-        """The line, line `number` of its text, with noise; where nothing happens to a word, as it was.
+        """Line `number` of a text, with noise.
 
         >>> all_blank = WordNoise(drop=0, blank=1, swap=0)
         >>> all_blank("zwei Hunde", 0, "de"), all_blank("两只", 0, "zh")
@@ -88,7 +89,7 @@ class WordNoise:
             keys = [index + draw() * (self.swap + 1) for index in range(len(words))]
             words = [words[index] for index in sorted(range(len(words)), key=keys.__getitem__)]
         chances = [draw() for _ in words]
-        # Where none would stay, the one does that was nearest to it.
+        # If all would be dropped, the word with the largest number is kept.
         least = min(self.drop, max(chances))
         kept = [word for word, chance in zip(words, chances) if chance >= least]
         return [self.blank_token if draw() < self.blank else word for word in kept]
@@ -103,18 +104,18 @@ def _joined(words: list[str], language: str) -> str:
 
 @dataclass(frozen=True)
 class TypingNoise:
-    """What happens to a line that is typed carelessly.
+    """Typing errors.
 
     Attributes:
-      swap: probability that a letter changes places with the next one of its word (arXiv 1711.02173).
-      drop: that it is left out, unless it is the only one of its word.
-      double: that it is typed twice.
-      lower_case: that a line is in lower case.
-      bare: that a line has lost the punctuation at its end.
-      seed: of all of it.
+      swap: probability that a letter is swapped with the next one of its word (arXiv 1711.02173).
+      drop: probability that a letter is dropped, unless it is the only one of its word.
+      double: probability that a letter is typed twice.
+      lower_case: probability that a line is in lower case.
+      bare: probability that a line loses the punctuation at its end.
+      seed: of the random choices.
 
     Raises:
-      UserError: for what is no probability.
+      UserError: for a value that is no probability.
     """
 
     swap: float = 0.02
@@ -128,7 +129,7 @@ class TypingNoise:
         _check_probabilities(self, "swap", "drop", "double", "lower_case", "bare")
 
     def __call__(self, line: str, number: int) -> str:
-        """The line, line `number` of its text, as it is typed.
+        """Line `number` of a text, with typing errors.
 
         >>> TypingNoise(swap=0, drop=0, double=0, lower_case=1, bare=1)("Hello, Prague!", 0)
         'hello, prague'
@@ -146,7 +147,7 @@ class TypingNoise:
         while index < len(letters) - 1:
             if letters[index].isalpha() and letters[index + 1].isalpha() and draw() < self.swap:
                 letters[index : index + 2] = letters[index + 1], letters[index]
-                index += 1  # what has changed places stays there
+                index += 1  # a swapped letter is not swapped again
             index += 1
         typed = "".join(letter * self._times(letter, draw) for letter in letters)
         return typed or word

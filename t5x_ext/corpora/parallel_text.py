@@ -24,7 +24,7 @@ _SCAN_BYTES = 1 << 24
 
 
 class LineSpan(NamedTuple):
-    """A stretch of a corpus: number of its first line, number of pairs, and where it begins in every file, in bytes."""
+    """A range of a corpus: number of its first line, number of pairs, and its offset in every file, in bytes."""
 
     line: int
     pairs: int
@@ -44,13 +44,13 @@ class ParallelText:
       target_path: the file of the target language.
       source_language: its code, as in `en`, `zh` or `pt_BR`.
       target_language: likewise.
-      name: a short name for tables and logs; made from the file name when left out.
+      name: a short name for tables and logs; by default made from the file name.
       tsv_path: one table instead of two files.
       source_column: the table's column with the source text, counted from 0.
       target_column: likewise.
-      synthetic: the side that a model has written, to be told to the encoder by a piece behind the language tag: `<BT>`
-        where the source is synthetic, `<FT>` where the target is (tagged back-translation, arXiv 1906.06442). Read in
-        the other direction, the pair is the other of the two. None: nothing is told.
+      synthetic: the side that a model has written. The encoder sees a marker after the language tag: `<BT>` if the
+        source is synthetic, `<FT>` if the target is (tagged back-translation, arXiv 1906.06442). In the other direction
+        the marker is the other of the two. None: no marker.
 
     Raises:
       UserError: at once for a wrong combination of arguments; while reading for a missing or empty file, unequal
@@ -105,9 +105,9 @@ class ParallelText:
         return digest.hexdigest()
 
     def spans(self, pairs_per_span: int) -> list[LineSpan] | None:
-        """The corpus in stretches of so many pairs that can be read independently; None where a file is gzipped.
+        """Ranges of `pairs_per_span` pairs that can be read independently; None if a file is gzipped.
 
-        Files are scanned for line ends only, some GB a second; what lines hold is seen by `read_span`.
+        Files are scanned for line ends only, at some GB a second; `read_span` decodes and checks the lines.
 
         Raises:
           UserError: for missing and empty files, and unequal line counts.
@@ -123,7 +123,7 @@ class ParallelText:
         ]
 
     def read_span(self, span: LineSpan) -> list[tuple[str, str]]:
-        """The pairs of a stretch that `spans` gave.
+        """The pairs of a range that `spans` gave.
 
         Raises:
           UserError: as `pairs` does, with the same line numbers.
@@ -179,13 +179,13 @@ class ParallelText:
 def monolingual_text(path: str, language: str, name: str = "") -> ParallelText:
     """A text of one language as a corpus: every line is paired with itself.
 
-    It trains a language model (`TransformerConfig.encoder_layers = 0`), which reads the second side alone. Both sides
-    being equally long, rows are packed as tightly as one side would be.
+    It trains a language model (`TransformerConfig.encoder_layers = 0`), which reads the second side only. Both sides
+    have the same length, so rows are packed as densely as a single side would be.
 
     Args:
       path: UTF-8 text, as `ParallelText` reads it.
       language: its code, as in `en`.
-      name: a short name for tables and logs; made from the file name when left out.
+      name: a short name for tables and logs; by default made from the file name.
 
     Raises:
       UserError: as `ParallelText`.
@@ -196,7 +196,7 @@ def monolingual_text(path: str, language: str, name: str = "") -> ParallelText:
 def aligned_files(directory: str, stem: str, source_language: str, target_language: str) -> ParallelText:
     """Two files of a folder named by their language, as `train.en` and `train.de`, or the same with `.gz`.
 
-    A missing file is reported when it is read: a run can be described, and planned for, where its texts are not.
+    A missing file is reported when it is read: a run can be described and planned without its texts.
     """
 
     def find(language: str) -> str:
@@ -216,7 +216,7 @@ def read_lines(path: str, start: int = 0, first: int = 1) -> Iterator[str]:
       first: number of the line that begins there.
 
     Raises:
-      UserError: where the file is missing, empty, not whole or not UTF-8; the last names the line.
+      UserError: if the file is missing, empty, truncated or not UTF-8; the last names the line.
     """
     with _open(path) as file:
         number = first - 1

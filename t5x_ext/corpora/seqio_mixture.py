@@ -16,8 +16,8 @@ class SeqioMixture:
     """The raw text of a seqio Task or Mixture; satisfies `contracts.Corpus`.
 
     Text is read before seqio's tokenization (see `seqio_tasks.read_pairs`): vocabulary, lengths and mixing are this
-    package's. A Mixture gives each example of its Tasks once, whatever its rates; to weigh Tasks against each other,
-    name each as a corpus of its own. Tasks of your own must be registered by then: import their module.
+    package's. A Mixture gives each example of its Tasks once and ignores its rates; to weigh Tasks against each
+    other, give each as a corpus. Your own Tasks must be registered before: import their module.
 
     Attributes:
       name: the registered name; `t5x_ext.corpora.seqio_tasks` registers WMT14, 17, 19 and 22-style ones on TFDS.
@@ -29,8 +29,8 @@ class SeqioMixture:
         preprocessor renames later, such as `de` and `en`.
 
     Raises:
-      UserError: equal languages at once; on reading: no such name, split or feature, data that is not prepared or not
-        UTF-8, or the extra `seqio` not installed.
+      UserError: for equal languages at once; on reading for an unknown name, split or feature, data that is not
+        prepared or not UTF-8, or if the extra `seqio` is not installed.
     """
 
     name: str
@@ -55,7 +55,7 @@ class SeqioMixture:
         yield from tasks.read_pairs(self.name, self.split, self.source_feature, self.target_feature)
 
     def fingerprint(self) -> str:
-        """A hash of languages and text; reads everything, once an instance, as no name says what a Task does to it."""
+        """A hash of languages and text; reads everything, once an instance: a name does not tell what a Task does."""
         return self._fingerprint
 
     @functools.cached_property

@@ -1,9 +1,9 @@
-"""Translation Tasks on TFDS sources, registered on import, and the way from any seqio Task to lines of text.
+"""Translation Tasks on TFDS sources, registered on import, and reading any seqio Task as lines of text.
 
 The only module that imports TensorFlow; nothing but `SeqioMixture` imports it, and only when its text is read.
 
-Tasks hold raw text: `inputs` and `targets` are strings, one Task a language pair, since the trainer turns a pair round
-by itself. Names are `wmt14_translate_de_en` (also cs, fr, hi, ru), `wmt17_translate_...` (cs, de, fi, lv, ru, tr, zh),
+Tasks hold raw text: `inputs` and `targets` are strings, one Task a language pair, since training reverses pairs
+itself. Names are `wmt14_translate_de_en` (also cs, fr, hi, ru), `wmt17_translate_...` (cs, de, fi, lv, ru, tr, zh),
 `wmt19_translate_...` (cs, de, fi, gu, kk, lt, ru, zh; fr_de) and `para_crawl_...` (cs, de). The Mixtures
 `wmt22_translate_{cs,de,ru,zh}_en` join what TFDS has of a WMT22 system's data: the newest WMT release and, where there
 is one, ParaCrawl. TFDS has no Japanese WMT data.
@@ -24,8 +24,8 @@ import tensorflow as tf
 
 from t5x_ext.contracts import UserError
 
-# Text is read on the host; without this TensorFlow takes the accelerator's memory from JAX. It refuses after its own
-# start, which is then the importing program's choice.
+# Text is read on the host; otherwise TensorFlow takes the accelerator's memory from JAX. TensorFlow refuses this call
+# after its own start; then the importing program has made the choice.
 with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], "GPU")
 
@@ -54,7 +54,7 @@ def register_translation_task(
       source_language: name of the feature that becomes `inputs`.
       target_language: name of the feature that becomes `targets`.
       splits: names of its splits; None asks the prepared dataset.
-      data_dir: where the dataset was prepared; None for the place where TFDS puts it.
+      data_dir: where the dataset was prepared; None for TFDS's default folder.
 
     Returns:
       The Task, for use in Mixtures.
@@ -76,11 +76,11 @@ def read_pairs(name: str, split: str, source_feature: str, target_feature: str) 
 
     A Task is read through its preprocessors up to the last step at which both features are scalar strings: steps from
     tokenization on are not run, so no seqio vocabulary is loaded and no length limit applies. Offline caches are not
-    used. Random preprocessors get a fixed seed. Of a Mixture the Tasks follow one another by name, each once: its
-    rates do not apply, mixing is the batch plan's work.
+    used. Random preprocessors get a fixed seed. The Tasks of a Mixture follow one another by name, each
+    once: its rates do not apply, because the batch plan mixes.
 
     Args:
-      name: of the Task or Mixture; of two with one name the Mixture, as in seqio.
+      name: of the Task or Mixture; if both have this name, the Mixture, as in seqio.
       split: a split of the source.
       source_feature: name of the first text feature, at any step before tokenization.
       target_feature: name of the second.
@@ -105,7 +105,7 @@ def _tasks(name: str, split: str) -> list[seqio.Task]:
         hint = f"the nearest are {', '.join(near)}" if near else f"{len(names)} others are"
         raise UserError(f"seqio has no Task or Mixture {name!r} registered; {hint}")
     tasks = seqio.get_subtasks(seqio.get_mixture_or_task(name))
-    # A TFDS source knows no splits before its data is prepared, which reading will say.
+    # A TFDS source knows no splits before its data is prepared; reading reports that.
     with_split = [task for task in tasks if split in task.source.splits or not task.source.splits]
     if not with_split:
         splits = sorted({split for task in tasks for split in task.source.splits})

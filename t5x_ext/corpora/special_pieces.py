@@ -1,4 +1,4 @@
-"""Names of languages and of markers, and the vocabulary pieces that stand for them."""
+"""Names of languages and of markers, and their vocabulary pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Side: TypeAlias = Literal["source", "target"]
 """One side of a pair."""
 
 MARKERS: dict[Side, str] = {"source": "BT", "target": "FT"}
-"""Markers by the side that a model has written: back-translation, where it is the source, and forward translation."""
+"""Markers by the synthetic side: back-translation if it is the source, forward translation if it is the target."""
 
 
 def check_language(language: str) -> str:
@@ -31,7 +31,7 @@ def check_language(language: str) -> str:
 
 
 def tag_piece(language: str) -> str:
-    """The vocabulary piece that stands for a language.
+    """The vocabulary piece of a language.
 
     >>> tag_piece("de")
     '__de__'
@@ -40,7 +40,7 @@ def tag_piece(language: str) -> str:
 
 
 def tag_language(piece: str) -> str | None:
-    """The language that a piece stands for, None for an ordinary piece.
+    """The language whose piece this is, None for an ordinary piece.
 
     >>> tag_language("__de__"), tag_language("de")
     ('de', None)

@@ -1,4 +1,4 @@
-"""Work on the numbered chunks of a corpus by several processes, in order."""
+"""Processing the numbered chunks of a corpus with several processes, in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _work: Callable[..., Any] | None = None
 
 
 def choose_processes(num_pairs: int, worth: int, num_processes: int | None) -> int:
-    """The number that was asked for; otherwise one a core for more than `worth` pairs, and one below."""
+    """`num_processes` if given; otherwise one a core for more than `worth` pairs, and one below."""
     if num_processes is not None:
         return num_processes
     return min(os.cpu_count() or 1, _MAX_PROCESSES) if num_pairs > worth else 1
@@ -35,11 +35,11 @@ def work_in_order(
     Args:
       make_work: makes the function that does the work, once a process; importable by name.
       arguments: its arguments, sent to every process once.
-      tasks: the arguments of each call; few more than processes are taken ahead of the results.
+      tasks: the arguments of each call; only a few more than there are processes are read ahead.
       processes: 1 or less: the work is done in this process.
 
     Raises:
-      UserError: where a process dies, and what the work raises.
+      UserError: if a process dies, or if the work raises it.
     """
     if processes <= 1:
         work = make_work(*arguments)

@@ -1,7 +1,7 @@
-"""Lines to batches: vocabulary, token cache, global batch plan and packed batches.
+"""From lines to batches: vocabulary, token cache, global batch plan and packed batches.
 
-`prepare` walks the whole way; each step is also usable alone. Everything but the filling of batches happens once,
-offline, keyed by content; batch i is a pure function of (caches, configuration, seed).
+`prepare` does all steps; each can also be used alone. Everything but filling batches is done once, offline, and keyed
+by content. Batch i is a pure function of (caches, configuration, seed).
 """
 
 from __future__ import annotations

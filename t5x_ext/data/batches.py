@@ -1,4 +1,4 @@
-"""Packed batches: the plan's rows filled with the cache's tokens, in whole-array operations."""
+"""Packed batches: fills the plan's rows with the cache's tokens, by array operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from t5x_ext.data.plan import BatchPlan, RowExamples
 from t5x_ext.data.switching import SwitchingPlan
 from t5x_ext.data.vocabulary import Vocabulary
 
-# As many batches as any run can ask for: the plan is endless, grain wants a length.
+# The plan is infinite, but grain needs a length: more batches than any run reads.
 _ENDLESS = 1 << 60
 
 
@@ -30,10 +30,17 @@ class PreviewExample(NamedTuple):
 
 
 class ExampleId(NamedTuple):
-    """Where an example of a batch comes from.
+    """The origin of an example of a batch.
 
-    `pair` counts the pairs of the corpus that cleaning kept, from 0, and is the number of the cache's record where the
-    cache holds one segmentation; `segmentation` is the one that was read. Texts are None unless they were asked for.
+    Attributes:
+      corpus: name of the corpus.
+      direction: as in `en-de`.
+      pair: index among the pairs of the corpus that cleaning kept, from 0; the record's number if the cache holds one
+        segmentation of each.
+      segmentation: index of the segmentation that was read.
+      row: of the batch.
+      source: text; None unless asked for.
+      target: text; None unless asked for.
     """
 
     corpus: str
@@ -49,7 +56,7 @@ class PackedBatches:
     """Batch i of a plan as arrays: numpy int32 [rows, length], the same shapes for every i.
 
     Attributes:
-      plan: what stands where.
+      plan: which examples are in which row.
       vocabulary: gives the end-of-sentence id and the text of previews.
     """
 
@@ -70,7 +77,7 @@ class PackedBatches:
 
     @property
     def cache_paths(self) -> list[str]:
-        """Folders of the caches that are read."""
+        """Folders of the caches."""
         return [cache.path for cache in self._caches]
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> Self:
@@ -131,17 +138,17 @@ class PackedBatches:
         }
 
     def _read(self, examples: RowExamples) -> tuple[_Text, _Text]:
-        """Where the tokens of every example's source and target stand among those that were read."""
+        """The tokens that were read, and where every example's source and target start in them."""
         numbers = self._cache_numbers[examples.streams]
         blocks = [np.zeros(0, dtype=np.int32)]
         starts = np.zeros((2, len(numbers)), dtype=np.int64)
         offset = 0
         for number in np.unique(numbers):
-            places = np.flatnonzero(numbers == number)
-            tokens = self._caches[number].read_tokens(examples.records[places])
+            indices = np.flatnonzero(numbers == number)
+            tokens = self._caches[number].read_tokens(examples.records[indices])
             both = tokens.source_lengths + tokens.target_lengths
-            starts[0, places] = offset + np.cumsum(both, dtype=np.int64) - both
-            starts[1, places] = starts[0, places] + tokens.source_lengths
+            starts[0, indices] = offset + np.cumsum(both, dtype=np.int64) - both
+            starts[1, indices] = starts[0, indices] + tokens.source_lengths
             blocks.append(tokens.ids)
             offset += len(tokens.ids)
         ids = np.concatenate(blocks)
@@ -149,11 +156,11 @@ class PackedBatches:
         return _Text(ids, np.where(reverse, starts[1], starts[0])), _Text(ids, np.where(reverse, starts[0], starts[1]))
 
     def examples(self, index: int, texts: bool = False) -> list[ExampleId]:
-        """Where the examples of batch `index` come from, all rows, in the order in which they stand in them.
+        """The origins of the examples of batch `index`, all rows, in order.
 
         Args:
           index: the batch.
-          texts: read the examples and give both sides as text, cut where the batch cuts them.
+          texts: also read the examples, and give both sides as text, truncated as in the batch.
         """
         examples = self.plan.examples(index)
         ids = []
@@ -169,8 +176,8 @@ class PackedBatches:
     def example_lengths(self, index: int) -> tuple[Int[np.ndarray, " examples"], Int[np.ndarray, " examples"]]:
         """Source and target tokens of every example of batch `index`, all rows of all hosts, int64; reads no tokens.
 
-        They are what the batch holds: tags and end of sentence counted, padding not. `TransformerConfig.flops` of
-        them is what the model must compute for the batch.
+        Tags and end of sentence are counted, padding is not. `TransformerConfig.flops` of these lengths are the model
+        FLOPs of the batch.
         """
         examples = self.plan.examples(index)
         return examples.source_lengths, examples.target_lengths
@@ -190,15 +197,15 @@ class PackedBatches:
 
 
 class _Text(NamedTuple):
-    """Token ids of many examples in one array, and where each example's begin."""
+    """Token ids of many examples, concatenated."""
 
     ids: Int[np.ndarray, " tokens"]
-    starts: Int[np.ndarray, " examples"]
+    starts: Int[np.ndarray, " examples"]  # index of each example's first token
 
 
 @dataclass(frozen=True)
 class _Prefixes:
-    """The tags of examples, left-aligned in a table."""
+    """The prefixes (tags and markers) of examples, left-aligned in a table."""
 
     ids: Int[np.ndarray, "examples longest"]
     lengths: Int[np.ndarray, " examples"]
@@ -216,7 +223,7 @@ class _Prefixes:
 
 
 class _Side:
-    """One side of packed rows: example k takes `lengths[k]` places of its row, after those before it.
+    """One side of packed rows: example k takes `lengths[k]` positions of its row, after the examples before it.
 
     Examples are sorted by row.
     """
@@ -230,7 +237,7 @@ class _Side:
         before = np.cumsum(lengths) - lengths
         self._starts = rows * shape[1] + before - before[self._row_starts]
         self._within = _ranges(lengths)
-        self._places = np.repeat(self._starts, lengths) + self._within
+        self._positions = np.repeat(self._starts, lengths) + self._within
 
     @cached_property
     def segment_ids(self) -> Int[np.ndarray, "rows length"]:
@@ -244,7 +251,7 @@ class _Side:
         return self._scatter(self._within)
 
     def tokens(self, prefixes: _Prefixes, text: _Text, eos_id: int) -> Int[np.ndarray, "rows length"]:
-        """Prefix, text (cut to what is left of the example's length) and end of sentence of every example."""
+        """Prefix, text (truncated to the example's length) and end of sentence of every example."""
         tokens = np.zeros(self._shape, dtype=np.int32)
         flat = tokens.reshape(-1)
         for column in range(prefixes.ids.shape[1]):
@@ -252,13 +259,13 @@ class _Side:
             flat[self._starts[has] + column] = prefixes.ids[has, column]
         lengths = self._lengths - prefixes.lengths - 1
         within = _ranges(lengths)
-        places = np.repeat(self._starts + prefixes.lengths, lengths) + within
-        flat[places] = text.ids[np.repeat(text.starts, lengths) + within]
+        indices = np.repeat(self._starts + prefixes.lengths, lengths) + within
+        flat[indices] = text.ids[np.repeat(text.starts, lengths) + within]
         flat[self._starts + self._lengths - 1] = eos_id
         return tokens
 
     def shift(self, labels: Int[np.ndarray, "rows length"], eos_id: int) -> Int[np.ndarray, "rows length"]:
-        """Decoder inputs: within every example the labels one place to the right, behind an end of sentence."""
+        """Decoder inputs: within every example an end of sentence, then the labels shifted right by one position."""
         inputs = np.zeros_like(labels)
         inputs[:, 1:] = labels[:, :-1]
         inputs.reshape(-1)[self._starts] = eos_id
@@ -266,18 +273,18 @@ class _Side:
 
     def _scatter(self, values: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, "rows length"]:
         array = np.zeros(self._shape, dtype=np.int32)
-        array.reshape(-1)[self._places] = values
+        array.reshape(-1)[self._positions] = values
         return array
 
 
 def _ranges(lengths: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " total"]:
-    """0 to length - 1 for every length, end to end."""
+    """0 to length - 1 for every length, concatenated."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 class _Source:
-    """Rows of an endless sequence of batches, as grain reads them."""
+    """Rows of an infinite sequence of batches, as a data source of grain."""
 
     def __init__(self, batches: BatchSource, start: int, row_start: int, row_stop: int):
         self._batches = batches
@@ -305,23 +312,23 @@ def batch_iterator(
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """Batches from `start` on, without end, read ahead by grain's threads.
 
-    The position in the data is the number of batches consumed, which the caller counts; what has been read ahead does
-    not matter for it.
+    The position in the data is the number of batches consumed, which the caller counts; batches read ahead do not
+    count.
 
     Args:
       batches: what to read.
       start: number of the first batch.
       row_start: first row of this host.
       row_stop: row after this host's last; None: all rows.
-      num_threads: threads that read; 0 reads when asked.
+      num_threads: threads that read ahead; 0 reads on demand.
       prefetch: batches read ahead.
 
     Raises:
-      UserError: where a cache has been damaged or cannot be read any more, naming batch and file. This and whatever
-        else goes wrong in a reading thread is raised where its batch would have come, and ends the iterator.
+      UserError: if a cache has been damaged or can no longer be read, naming batch and file. Errors in a reading thread
+        are raised in place of its batch and end the iterator.
     """
     row_stop = batches.rows if row_stop is None else row_stop
     source = grain.MapDataset.source(_Source(batches, start, row_start, row_stop))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    # grain would go on behind a batch that failed; a generator that has raised gives nothing more.
+    # grain would continue after a batch that failed; a generator that has raised is exhausted.
     yield from source.to_iter_dataset(options)

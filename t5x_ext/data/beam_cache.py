@@ -1,14 +1,14 @@
-"""The token cache built on Apache Beam: byte for byte the local one, by as many workers as the runner has.
+"""Building the token cache on Apache Beam: byte for byte the local one, with any number of workers.
 
-What runs here runs there: chunks of the same pairs go through the same `Encoder`; the numbers of pairs that chunks keep
-give every record its number, records are grouped by shard, and each shard is written by one worker, in order.
+The same chunks of pairs go through the same `Encoder` as locally. The number of pairs that each chunk keeps gives every
+record its number; records are grouped by shard, and one worker writes each shard, in order.
 
   tasks -> chunks -> Encoder -> (shard, part of a chunk) -> group by shard -> ArrayRecord file and its lengths
 
-What remains with the calling process, and bounds the size of a corpus: its fingerprint, the search for line ends (a
-corpus of plain text files) or a copy of its text in numbered files (any other corpus, gzipped files too), the array of
-lengths, and the manifest. Workers must reach the cache's folder, and text files where they lie; the records of a shard,
-about a million, must fit a worker's memory. Only `DirectRunner` is tested: the others get the same pipeline.
+The calling process computes the corpus' fingerprint, finds line ends (plain text files) or copies the text to numbered
+files (any other corpus, gzipped files too), and writes the array of lengths and the manifest; this bounds the size of a
+corpus. Workers must be able to read and write the cache's folder and to read the corpus' files. The records of a shard,
+about a million, must fit into a worker's memory. Only `DirectRunner` is tested; the others get the same pipeline.
 
 apache_beam is imported when a cache is built, not before.
 """
@@ -53,42 +53,43 @@ from t5x_ext.data.cache_files import (
 )
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder
 from t5x_ext.data.shards import open_writer
-from t5x_ext.storage.folders import is_remote, whole_folder
+from t5x_ext.storage.folders import whole_folder
+from t5x_ext.storage.remote import is_remote
 
 _ENCODER_FILE, _COUNTS_FILE, _MISTAKES_FILE = "encoder.pickle", "counts.json", "errors.json"
 
 
 class _Part(NamedTuple):
-    """What a chunk gives to one shard."""
+    """The records of a chunk that belong to one shard."""
 
     chunk: int
     ids: bytes
     lengths: np.ndarray  # int32 [records, 2]
 
 
-def build(corpus: Corpus, encoder: Encoder, place: str, identity: Mapping[str, Any], runner: BeamRunner) -> None:
-    """Builds a cache in the folder `place`, local or remote.
+def build(corpus: Corpus, encoder: Encoder, folder: str, identity: Mapping[str, Any], runner: BeamRunner) -> None:
+    """Builds a cache in a folder, local or remote.
 
-    A local folder appears whole or not at all; a remote one is whole once it has its manifest, which comes last, and is
-    completed by the next build where this one fails.
+    A local folder appears when it is complete. A remote one is complete once it has its manifest, which is written
+    last; if this build fails, the next one completes it.
 
     Args:
       corpus: the pairs.
-      encoder: what cleans and tokenises them.
-      place: the cache's own folder, which all workers reach.
-      identity: the part of the manifest that decides the content.
+      encoder: cleans and tokenises them.
+      folder: the cache's own folder, which all workers can read and write.
+      identity: the part of the manifest that the content depends on.
       runner: where Beam runs.
 
     Raises:
-      UserError: where Beam is not installed or the runner refuses its options, for what the corpus raises, an empty
-        corpus, and one of which nothing is left after cleaning. What else fails on a worker is Beam's error.
+      UserError: if Beam is not installed, the runner refuses its options, the corpus raises it or is empty, or cleaning
+        keeps no pair. Other errors on a worker are raised as Beam's.
     """
     beam = import_beam()
     pipeline = make_pipeline(beam, runner)
-    if is_remote(place):
-        _build(beam, pipeline, corpus, encoder, epath.Path(place), identity)
+    if is_remote(folder):
+        _build(beam, pipeline, corpus, encoder, epath.Path(folder), identity)
         return
-    with whole_folder(Path(place), MANIFEST_FILE) as temporary:
+    with whole_folder(Path(folder), MANIFEST_FILE) as temporary:
         _build(beam, pipeline, corpus, encoder, epath.Path(temporary), identity)
 
 
@@ -138,7 +139,8 @@ def _run(
         )
         (
             encoded.chunks
-            | "cut" >> beam.FlatMap(_cut, beam.pvalue.AsSingleton(first_records), RECORDS_PER_SHARD)
+            | "split by shard"
+            >> beam.FlatMap(_split_by_shard, beam.pvalue.AsSingleton(first_records), RECORDS_PER_SHARD)
             | "group by shard" >> beam.GroupByKey()
             | "write shard" >> beam.Map(_write_shard, folder, scratch, encoder.dtype.itemsize)
         )
@@ -167,7 +169,7 @@ def _encode(task: Task, corpus: ParallelText | None, scratch: str) -> Iterator[A
 
 @functools.lru_cache(maxsize=256)
 def _encoder(scratch: str, thread: int) -> Encoder:
-    """One a thread: an encoder remembers words while it samples segmentations."""
+    """One for each thread, because an encoder stores segmentations of words while it samples."""
     return Encoder(*pickle.loads((epath.Path(scratch) / _ENCODER_FILE).read_bytes()))
 
 
@@ -177,7 +179,7 @@ def _count_kept(numbered: tuple[int, Chunk]) -> tuple[int, int]:
 
 
 def _first_records(kept: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """The number that a chunk's first pair has in a variant of the cache."""
+    """For every chunk the number of its first pair within a variant of the cache."""
     firsts, first = {}, 0
     for number, count in sorted(kept):
         firsts[number] = first
@@ -185,10 +187,10 @@ def _first_records(kept: Iterable[tuple[int, int]]) -> dict[int, int]:
     return firsts
 
 
-def _cut(
+def _split_by_shard(
     numbered: tuple[int, Chunk], first_records: Mapping[int, int], records_per_shard: int
 ) -> Iterator[tuple[tuple[int, int], _Part]]:
-    """The parts of a chunk that belong to different shards, by variant and number of the shard."""
+    """The parts of a chunk by (variant, number of the shard)."""
     number, chunk = numbered
     first = first_records[number]
     for variant, (ids, lengths) in enumerate(zip(chunk.ids, chunk.lengths)):
@@ -215,7 +217,7 @@ def _write_shard(group: tuple[tuple[int, int], Iterable[_Part]], folder: str, sc
                 writer.write(part.ids[start:end])
         writer.close()
         np.save(Path(local) / f"{name}.npy", lengths)
-        # Beam may do a piece of work twice, at the same time even: each writes a file of its own and then renames it.
+        # Beam may run a task twice, even at the same time: each writes a file of its own and then renames it.
         for file, target in ((name, folder), (f"{name}.npy", scratch)):
             partial = epath.Path(scratch) / f"{uuid.uuid4().hex}.partial"
             epath.Path(local, file).copy(partial)

@@ -1,9 +1,10 @@
 """The token cache: every pair of a corpus tokenised once, offline, and read by number.
 
 A cache is a folder `<root>/<corpus name>-<hash>` with ArrayRecord shards of token ids, the array of all lengths, and
-`manifest.json`. The hash covers what decides its content: corpus, vocabulary, cleaning, subword sampling and format.
+`manifest.json`. The hash covers what the content depends on: corpus, vocabulary, cleaning, subword sampling and format.
 Directions, tags, end of sentence, length limits and model sizes are not in it; they are applied when batches are
-planned. A cache is written beside its place and moved there when whole, so that a half-written one is never read.
+planned. A cache is written to a temporary folder and renamed when it is complete, so that a half-written one is never
+read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.corpora.beam import BeamRunner
-from t5x_ext.corpora.cleaning import CleaningConfig
+from t5x_ext.corpora.filters import PairRules, rules_identity
 from t5x_ext.corpora.workers import choose_processes, work_in_order
 from t5x_ext.data.beam_cache import build as build_on_beam
 from t5x_ext.data.cache_files import (
@@ -40,7 +41,8 @@ from t5x_ext.data.cache_files import (
 from t5x_ext.data.encoding import CHUNK_PAIRS, Chunk, Encoder, SubwordSampling
 from t5x_ext.data.shards import Shard
 from t5x_ext.data.vocabulary import Vocabulary
-from t5x_ext.storage.folders import fetch_folder, is_remote, local_copies, upload_folder, whole_folder
+from t5x_ext.storage.folders import fetch_folder, local_copies, upload_folder, whole_folder
+from t5x_ext.storage.remote import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,11 @@ _ESTIMATE_PAIRS = 4096
 
 
 class Tokens(NamedTuple):
-    """Token ids of several records end to end: the source of a record, its target, then the next record.
+    """Token ids of several records, concatenated: the source of a record, its target, then the next record."""
 
-    `ids` is uint16 or int32; `source_lengths` and `target_lengths` are int32, one a record.
-    """
-
-    ids: Int[np.ndarray, " tokens"]
-    source_lengths: Int[np.ndarray, " records"]
-    target_lengths: Int[np.ndarray, " records"]
+    ids: Int[np.ndarray, " tokens"]  # uint16 or int32
+    source_lengths: Int[np.ndarray, " records"]  # int32
+    target_lengths: Int[np.ndarray, " records"]  # int32
 
 
 class TokenCache:
@@ -74,10 +73,10 @@ class TokenCache:
     """
 
     def __init__(self, path: str):
-        """Opens a cache folder and checks that it is whole.
+        """Opens a cache folder and checks that it is complete.
 
         Raises:
-          UserError: where it is not a cache of this format, or shards, lengths and manifest do not fit each other.
+          UserError: if it is not a cache of this format, or shards, lengths and manifest do not match.
         """
         self.path = str(path)
         folder = Path(path)
@@ -85,16 +84,14 @@ class TokenCache:
         try:
             self.lengths: Int[np.ndarray, "records 2"] = np.load(folder / LENGTHS_FILE, mmap_mode="r")
         except (OSError, ValueError):
-            raise UserError(
-                f"{folder / LENGTHS_FILE}: missing or damaged; delete the folder to build it anew"
-            ) from None
+            raise UserError(f"{folder / LENGTHS_FILE}: missing or damaged; delete the folder to rebuild it") from None
         shards = self.manifest["shards"]
         self._shards = [Shard(folder / shard["file"], shard["records"]) for shard in shards]
         self._starts = list(accumulate((shard["records"] for shard in shards), initial=0))
         if len(self.lengths) != self._starts[-1] or self._starts[-1] != self.num_pairs * self.variants:
-            raise UserError(f"{path}: lengths, shards and manifest differ; delete the folder to build it anew")
+            raise UserError(f"{path}: lengths, shards and manifest differ; delete the folder to rebuild it")
         if self.manifest["tokens"] != _sum_lengths(self.lengths):
-            raise UserError(f"{folder / LENGTHS_FILE}: damaged; delete the folder to build it anew")
+            raise UserError(f"{folder / LENGTHS_FILE}: damaged; delete the folder to rebuild it")
         self._dtype = np.dtype(self.manifest["dtype"])
 
     @property
@@ -110,19 +107,19 @@ class TokenCache:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs kept after cleaning."""
+        """Pairs that cleaning kept."""
         return self.manifest["pairs"]
 
     @property
     def variants(self) -> int:
-        """Segmentations stored of every pair."""
+        """Segmentations stored for every pair."""
         return self.manifest["variants"]
 
     def read_tokens(self, records: Int[np.ndarray, " records"]) -> Tokens:
         """The records with these numbers, in this order, in one batched read a shard.
 
         Raises:
-          UserError: where a shard has been damaged since the cache was opened, or cannot be read (see `Shard`).
+          UserError: if a shard has been damaged since the cache was opened, or cannot be read (see `Shard`).
         """
         records = np.asarray(records, dtype=np.int64)
         lengths = np.asarray(self.lengths[records])
@@ -138,10 +135,10 @@ class TokenCache:
         blobs: list[bytes] = [b""] * len(records)
         shards = np.searchsorted(self._starts, records, side="right") - 1
         for shard in np.unique(shards):
-            places = np.flatnonzero(shards == shard)
-            local = (records[places] - self._starts[shard]).tolist()
-            for place, blob in zip(places.tolist(), self._shards[shard].read(local, sizes[places].tolist())):
-                blobs[place] = blob
+            indices = np.flatnonzero(shards == shard)
+            local = (records[indices] - self._starts[shard]).tolist()
+            for index, blob in zip(indices.tolist(), self._shards[shard].read(local, sizes[indices].tolist())):
+                blobs[index] = blob
         return blobs
 
     def read(self, records: Sequence[int] | np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -156,7 +153,7 @@ def build_cache(
     corpus: Corpus,
     vocabulary: Vocabulary,
     root: str,
-    cleaning: CleaningConfig | None = None,
+    cleaning: PairRules | None = None,
     subword: SubwordSampling | None = None,
     num_processes: int | None = None,
     beam: BeamRunner | None = None,
@@ -165,38 +162,39 @@ def build_cache(
 
     Args:
       corpus: the pairs; read three times (fingerprint, count, tokens).
-      vocabulary: what tokenises them.
-      root: folder of all caches; made if it is missing. Caches are read at random: of a remote one (`gs://`) a local
-        copy is made and read (see `local_copies`).
-      cleaning: which pairs are left out.
+      vocabulary: tokenises them.
+      root: folder of all caches; made if it is missing. Caches are read at random, so a remote one (`gs://`) is copied
+        to a local folder (see `local_copies`) and read there.
+      cleaning: which pairs are dropped, beside those with an empty side.
       subword: how many segmentations of every pair.
       num_processes: worker processes; None: one a core for more than 200,000 pairs, otherwise none. The result is the
         same, byte for byte, for any number.
-      beam: tokenise on Apache Beam instead, with the same result; its workers must reach `root`.
+      beam: tokenise on Apache Beam instead, with the same result; its workers must be able to read and write `root`.
 
     Raises:
-      UserError: for what the corpus raises, an empty corpus, too little free disk space, and a corpus of which nothing
-        is left after cleaning. Nothing half-written stays behind where `root` is local.
+      UserError: for what the corpus raises, an empty corpus, too little free disk space, a corpus of which cleaning
+        keeps no pair, and a rule whose library is not installed or does not know a language. Nothing half-written
+        stays behind if `root` is local.
     """
-    cleaning, subword = cleaning or CleaningConfig(), subword or SubwordSampling()
+    cleaning, subword = cleaning or PairRules(), subword or SubwordSampling()
     identity = {
         "format": _FORMAT,
         "corpus": corpus.fingerprint(),
         "languages": list(corpus.languages),
         "vocabulary": vocabulary.fingerprint(),
-        "cleaning": asdict(cleaning),
+        "cleaning": _cleaning_identity(cleaning),
         "subword": asdict(subword) if subword.variants else None,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = f"{_safe_name(corpus.name)}-{digest[:16]}"
     local = (local_copies() if is_remote(root) else Path(root)) / name
 
-    def build(place: str) -> None:
-        encoder = Encoder(vocabulary.model, vocabulary.languages, cleaning, subword)
+    def build(path: str) -> None:
+        encoder = Encoder(vocabulary.model, vocabulary.languages, subword, cleaning, corpus.languages)
         if beam is None:
-            _build(corpus, encoder, Path(place), identity, num_processes)
+            _build(corpus, encoder, Path(path), identity, num_processes)
         else:
-            build_on_beam(corpus, encoder, place, identity, beam)
+            build_on_beam(corpus, encoder, path, identity, beam)
 
     if not (local / MANIFEST_FILE).exists():
         if is_remote(root):
@@ -206,8 +204,13 @@ def build_cache(
     return TokenCache(str(local))
 
 
+def _cleaning_identity(cleaning: PairRules) -> dict[str, Any]:
+    # Without rules the value is that of before rules had these names, so that existing caches are found.
+    return {"drop_copies": False, "max_length_ratio": None} if cleaning == PairRules() else rules_identity(cleaning)
+
+
 def _build_remote(remote: str, local: Path, build: Callable[[str], None], on_workers: bool) -> None:
-    """Makes the local copy of a remote cache, which is built first if there is none."""
+    """Makes the local copy of a remote cache, and builds the remote one first if it does not exist."""
     manifest = epath.Path(remote) / MANIFEST_FILE
     if not manifest.exists():
         build(remote if on_workers else str(local))
@@ -220,7 +223,7 @@ def _build_remote(remote: str, local: Path, build: Callable[[str], None], on_wor
 
 
 def _files_of(manifest: Mapping[str, Any]) -> list[str]:
-    """Files of a cache, the one that says that it is whole last."""
+    """Files of a cache; the last one, the manifest, marks it as complete."""
     return [*(shard["file"] for shard in manifest["shards"]), LENGTHS_FILE, MANIFEST_FILE]
 
 
@@ -247,7 +250,7 @@ def _build(corpus: Corpus, encoder: Encoder, folder: Path, identity: dict[str, A
 
 
 def _count(corpus: Corpus) -> tuple[int, list[tuple[str, str]]]:
-    """Number of pairs, and a few spread evenly over the corpus. Also finds every unreadable line before any writing."""
+    """Number of pairs, and an evenly spaced sample. Also finds unreadable lines before anything is written."""
     sample: list[tuple[str, str]] = []
     stride, count = 1, 0
     for count, pair in enumerate(corpus.pairs(), start=1):
@@ -286,13 +289,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: not a token cache ({MANIFEST_FILE} is missing)") from None
     except ValueError:
-        raise UserError(f"{path}: not JSON; delete the folder to build it anew") from None
+        raise UserError(f"{path}: not JSON; delete the folder to rebuild it") from None
     if manifest.get("format") != _FORMAT:
-        raise UserError(f"{path}: not a token cache of format {_FORMAT}; delete the folder to build it anew")
+        raise UserError(f"{path}: not a token cache of format {_FORMAT}; delete the folder to rebuild it")
     return manifest
 
 
 def _sum_lengths(lengths: Int[np.ndarray, "records 2"]) -> list[int]:
-    """Tokens of both sides; a sum over a whole memory-mapped file at once would need it twice in memory."""
+    """Tokens of both sides, in parts: a sum over the whole memory-mapped file would copy it into memory."""
     parts = (lengths[start : start + RECORDS_PER_SHARD] for start in range(0, len(lengths), RECORDS_PER_SHARD))
     return sum((part.sum(axis=0, dtype=np.int64) for part in parts), np.zeros(2, dtype=np.int64)).tolist()

@@ -1,4 +1,4 @@
-"""The files of a token cache's folder: their names, their writer, and the manifest that makes them whole."""
+"""The files of a token cache's folder: their names, their writer, and the manifest."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def check_kept(name: str, kept: int, counts: Counter[str]) -> None:
     """Refuses a corpus of which no pair is kept.
 
     Raises:
-      UserError: saying why they were dropped.
+      UserError: with the number of pairs that each rule dropped.
     """
     if not kept:
-        raise UserError(f"{name}: no pair is left after cleaning ({dict(sorted(counts.items()))})")
+        raise UserError(f"{name}: cleaning keeps no pair ({dict(sorted(counts.items()))})")
 
 
 def make_manifest(
@@ -46,15 +46,15 @@ def make_manifest(
     tokens: Sequence[int],
     shards: Sequence[dict[str, Any]],
 ) -> str:
-    """The text of `manifest.json`, and a log line of what was kept.
+    """The text of `manifest.json`. Also logs how many pairs were kept.
 
     Args:
-      identity: what decides the content.
+      identity: what the content depends on.
       name: the corpus' name.
       pairs_read: pairs before cleaning.
-      encoder: what tokenised them.
+      encoder: tokenised them.
       counts: pairs dropped by each rule, and changed lines.
-      tokens: tokens of both sides, all variants together.
+      tokens: tokens of both sides, summed over all variants.
       shards: `file` and number of `records` of every shard, variant by variant.
     """
     pairs = sum(shard["records"] for shard in shards) // encoder.variants
@@ -76,12 +76,12 @@ def make_manifest(
 
 
 def shard_file(variant: int, number: int) -> str:
-    """The name of the file with records `number * RECORDS_PER_SHARD` and following of a variant."""
+    """The name of a variant's file whose first record is `number * RECORDS_PER_SHARD`."""
     return f"tokens-{variant:02d}-{number:05d}.array_record"
 
 
 class CacheWriter(ExitStack):
-    """Writes chunks into shards, the same number of records a shard whatever the chunks."""
+    """Writes chunks into shards with `RECORDS_PER_SHARD` records each, for any size of the chunks."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         super().__init__()
@@ -99,7 +99,7 @@ class CacheWriter(ExitStack):
         self.counts.update(chunk.counts)
         if not self._writers:
             self.shards_of = [[] for _ in chunk.ids]
-            # In files of their own until all are known: in memory they would grow with the corpus.
+            # In temporary files until all are known: in memory they would grow with the corpus.
             files = [tempfile.TemporaryFile(dir=self._folder) for _ in chunk.ids]  # noqa: SIM115, the stack closes them
             self._lengths = [self.enter_context(file) for file in files]
             self._writers = [None for _ in chunk.ids]
@@ -128,13 +128,13 @@ class CacheWriter(ExitStack):
             writer.close()
 
     def save_lengths(self) -> list[int]:
-        """Writes the array of lengths, when all chunks are added; returns the tokens of both sides, all variants."""
+        """Writes the array of lengths, after all chunks were added; returns the tokens of both sides, all variants."""
         write_lengths(epath.Path(self._folder) / LENGTHS_FILE, self._lengths, self.num_pairs * len(self._lengths))
         return self._tokens.tolist()
 
 
 def write_lengths(path: epath.Path, parts: Iterable[IO[bytes]], records: int) -> None:
-    """Writes int32 [records, 2] as numpy does, from files that hold the bytes of its parts."""
+    """Writes an int32 array [records, 2] in numpy's format, from files with the bytes of its parts."""
     with path.open("wb") as file:
         header = {"descr": "<i4", "fortran_order": False, "shape": (records, 2)}
         np.lib.format.write_array_header_1_0(file, header)

@@ -1,4 +1,4 @@
-"""What happens to a chunk of pairs on its way into a token cache: cleaning and tokenising."""
+"""Cleaning and tokenising a chunk of pairs for a token cache."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import NamedTuple
 import numpy as np
 
 from t5x_ext.contracts import UserError
-from t5x_ext.corpora.cleaning import CleaningConfig, clean_line
+from t5x_ext.corpora.cleaning import clean_line
+from t5x_ext.corpora.filters import PairRules, pair_rules
 from t5x_ext.data.vocabulary import Vocabulary
 
 CHUNK_PAIRS = 8192
-"""Pairs of a chunk, in the order of the corpus, before cleaning; random segmentations depend on it."""
+"""Pairs a chunk, before cleaning; random segmentations depend on it."""
 
 
 @dataclass(frozen=True)
 class SubwordSampling:
     """Several random segmentations of every line instead of its best one.
 
-    The cache holds `variants` segmentations of every pair; the pass number over the corpus, modulo `variants`, picks
-    the one that is read, so that sampling costs disk space and no time during training.
+    The cache stores `variants` segmentations of every pair. Pass number n over the corpus reads segmentation
+    n mod `variants`. So sampling costs disk space, but no time during training.
 
     Attributes:
       variants: segmentations a pair; 0: the best one only.
-      alpha: small for varied, large for likely segmentations, see `Vocabulary.sample`. On Multi30k with 8,000
-        pieces 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
+      alpha: small values give varied, large values likely segmentations, see `Vocabulary.sample`. On Multi30k with
+        8,000 subwords 0.2, 0.3 and 0.5 make lines 30, 11 and 3 % longer.
     """
 
     variants: int = 0
@@ -42,25 +43,44 @@ class SubwordSampling:
 
     @property
     def stored(self) -> int:
-        """Segmentations that a cache holds of every pair."""
+        """Segmentations that a cache stores for every pair."""
         return max(1, self.variants)
 
 
 class Chunk(NamedTuple):
-    """A chunk of pairs, tokenised: rules that dropped pairs, and for every variant all ids and [pairs, 2] lengths."""
+    """A tokenised chunk of pairs."""
 
-    counts: Counter[str]
-    ids: list[bytes]
-    lengths: list[np.ndarray]
+    counts: Counter[str]  # pairs dropped by each rule, and `changed_lines`
+    ids: list[bytes]  # for every variant, all token ids
+    lengths: list[np.ndarray]  # for every variant, int32 [pairs, 2]
 
 
 class Encoder:
-    """Turns a numbered chunk of pairs into tokens: a pure function of the chunk, wherever it runs."""
+    """Cleans and tokenises numbered chunks of pairs: a pure function of number and pairs."""
 
-    def __init__(self, model: bytes, languages: Sequence[str], cleaning: CleaningConfig, subword: SubwordSampling):
-        self.arguments = (model, languages, cleaning, subword)
+    def __init__(
+        self,
+        model: bytes,
+        languages: Sequence[str],
+        subword: SubwordSampling,
+        rules: PairRules,
+        pair_languages: tuple[str, str],
+    ):
+        """For the pairs of one corpus.
+
+        Args:
+          model: the vocabulary's SentencePiece model.
+          languages: the vocabulary's languages.
+          subword: how many segmentations of every pair.
+          rules: which pairs are dropped.
+          pair_languages: languages of the two sides.
+
+        Raises:
+          UserError: as `pair_rules`.
+        """
+        self.arguments = (model, languages, subword, rules, pair_languages)
         self._vocabulary = Vocabulary.from_model(model, languages)
-        self._cleaning = cleaning
+        self._rules = pair_rules(rules, pair_languages)
         self._subword = subword
         self.variants = subword.stored
         self.dtype = np.dtype("<u2" if self._vocabulary.size <= 1 << 16 else "<i4")
@@ -72,11 +92,11 @@ class Encoder:
         for source, target in pairs:
             cleaned = clean_line(source), clean_line(target)
             counts["changed_lines"] += (cleaned[0] != source) + (cleaned[1] != target)
-            rule = self._cleaning.rule_against(*cleaned)
-            if rule is None:
+            against = next((rule.name for rule in self._rules if rule.drops(cleaned)), None)
+            if against is None:
                 lines += cleaned
             else:
-                counts[rule] += 1
+                counts[against] += 1
         variants = [self._segment(lines, number, variant) for variant in range(self.variants)]
         ids = [np.concatenate([*sides, np.zeros(0, np.int32)]).astype(self.dtype).tobytes() for sides in variants]
         lengths = [np.array([len(side) for side in sides], dtype=np.int32).reshape(-1, 2) for sides in variants]

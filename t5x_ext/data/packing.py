@@ -1,14 +1,14 @@
-"""Putting examples of two lengths into rows of two capacities."""
+"""Packing of examples with two lengths into rows with two capacities."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
 
-# A window has about so many rows: more pack a little denser and proportionally slower.
+# Rows a window, about: more pack a little denser and proportionally slower.
 _ROWS_PER_WINDOW = 128
 _MIN_WINDOW = 128
-# Windows are packed side by side, so many at once: enough to hide numpy's overhead, few enough to stay in cache.
+# Windows that are packed at once: enough to hide numpy's overhead, few enough for the CPU's cache.
 _WINDOWS_AT_ONCE = 256
 _CANNOT = np.int32(np.iinfo(np.int32).max)
 
@@ -19,18 +19,17 @@ def pack(
     source_capacity: int,
     target_capacity: int,
 ) -> tuple[Int[np.ndarray, " examples"], int]:
-    """Best fit decreasing in windows: each example goes to the fullest row in which both of its sides fit.
+    """Best fit decreasing in windows: each example goes to the fullest row that has room for both of its sides.
 
-    Examples are cut into windows in the order given, and each window is packed for itself, longest examples first. All
-    windows take their next example at the same time, which turns the loop over examples into a loop over places in
-    a window. About 97, 98 and 98.5 % of the denser side are filled at capacities of 128, 256 and 512 tokens and 16
-    tokens an example.
+    Examples are split into windows in the order given, and each window is packed by itself, longest examples first. The
+    loop is over positions within a window; at each one, all windows place their example in one array operation. About
+    97, 98 and 98.5 % of the denser side are filled at capacities of 128, 256 and 512 tokens and 16 tokens an example.
 
     Args:
       source_lengths: at most `source_capacity` each.
       target_lengths: at most `target_capacity` each.
       source_capacity: tokens a row on the source side.
-      target_capacity: likewise on the target side.
+      target_capacity: tokens a row on the target side.
 
     Returns:
       The row of every example, int64, and the number of rows. Rows of a window are consecutive.
@@ -53,7 +52,7 @@ def pack(
 
 
 def _descending(fill: Float[np.ndarray, " examples"], window: int) -> Int[np.ndarray, "window windows"]:
-    """Numbers of the examples of every window, the longest first; numbers beyond the last example fill the last one."""
+    """Indices of the examples of every window, longest first; indices past the end pad the last window."""
     windows = -(-len(fill) // window)
     padded = np.zeros(windows * window)
     padded[: len(fill)] = fill
@@ -75,22 +74,22 @@ def _best_fit(
     source_capacity: int,
     target_capacity: int,
 ) -> Int[np.ndarray, "window windows"]:
-    """The row of every example within its window; rows are opened as they are needed."""
+    """The row of every example within its window; rows are added as needed."""
     window, windows = source_lengths.shape
     every = np.arange(windows)
     source_free = np.full((windows, 1), source_capacity, dtype=np.int32)
     target_free = np.full((windows, 1), target_capacity, dtype=np.int32)
     rows = np.empty((window, windows), dtype=np.int64)
-    for place in range(window):
-        source, target = source_lengths[place], target_lengths[place]
+    for index in range(window):
+        source, target = source_lengths[index], target_lengths[index]
         fits = (source_free >= source[:, None]) & (target_free >= target[:, None])
         if not fits[:, -1].all():
-            # Some window has begun its last row: give all one more, so that there is always an untouched one.
+            # A window has used its last row: add one to all, so that there is always an empty row.
             source_free = np.pad(source_free, ((0, 0), (0, 1)), constant_values=source_capacity)
             target_free = np.pad(target_free, ((0, 0), (0, 1)), constant_values=target_capacity)
             fits = np.pad(fits, ((0, 0), (0, 1)), constant_values=True)
         chosen = np.where(fits, np.minimum(source_free, target_free), _CANNOT).argmin(axis=1)
         source_free[every, chosen] -= source
         target_free[every, chosen] -= target
-        rows[place] = chosen
+        rows[index] = chosen
     return rows

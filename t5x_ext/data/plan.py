@@ -1,7 +1,7 @@
-"""Which examples stand in which row of which batch, decided from lengths alone.
+"""Which examples are in which row of which batch, as a function of their lengths.
 
 The plan is global: every host computes the same one from (streams, configuration, seed) and reads only its rows. A
-batch is a pure function of those, its number and the ranges that are skipped, so that a position is one integer.
+batch is a pure function of those, its number and the skipped ranges. So the position in the data is one integer.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from t5x_ext.data.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Examples that are shuffled and packed at a time: enough that a window's end costs no density, few enough for memory.
+# Examples that are shuffled and packed together: enough for dense packing, few enough for memory.
 _WINDOW_EXAMPLES = 1 << 20
-# The one that is read, the next that prefetching has begun to read, and the one after that, planned ahead.
+# The window that is read, the next one, which prefetching may read already, and the one that is planned ahead.
 _WINDOWS_IN_MEMORY = 3
 
 
@@ -43,10 +43,9 @@ class BatchConfig:
     Attributes:
       rows: rows of a batch over all hosts.
       source_length: tokens a row on the encoder's side, tags and end of sentence included.
-      target_length: likewise on the decoder's side.
-      temperature: a direction with n examples is drawn in proportion to n^(1/temperature) (arXiv 1907.05019): 1 gives
-        every example once an epoch, infinity every direction equally often. Within a direction every example counts
-        the same.
+      target_length: tokens a row on the decoder's side, tags and end of sentence included.
+      temperature: a direction with n examples is sampled in proportion to n^(1/temperature) (arXiv 1907.05019): 1 gives
+        every example once an epoch, infinity every direction equally often. Examples of a direction have equal weight.
       packing: several examples a row; False: one a row.
       overlong: examples that do not fit into a row are dropped, or truncated to it.
     """
@@ -71,7 +70,7 @@ class BatchConfig:
 
 
 class RowExamples(NamedTuple):
-    """Examples of some rows, in the order in which they stand in them; one entry an example, int64.
+    """The examples of some rows, in order; one entry an example, int64.
 
     Lengths are those in the row: prefix, tokens and end of sentence.
     """
@@ -96,24 +95,24 @@ class _Window(NamedTuple):
 
 
 class _Usable(NamedTuple):
-    """Pairs of a stream that may be drawn, in order: all but some."""
+    """The pairs of a stream without the dropped ones."""
 
     size: int
-    left_out: Int[np.ndarray, " left_out"]  # for each pair left out, ascending, the number of usable ones before it
+    dropped: Int[np.ndarray, " dropped"]  # for each dropped pair, ascending, the number of usable ones before it
 
-    def pairs(self, places: Int[np.ndarray, " places"]) -> Int[np.ndarray, " places"]:
-        return places + np.searchsorted(self.left_out, places, side="right") if len(self.left_out) else places
+    def pairs(self, indices: Int[np.ndarray, " indices"]) -> Int[np.ndarray, " indices"]:
+        return indices + np.searchsorted(self.dropped, indices, side="right") if len(self.dropped) else indices
 
 
 class SkippingPlan:
-    """An infinite sequence of batches of which some are left out.
+    """An infinite sequence of batches, some of which are skipped.
 
     Attributes:
-      skipped: ranges [start, stop) of batch numbers that are left out, counted without leaving any out.
+      skipped: ranges [start, stop) of skipped batch numbers, which count all batches.
     """
 
     def __init__(self, skipped: Sequence[tuple[int, int]] = ()):
-        """Leaves out these ranges.
+        """Skips these ranges.
 
         Args:
           skipped: see the attribute.
@@ -121,17 +120,17 @@ class SkippingPlan:
         self.skipped = merge_ranges(skipped)
 
     def skipping(self, ranges: Sequence[tuple[int, int]]) -> Self:
-        """The same plan with more ranges [start, stop) left out, in the numbers that `unskipped` gives.
+        """The same plan that also skips these ranges [start, stop), in the numbers that `unskipped` gives.
 
-        Positions up to the first new range stay what they were, so that a run which goes back to a checkpoint before
-        the range goes on from the checkpoint's position.
+        Positions before the first new range do not change, so that a run which rewinds to a checkpoint before the range
+        resumes from the checkpoint's position.
         """
         plan = copy.copy(self)
         plan.skipped = merge_ranges([*self.skipped, *ranges])
         return plan
 
     def unskipped(self, index: int) -> int:
-        """The number that batch `index` has when none is left out, as `skipped` counts."""
+        """The number of batch `index` when skipped batches are counted too."""
         for start, stop in self.skipped:
             if index < start:
                 break
@@ -142,27 +141,25 @@ class SkippingPlan:
 class BatchPlan(SkippingPlan):
     """An infinite sequence of batches over several streams.
 
-    An epoch has as many examples as all streams together. Each stream is an endless run of passes, a pass being a
-    random order of its examples; an epoch takes the next stretch of every run, as long as the stream's rate says. An
-    epoch of more than a million (2^20) examples is planned in windows of at most about so many, each with its share of
-    every stretch; a smaller one is one window. What a window draws is shuffled and packed. Rows go into batches of
-    `rows`; those of an epoch's last window are dealt out evenly, missing rows being left empty (see `RowCounts`). So at
-    temperature 1 every example is seen exactly once an epoch, no batch is nearly empty, and no epoch reaches into the
-    next.
+    Each stream repeats forever, reshuffled on every pass. An epoch has as many examples as all streams together: it
+    takes the next `rate * examples_per_epoch` examples of each stream, continuing where the last epoch stopped. Epochs
+    above 2^20 examples are planned in windows of about that size, each with a proportional share of every stream. The
+    examples of a window are shuffled and packed into rows, and rows are grouped into batches; at the end of an epoch
+    rows are spread evenly over the last batches (see `RowCounts`). So at temperature 1 every example is seen exactly
+    once an epoch, no batch is nearly empty, and no batch mixes epochs.
 
-    Memory is that of a few windows and does not grow with the number of examples, but for 8 bytes for each overlong one
-    that is dropped; lengths are read from the caches' memory-mapped files. Of a large epoch the next window is planned
-    in a thread while one is read.
+    Memory is that of a few windows. It does not grow with the number of examples, except for 8 bytes for each dropped
+    overlong one; lengths are read from the caches' memory-mapped files. The next window of a large epoch is planned in
+    a thread while one is read.
 
-    Which batches an epoch has is known once its windows are planned. A run that goes on late in its data would plan all
-    that came before; `known_rows` is what there is to know of it, a short JSON list to keep in a checkpoint, and
-    `remember` takes it back.
+    The batches of an epoch are known once its windows are planned. To resume late in the data without planning all
+    windows before, keep `known_rows`, a short JSON list, in the checkpoint, and restore it by `remember`.
 
     Attributes:
       streams: the directions.
       config: shape and mixture.
       source_prefixes: tags and markers at the start of the encoder input, one tuple a stream.
-      target_prefixes: likewise of the decoder labels.
+      target_prefixes: tags at the start of the decoder labels, one tuple a stream.
       overlong: examples dropped (or truncated) for their length, by direction.
       skipped: see `SkippingPlan`.
     """
@@ -177,19 +174,19 @@ class BatchPlan(SkippingPlan):
         shuffle: bool = True,
         skipped: Sequence[tuple[int, int]] = (),
     ):
-        """Measures the streams; nothing is planned yet.
+        """Counts the usable examples of the streams; plans nothing yet.
 
         Args:
           streams: directions, at least one.
           vocabulary: gives the tags' ids.
-          tags: where tags stand.
+          tags: where tags are inserted.
           config: shape and mixture.
-          seed: decides every order.
+          seed: of every random order.
           shuffle: False keeps the streams' order and one pass of each an epoch, for evaluation.
           skipped: see the attribute.
 
         Raises:
-          UserError: where a language has no tag, or no example of a stream fits into a row.
+          UserError: if a language has no tag, or no example of a stream fits into a row.
         """
         super().__init__(skipped)
         if not streams:
@@ -214,7 +211,7 @@ class BatchPlan(SkippingPlan):
     # Mixture
 
     def rates(self) -> dict[str, float]:
-        """The share of examples drawn from every direction."""
+        """The share of examples of every direction."""
         rates: defaultdict[str, float] = defaultdict(float)
         for stream, rate in zip(self.streams, self._stream_rates()):
             rates[stream.name] += float(rate)
@@ -222,7 +219,7 @@ class BatchPlan(SkippingPlan):
 
     @property
     def examples_per_epoch(self) -> int:
-        """Examples that an epoch draws."""
+        """Examples of an epoch."""
         return sum(usable.size for usable in self._usable)
 
     def _stream_rates(self) -> np.ndarray:
@@ -235,7 +232,7 @@ class BatchPlan(SkippingPlan):
         return np.array(rates) / sum(weights.values())
 
     def _draws(self) -> list[int]:
-        """Examples an epoch draws from every stream: the rates in whole numbers, by largest remainder, at least 1."""
+        """Examples of an epoch by stream: the rates rounded to whole numbers by largest remainder, at least 1."""
         exact = self._stream_rates() * self.examples_per_epoch
         draws = np.floor(exact + 1e-6).astype(np.int64)
         missing = self.examples_per_epoch - int(draws.sum())
@@ -252,7 +249,7 @@ class BatchPlan(SkippingPlan):
         return source, lengths[:, 1] + (len(self.target_prefixes[index]) + 1)
 
     def _usable_pairs(self, index: int) -> _Usable:
-        """Pairs that may be drawn; with several segmentations a pair is dropped if any of them is too long."""
+        """Pairs that are not dropped; with several segmentations a pair is overlong if any of them is."""
         stream = self.streams[index]
         pairs = stream.cache.num_pairs
         parts = [
@@ -266,16 +263,16 @@ class BatchPlan(SkippingPlan):
             logger.info(
                 "%s (%s): %d of %d examples %s as overlong", stream.name, stream.cache.name, len(overlong), pairs, verb
             )
-        left_out = overlong if self.config.overlong == "drop" else overlong[:0]
-        if len(left_out) == pairs:
+        dropped = overlong if self.config.overlong == "drop" else overlong[:0]
+        if len(dropped) == pairs:
             raise UserError(
                 f"{stream.cache.name}, {stream.name}: all {pairs} examples are longer than source_length="
                 f"{self.config.source_length} or target_length={self.config.target_length}"
             )
-        return _Usable(pairs - len(left_out), left_out - np.arange(len(left_out)))
+        return _Usable(pairs - len(dropped), dropped - np.arange(len(dropped)))
 
     def _overlong(self, index: int, start: int, stop: int) -> Int[np.ndarray, " overlong"]:
-        """Which of the pairs `start` to `stop` are, counted from `start`."""
+        """Which of the pairs `start` to `stop` are overlong, counted from `start`."""
         stream, overlong = self.streams[index], np.zeros(stop - start, dtype=bool)
         for first in range(0, stream.cache.variants * stream.cache.num_pairs, stream.cache.num_pairs):
             source, target = self._whole_lengths(index, stream.lengths[first + start : first + stop])
@@ -285,9 +282,9 @@ class BatchPlan(SkippingPlan):
     def _row_lengths(self, streams: np.ndarray, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.empty((2, len(records)), dtype=np.int64)
         for index, stream in enumerate(self.streams):
-            places = np.flatnonzero(streams == index)
-            if len(places):
-                lengths[0, places], lengths[1, places] = self._whole_lengths(index, stream.lengths[records[places]])
+            indices = np.flatnonzero(streams == index)
+            if len(indices):
+                lengths[:, indices] = self._whole_lengths(index, stream.lengths[records[indices]])
         return np.minimum(lengths[0], self.config.source_length), np.minimum(lengths[1], self.config.target_length)
 
     # Windows
@@ -297,7 +294,7 @@ class BatchPlan(SkippingPlan):
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
     def _draw(self, index: int, start: int, stop: int) -> np.ndarray:
-        """Records from `start` to `stop` in the stream's endless run of passes."""
+        """Records `start` to `stop` of the stream's infinite sequence of passes."""
         usable, stream = self._usable[index], self.streams[index]
         parts = [np.zeros(0, dtype=np.int64)]
         for number in range(start // usable.size, -(-stop // usable.size)):
@@ -307,12 +304,12 @@ class BatchPlan(SkippingPlan):
         return np.concatenate(parts)
 
     def _order(self, index: int, number: int, first: int, last: int) -> np.ndarray:
-        """Places `first` to `last` of pass `number` over the stream's usable pairs."""
+        """Items `first` to `last` of pass `number` over the stream's usable pairs."""
         size, stream = self._usable[index].size, self.streams[index]
         if not self._shuffle:
             return np.arange(first, last)
         random = self._random("pass", stream.name, stream.cache.name, number)
-        # A whole order is the better shuffle; beyond a window it would take more memory than everything else.
+        # A stored permutation is the better shuffle, but above a window it would take more memory than all else.
         if size <= _WINDOW_EXAMPLES:
             return random.permutation(size)[first:last]
         return Shuffle(size, random)(np.arange(first, last))
@@ -322,9 +319,9 @@ class BatchPlan(SkippingPlan):
         bounds = [
             [epoch * count + count * part // self._num_windows for part in (window, window + 1)] for count in draws
         ]
-        records = np.concatenate([self._draw(index, *stretch) for index, stretch in enumerate(bounds)])
+        records = np.concatenate([self._draw(index, *bound) for index, bound in enumerate(bounds)])
         streams = np.repeat(np.arange(len(draws), dtype=np.int16), [stop - start for start, stop in bounds])
-        # An epoch of one window has the order that epochs had before they had windows.
+        # The first window has the key that epochs had before there were windows: orders do not change.
         key = (epoch, window) if window else (epoch,)
         if self._shuffle:
             order = self._random("examples", *key).permutation(len(records))
@@ -371,7 +368,7 @@ class BatchPlan(SkippingPlan):
     def batches_per_epoch(self, epoch: int = 0) -> int:
         """Batches of an epoch, skipped ones included; epochs may differ by a few.
 
-        It plans the epoch, and those before it of which nothing is known: about a second a million examples.
+        Plans the epoch, and those before it that are not counted yet: about a second a million examples.
         """
         while (batches := self._counts.batches(epoch)) is None:
             self._count_next_window()
@@ -383,11 +380,10 @@ class BatchPlan(SkippingPlan):
             return self._counts.to_json()
 
     def remember(self, known_rows: Sequence[Sequence[int]]) -> None:
-        """Takes over what `known_rows` gave in an earlier process, so that the windows it counts are not planned again.
+        """Restores what `known_rows` gave in an earlier process, so that the windows it counts are not planned again.
 
         Raises:
-          UserError: where it is of another plan, as far as that can be seen; what cannot is seen when one of the
-            windows is planned.
+          UserError: if it contradicts this plan. What cannot be checked here is checked when a window is planned.
         """
         with self._lock:
             self._counts.extend(known_rows)
@@ -397,7 +393,7 @@ class BatchPlan(SkippingPlan):
     def locate(self, index: int) -> tuple[int, int]:
         """The epoch of batch `index` and its number within it.
 
-        Windows before it of which nothing is known are planned, to know how many rows they have.
+        Plans the windows before it whose rows are not counted yet.
         """
         if index < 0:
             raise IndexError(f"batch {index}: numbers start at 0")
@@ -432,7 +428,7 @@ class BatchPlan(SkippingPlan):
         return RowExamples(rows - first, streams, records, *self._row_lengths(streams, records))
 
     def _rows_of_window(self, epoch: int, number: int, first: int, last: int) -> tuple[np.ndarray, ...]:
-        """Row, stream and record of the examples in rows `first` to `last` of the epoch, which are of one window."""
+        """Row, stream and record of the examples in rows `first` to `last` of the epoch, all in one window."""
         window = self._window(epoch, number)
         with self._lock:
             window_first = self._counts.window_starts(epoch)[number]
@@ -443,7 +439,7 @@ class BatchPlan(SkippingPlan):
 
     @property
     def density(self) -> float:
-        """Share of the decoder's positions that hold a label, over the first epoch or its first million examples."""
+        """Share of the decoder's positions that have a label, over the first epoch or its first million examples."""
         window = self._window(0, 0)
         labels = int(self._row_lengths(window.streams, window.records)[1].sum())
         batches = -(-window.num_rows // self.config.rows)

@@ -1,4 +1,4 @@
-"""From corpora to batches: the whole way that data goes before a training step."""
+"""From corpora to training batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etils import epath
 
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.corpora.beam import BeamRunner
-from t5x_ext.corpora.cleaning import CleaningConfig
+from t5x_ext.corpora.filters import PairRules
 from t5x_ext.corpora.parallel_text import ParallelText
 from t5x_ext.corpora.special_pieces import MARKERS, Side
 from t5x_ext.data.batches import PackedBatches
@@ -39,18 +39,18 @@ VOCABULARY_FOLDER = "vocabulary"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained and evaluated on.
+    """The data of a run.
 
     Attributes:
-      train: corpora to learn from, at least one.
+      train: training corpora, at least one.
       valid: corpora for validation; one loss over all of them, and raw text for decoding.
       test: corpora for the final test, raw text only.
       bidirectional: use every corpus in both directions.
-      bidirectional_steps: train in both directions for so many batches, then in the corpora's own direction only
-        (bidirectional training, arXiv 2109.07780); None: in both to the end. Both directions are evaluated throughout.
-      tags: where language tags stand.
+      bidirectional_steps: batches in both directions, after which only the corpora's own direction is trained
+        (bidirectional training, arXiv 2109.07780); None: both to the end. Both directions are evaluated throughout.
+      tags: where language tags are inserted.
       vocabulary: the joint vocabulary, trained or given.
-      cleaning: which pairs are left out of training.
+      cleaning: which pairs are dropped from training; those with an empty side always are.
       subword: random segmentations of the training text.
       batch: shape and mixture of batches.
     """
@@ -62,7 +62,7 @@ class DataConfig:
     bidirectional_steps: int | None = None
     tags: TagPolicy = field(default_factory=TagPolicy)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    cleaning: PairRules = field(default_factory=PairRules)
     subword: SubwordSampling = field(default_factory=SubwordSampling)
     batch: BatchConfig = field(default_factory=BatchConfig)
 
@@ -74,6 +74,11 @@ class DataConfig:
             object.__setattr__(self, role, tuple(corpora))
         if not self.train:
             raise UserError("DataConfig.train: there is no training corpus; give at least one")
+        if type(self.cleaning) is not PairRules:
+            raise UserError(
+                f"DataConfig.cleaning: {type(self.cleaning).__name__} is for t5x_ext clean; a cache takes PairRules"
+                " only"
+            )
         if self.bidirectional_steps is not None and self.bidirectional_steps < 0:
             raise UserError(f"DataConfig.bidirectional_steps={self.bidirectional_steps}: must be 0 or more, or None")
         if self.bidirectional_steps is not None and not self.bidirectional:
@@ -82,16 +87,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything that a training run needs of its data.
+    """The data of a training run, prepared.
 
     Attributes:
       vocabulary: the joint vocabulary, also saved in the run folder.
-      directions: names of the trained directions, as in `en-de`, without repetition.
-      batches: the endless training batches; `batches.plan` is their plan.
-      valid_packed: unshuffled, one pass is the first epoch; None without validation corpora.
+      directions: names of the trained directions, as in `en-de`, each once.
+      batches: the infinite training batches; `batches.plan` is their plan.
+      valid_packed: validation batches, unshuffled; the first epoch is one pass. None without validation corpora.
       valid: validation text by corpus and direction.
-      test: likewise for the test.
-      description: what decides the batches, as JSON; a run that goes on must find the same.
+      test: test text by corpus and direction.
+      description: what the batches depend on, as JSON; it must be the same when a run is resumed.
     """
 
     vocabulary: Vocabulary
@@ -124,20 +129,18 @@ def prepare(
     num_processes: int | None = None,
     beam: BeamRunner | None = None,
 ) -> PreparedData:
-    """Vocabulary, caches and plan of a run; what is there already is reused.
+    """Vocabulary, caches and plan of a run; existing ones are reused.
 
     Args:
-      config: what to train on.
-      run_dir: the vocabulary goes to its folder `vocabulary`.
-      cache_root: folder of token caches, shared by runs; None: `cache` in the run folder. See `build_cache` for what
-        happens to remote ones.
-      seed: decides the order of the data.
+      config: the data.
+      run_dir: run folder; the vocabulary is stored in its folder `vocabulary`.
+      cache_root: folder of token caches, shared by runs, local or remote; None: `cache` in the run folder.
+      seed: of the order of the data.
       num_processes: see `build_cache`.
-      beam: where the training corpora are tokenised, see `build_cache`; None: here.
+      beam: where the training corpora are tokenised, see `build_cache`; None: on this machine.
 
     Raises:
-      UserError: for whatever is wrong with the input, and where the run folder's vocabulary is not the one that the
-        configuration asks for.
+      UserError: for invalid input, and if the run folder's vocabulary is not the one that the configuration asks for.
     """
     directions = text_directions(config.train, config.bidirectional)
     _check_directions(directions, config.tags)
@@ -149,7 +152,7 @@ def prepare(
     ]
     plan = _training_plan(config, caches, vocabulary, seed)
     for name, rate in plan.rates().items():
-        logger.info("%s: %.2f %% of the examples that an epoch draws", name, 100 * rate)
+        logger.info("%s: %.2f %% of the examples of an epoch", name, 100 * rate)
     return PreparedData(
         vocabulary=vocabulary,
         directions=tuple(dict.fromkeys(direction.name for direction in directions)),
@@ -162,15 +165,15 @@ def prepare(
 
 
 def prepare_vocabulary(config: VocabularyConfig, corpora: Sequence[Corpus], directory: str) -> Vocabulary:
-    """The vocabulary in a folder, made from the configuration if there is none yet.
+    """The vocabulary in a folder, which is made from the configuration if it does not exist.
 
     Args:
       config: a given model, or how to train one.
-      corpora: trained on where no model is given; their languages get tags.
-      directory: where it is kept.
+      corpora: their languages get tags; a model is trained on them if none is given.
+      directory: the folder.
 
     Raises:
-      UserError: where the folder holds another vocabulary than the configuration asks for.
+      UserError: if the folder has another vocabulary than the configuration asks for.
     """
     languages = _languages(corpora)
     markers = config.markers
@@ -201,7 +204,7 @@ def prepare_vocabulary(config: VocabularyConfig, corpora: Sequence[Corpus], dire
     )
     vocabulary = Vocabulary.from_model(vocabulary.model, languages, markers)
     vocabulary.save(directory, record)
-    logger.info("vocabulary: %d pieces, saved in %s", vocabulary.size, directory)
+    logger.info("vocabulary: %d subwords, saved in %s", vocabulary.size, directory)
     return vocabulary
 
 
@@ -288,7 +291,7 @@ def _valid_batches(config: DataConfig, vocabulary: Vocabulary, root: str) -> Pac
 
 
 def _describe(config: DataConfig, vocabulary: Vocabulary, caches: Sequence[TokenCache], seed: int) -> dict[str, Any]:
-    # Absent where there is no switch, and no marker, as in runs from before there were any.
+    # Left out if unused, as in descriptions from before there were switches and markers.
     switch = {} if config.bidirectional_steps is None else {"bidirectional_steps": config.bidirectional_steps}
     sides = list(map(_synthetic, config.train))
     markers = {"synthetic": sides} if any(sides) else {}

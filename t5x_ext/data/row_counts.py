@@ -1,4 +1,4 @@
-"""How rows become batches: which rows of its epoch a batch takes, as far as rows have been counted."""
+"""Which rows of its epoch a batch takes, as far as rows have been counted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from t5x_ext.contracts import UserError
 class RowCounts:
     """Rows of planned windows, counted window by window and epoch by epoch from the first on.
 
-    An epoch is a sequence of windows, each of some number of rows, which is known once the window is planned. Batches
-    are full and take the rows in their order, whatever window they are of. Only the rows that the windows before the
-    last leave over, and those of the last, are dealt out evenly over as few batches as hold them: so no batch is nearly
-    empty, and a batch before those is known before the epoch's end is.
+    An epoch is a sequence of windows. A window's number of rows is known once it is planned. Batches take rows in
+    order, across windows, and are full, except at the end of an epoch: the rows of the last window, and those that
+    remain from the windows before it, are spread evenly over as few batches as can hold them. So no batch is nearly
+    empty, and the rows of the other batches are known before the epoch is planned to its end.
     """
 
     def __init__(self, windows: int, batch_rows: int):
-        """`windows` of every epoch; at most `batch_rows` rows a batch."""
+        """`windows` an epoch; at most `batch_rows` rows a batch."""
         self._windows = windows
         self._batch_rows = batch_rows
         self._first_batches = [0]
@@ -48,13 +48,13 @@ class RowCounts:
         return full - (-rows // self._batch_rows)
 
     def batches(self, epoch: int) -> int | None:
-        """Batches of an epoch; None where it is not counted to its end."""
+        """Batches of an epoch; None if it is not counted to its end."""
         if epoch + 1 < len(self._first_batches):
             return self._first_batches[epoch + 1] - self._first_batches[epoch]
         return None
 
     def locate(self, number: int) -> tuple[int, int] | None:
-        """The epoch of a batch and its number within it; None where it is not known yet."""
+        """The epoch of a batch and its number within it; None if it is not known yet."""
         epoch = bisect_right(self._first_batches, number) - 1
         batch = number - self._first_batches[epoch]
         if epoch == len(self._starts) - 1 and (batch + 1) * self._batch_rows > self._starts[epoch][-1]:
@@ -67,9 +67,9 @@ class RowCounts:
         if len(starts) > self._windows:
             full, rows = self._even_part(starts)
             if batch >= full:
-                batches, place = self._batches(starts) - full, batch - full
+                batches, index = self._batches(starts) - full, batch - full
                 before = full * self._batch_rows
-                return before + place * rows // batches, before + (place + 1) * rows // batches
+                return before + index * rows // batches, before + (index + 1) * rows // batches
         return batch * self._batch_rows, (batch + 1) * self._batch_rows
 
     def window_starts(self, epoch: int) -> tuple[int, ...]:
@@ -81,10 +81,10 @@ class RowCounts:
         return [[stop - start for start, stop in pairwise(starts)] for starts in self._starts]
 
     def extend(self, rows: Sequence[Sequence[int]]) -> None:
-        """Takes over what `to_json` gave of the same plan.
+        """Adds the counts that `to_json` gave of the same plan.
 
         Raises:
-          UserError: where it does not fit the plan, or what is counted already.
+          UserError: if they contradict the plan, or what is counted already.
         """
         other = RowCounts(self._windows, self._batch_rows)
         for epoch, counts in enumerate(rows):

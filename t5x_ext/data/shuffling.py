@@ -1,4 +1,4 @@
-"""A random order of very many things, asked for a stretch at a time, without holding it."""
+"""A random permutation of very many items, computed range by range without storing it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 import numpy as np
 from jaxtyping import Int
 
-# Two half rounds make a round; three are more than the two that make every place depend on every bit of a number.
+# A round is two half rounds. Two rounds make every output depend on every bit of the input; this is one more.
 _ROUNDS = 3
 
 
 class Shuffle:
-    """A random permutation of 0 to size - 1 that takes memory of the square root of `size`.
+    """A random permutation of 0 to size - 1; its memory grows with the square root of `size`.
 
-    A Feistel network over pairs (Luby and Rackoff, 1988): a number is written as two digits, and in turns each digit
-    has a random function of the other one added to it, modulo its base. The functions are tables of random numbers.
-    The digits can write a few numbers of `size` or more; where one of these comes out it is put in again until one
-    below comes out, which keeps the map one-to-one (cycle walking, Black and Rogaway, 2002).
+    A Feistel network (Luby and Rackoff, 1988): a number is written as two digits, and each digit in turn is increased
+    by a random function of the other, modulo its base. The functions are tables of random numbers. The digits can also
+    represent a few numbers >= `size`; such a result is permuted again until it is below `size`, which keeps the map
+    one-to-one (cycle walking, Black and Rogaway, 2002).
     """
 
     def __init__(self, size: int, random: np.random.Generator):
@@ -33,9 +33,9 @@ class Shuffle:
             for _ in range(_ROUNDS)
         ]
 
-    def __call__(self, places: Int[np.ndarray, " places"]) -> Int[np.ndarray, " places"]:
-        """What stands in these places (0 to size - 1) of the order, int64."""
-        numbers = self._permute(np.asarray(places, dtype=np.int64))
+    def __call__(self, indices: Int[np.ndarray, " indices"]) -> Int[np.ndarray, " indices"]:
+        """The items at these indices (0 to size - 1) of the permutation, int64."""
+        numbers = self._permute(np.asarray(indices, dtype=np.int64))
         while len(outside := np.flatnonzero(numbers >= self._size)):
             numbers[outside] = self._permute(numbers[outside])
         return numbers

@@ -1,4 +1,4 @@
-"""Directions of translation over corpora and over their caches."""
+"""Translation directions over corpora and over their caches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TextDirection:
         return direction_name(self.source_language, self.target_language)
 
     def texts(self) -> tuple[list[str], list[str]]:
-        """Source lines and reference lines, as many as the corpus has, in its order."""
+        """All source lines and reference lines, in the order of the corpus."""
         pairs = list(self.corpus.pairs())
         return [pair[self.reverse] for pair in pairs], [pair[not self.reverse] for pair in pairs]
 
@@ -63,12 +63,12 @@ def text_directions(corpora: Sequence[Corpus], bidirectional: bool) -> tuple[Tex
 
 @dataclass(frozen=True)
 class Stream:
-    """A cache read in one direction; one cache serves both.
+    """A cache read in one direction; both directions share one cache.
 
     Attributes:
       cache: the token cache.
       reverse: translate from the cache's second language into its first.
-      synthetic: the side of the cache that a model has written, where the encoder is to be told; None: it is not told.
+      synthetic: the side of the cache that a model has written, if the encoder gets a marker for it; None: no marker.
     """
 
     cache: TokenCache
@@ -92,7 +92,7 @@ class Stream:
 
     @property
     def marker(self) -> str | None:
-        """`BT` where a model has written what is translated, `FT` where it has written the translation."""
+        """`BT` if the source is synthetic, `FT` if the target is, None without `synthetic`."""
         if self.synthetic is None:
             return None
         return MARKERS["source" if (self.synthetic == "source") != self.reverse else "target"]

@@ -1,4 +1,4 @@
-"""A plan that changes its directions on the way: bidirectional training that ends in one direction."""
+"""A plan that changes its directions during a run: bidirectional training that ends in one direction."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from t5x_ext.data.plan import BatchPlan, RowExamples, SkippingPlan
 
 
 class SwitchingPlan(SkippingPlan):
-    """The batches of one plan up to a batch number, and from there on those of another, from its beginning.
+    """The batches of one plan up to a batch number, and then those of another, from its first.
 
     A position stays one integer. With the switch at 0 this is the second plan, batch for batch.
 
     Attributes:
       first: the plan up to the switch.
       second: the plan from there on; its streams are among those of `first`.
-      switch: number of the first batch of `second`, counted without leaving any out.
+      switch: number of the first batch of `second`, counted without skipping.
       streams: those of `first`, like all that follow.
       config: shape and mixture.
       source_prefixes: tags at the start of the encoder input, one tuple a stream.
-      target_prefixes: likewise of the decoder labels.
+      target_prefixes: tags at the start of the decoder labels, one tuple a stream.
       skipped: see `SkippingPlan`.
 
     References:
@@ -27,7 +27,7 @@ class SwitchingPlan(SkippingPlan):
     """
 
     def __init__(self, first: BatchPlan, second: BatchPlan, switch: int):
-        """Joins two plans that leave nothing out.
+        """Joins two plans that skip nothing.
 
         Args:
           first: see the attribute, like the others.
@@ -47,7 +47,7 @@ class SwitchingPlan(SkippingPlan):
         return self.first.density
 
     def rates(self) -> dict[str, float]:
-        """The share of examples drawn from every direction before the switch."""
+        """The share of examples of every direction before the switch."""
         return self.first.rates()
 
     @property
@@ -60,12 +60,12 @@ class SwitchingPlan(SkippingPlan):
         return self.first.batches_per_epoch(epoch)
 
     def known_rows(self) -> list[list[int]]:
-        """What both plans know, see `BatchPlan.known_rows`, behind the number of epochs of the first."""
+        """The number of epochs that the first plan has counted, then the counts of both, see `BatchPlan.known_rows`."""
         known = self.first.known_rows()
         return [[len(known)], *known, *self.second.known_rows()]
 
     def remember(self, known_rows: list[list[int]]) -> None:
-        """Takes over what `known_rows` gave in an earlier process."""
+        """Restores what `known_rows` gave in an earlier process."""
         if known_rows:
             ((epochs,), *known) = known_rows
             self.first.remember(known[:epochs])

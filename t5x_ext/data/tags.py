@@ -1,4 +1,4 @@
-"""Language tags: which side of an example says which language is wanted."""
+"""Language tags: where an example names its languages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from t5x_ext.data.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class TagPolicy:
-    """Where language tags stand, as in fairseq's `--encoder-langtok` and `--decoder-langtok`.
+    """Where language tags are inserted, as with fairseq's `--encoder-langtok` and `--decoder-langtok`.
 
     Encoder input is `prefix + tokens + [eos]`; decoder labels are `prefix + tokens + [eos]` and decoder input is
-    `[eos] + prefix + tokens`. When decoding, the decoder's prefix is forced and left out of the text.
+    `[eos] + prefix + tokens`. Decoding forces the decoder's prefix and drops it from the text.
 
     Attributes:
-      encoder: the language named at the start of the encoder input: `none`, the `source` or the `target` language.
+      encoder: the language whose tag starts the encoder input: `none`, the `source` or the `target` language.
       decoder: `target`: the decoder's first label is the target language's tag; `none`: no tag.
     """
 
@@ -32,16 +32,16 @@ class TagPolicy:
 
     @property
     def names_target(self) -> bool:
-        """Whether a model can tell from the tags which language is wanted."""
+        """Whether the tags name the target language."""
         return self.encoder == "target" or self.decoder == "target"
 
     def source_prefix(
         self, vocabulary: Vocabulary, source_language: str, target_language: str, marker: str | None = None
     ) -> tuple[int, ...]:
-        """Ids at the start of the encoder input: the tag, and a marker of where the text comes from, if it has one.
+        """Ids at the start of the encoder input: the tag, then the marker of synthetic text, if any.
 
         Raises:
-          UserError: where the vocabulary has no tag for the language, or no such marker.
+          UserError: if the vocabulary has no tag for the language, or no such marker.
         """
         prefix = () if marker is None else (vocabulary.marker_id(marker),)
         if self.encoder == "none":
@@ -52,6 +52,6 @@ class TagPolicy:
         """Ids at the start of the decoder labels, forced when decoding.
 
         Raises:
-          UserError: where the vocabulary has no tag for the language.
+          UserError: if the vocabulary has no tag for the language.
         """
         return (vocabulary.tag_id(target_language),) if self.decoder == "target" else ()

@@ -1,7 +1,7 @@
 """SentencePiece vocabularies with language tags.
 
-Text is never normalised by SentencePiece (its default, NFKC, turns full-width Chinese punctuation into ASCII) and bytes
-stand in for unseen characters, so that any line can be written and read back.
+SentencePiece does not normalise text (its default, NFKC, turns full-width Chinese punctuation into ASCII), and unseen
+characters are encoded as bytes, so that decoding restores any line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora.cleaning import clean_line
 from t5x_ext.corpora.special_pieces import check_marker, tag_language, tag_piece
+from t5x_ext.storage.files import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,33 +37,33 @@ MODEL_FILE = "sentencepiece.model"
 DESCRIPTION_FILE = "vocabulary.json"
 _FORMAT = 1
 
-# The result depends on how the sums of the EM algorithm are split over threads: one number for every machine.
+# The result depends on how the sums of the EM algorithm are split over threads, so it is the same on every machine.
 _TRAINER_THREADS = 8
 _MAX_LINE_BYTES = 16384
-# With more distinct characters than this share of the pieces, rare ones are left to byte fallback.
+# If there are more distinct characters than this share of the vocabulary, rare ones are left to byte fallback.
 _CHARACTER_SHARE = 0.25
 _REDUCED_COVERAGE = 0.9995
 _ERRORS_ONLY = 2
-# Segmentations of a word that sampling draws from, and words of which they are kept in memory.
+# Segmentations of a word that are sampled from, and words whose segmentations are kept in memory.
 _N_BEST = 32
 _MAX_CANDIDATES = 30_000
 
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """One joint vocabulary: a SentencePiece model of one's own, or how to train one.
+    """One joint vocabulary: an existing SentencePiece model, or how to train one.
 
     Attributes:
       path: a SentencePiece model file, or a folder written by `Vocabulary.save`; None: train on the training corpora.
-      size: pieces, tags and byte pieces included. A corpus too small for it gives a smaller vocabulary and a log line.
+      size: number of ids, tags and bytes included. A corpus too small for it gives a smaller vocabulary and a log line.
       model_type: `unigram` or `bpe`.
-      character_coverage: share of the text's characters with pieces of their own, the others being written in bytes;
-        None: all of them if they take at most a quarter of the pieces, else 0.9995.
-      split_digits: every digit is a piece of its own.
-      max_lines: at most so many lines are trained on, a fixed random sample of all.
+      character_coverage: share of the text's characters that get ids, the others being encoded as bytes; None: all of
+        them if they take at most a quarter of the ids, else 0.9995.
+      split_digits: encode every digit by itself.
+      max_lines: train on at most this many lines, a fixed random sample of all.
       seed: of that sample.
-      markers: pieces beside the languages' tags that say where a text comes from, as `BT` for `<BT>`. Those that the
-        training corpora need are added to a vocabulary that is trained.
+      markers: markers for the origin of a text, as `BT` for `<BT>`. A trained vocabulary also gets those that the
+        training corpora need.
     """
 
     path: str | None = None
@@ -89,10 +89,10 @@ class VocabularyConfig:
 
 
 class _Candidates(NamedTuple):
-    """The best segmentations of a word, and the probability of each with those before it."""
+    """The best segmentations of a word."""
 
     segmentations: list[list[int]]
-    cumulative: list[float]
+    cumulative: list[float]  # cumulative probabilities
 
     def pick(self, draw: float) -> list[int]:
         return self.segmentations[min(bisect.bisect_right(self.cumulative, draw), len(self.cumulative) - 1)]
@@ -101,8 +101,8 @@ class _Candidates(NamedTuple):
 class Vocabulary:
     """A SentencePiece model with one tag id a language.
 
-    Ids are the model's own; tags that the model lacks follow after its last id in the order of `languages`, and markers
-    after these. Text never encodes to a tag, even if it contains the letters `__de__`, and decoding drops tags.
+    Ids are the model's own. Tags that the model lacks get the ids after its last one, in the order of `languages`;
+    markers follow. Text never encodes to a tag, even if it contains the letters `__de__`, and decoding drops tags.
     """
 
     def __init__(self, path: str, languages: Sequence[str] = (), markers: Sequence[str] = ()):
@@ -110,11 +110,11 @@ class Vocabulary:
 
         Args:
           path: the model file, local or remote.
-          languages: languages that need tags; those that the model has as pieces `__xx__` are known without.
-          markers: further pieces that stand for no text, as `BT` for `<BT>`.
+          languages: languages that need tags; those that the model has as pieces `__xx__` need not be given.
+          markers: further ids that stand for no text, as `BT` for `<BT>`.
 
         Raises:
-          UserError: where the file is missing, is no SentencePiece model, or has no end-of-sentence piece.
+          UserError: if the file is missing, is no SentencePiece model, or has no end-of-sentence piece.
         """
         try:
             model = epath.Path(path).read_bytes()
@@ -162,7 +162,7 @@ class Vocabulary:
 
     @property
     def unk_id(self) -> int:
-        """The unknown-piece id; with byte fallback text never encodes to it."""
+        """The id of unknown text; with byte fallback text never encodes to it."""
         return self._processor.unk_id()
 
     @property
@@ -174,7 +174,7 @@ class Vocabulary:
         """The id of a language's tag.
 
         Raises:
-          UserError: where the vocabulary has none.
+          UserError: if the vocabulary does not have it.
         """
         if language not in self._tags:
             known = ", ".join(self._tags) or "none"
@@ -190,11 +190,11 @@ class Vocabulary:
         """The id of a marker.
 
         Raises:
-          UserError: where the vocabulary does not have it.
+          UserError: if the vocabulary does not have it.
         """
         if marker not in self._markers:
             raise UserError(
-                f"the vocabulary has no piece <{marker}>; name it in VocabularyConfig.markers where that is made"
+                f"the vocabulary has no marker <{marker}>; make it with VocabularyConfig.markers = ('{marker}',)"
             )
         return self._markers[marker]
 
@@ -205,17 +205,17 @@ class Vocabulary:
     def sample(self, lines: Sequence[str], alpha: float, seed: int) -> list[Int[np.ndarray, " length"]]:
         """Token ids of one random segmentation of every line, the same for the same lines, alpha and seed.
 
-        Sampling from the 32 best segmentations (Kudo, arXiv 1804.10959, section 3.2) of every word instead of the line,
-        which is sampling from far more of the line's; lines are sampled whole where the model's pieces may cross words.
-        SentencePiece's own sampling is not used: it cannot be seeded across processes.
+        Samples from the 32 best segmentations (Kudo, arXiv 1804.10959, section 3.2) of every word, which gives far more
+        segmentations of a line than its own 32 best. If the model's subwords may cross words, lines are sampled as one
+        unit. SentencePiece's own sampling is not used, because it cannot be seeded across processes.
 
         Args:
           lines: text, cleaned first.
-          alpha: a segmentation is drawn in proportion to its probability to this power: 0 uniform, 1 as the model says.
-          seed: picks the segmentations.
+          alpha: a segmentation's weight is its probability to this power: 0 is uniform, 1 is the model's distribution.
+          seed: of the sampling.
 
         Raises:
-          UserError: where the model is not a unigram model, which alone gives probabilities.
+          UserError: if the model is not a unigram model; only those give probabilities.
         """
         if not self._is_unigram:
             raise UserError("subword sampling needs a unigram vocabulary; use model_type='unigram' or variants=0")
@@ -247,7 +247,7 @@ class Vocabulary:
 
     @cached_property
     def _fingerprint(self) -> str:
-        # Markers are hashed where there are any, so that vocabularies without them are what they always were.
+        # Markers are hashed only if there are any, so that fingerprints without them do not change.
         special = [list(self._tags.items()), *([list(self._markers.items())] if self._markers else [])]
         return hashlib.sha256(self.model + b"".join(json.dumps(part).encode() for part in special)).hexdigest()
 
@@ -256,15 +256,15 @@ class Vocabulary:
         return self._fingerprint
 
     def save(self, directory: str, training: dict[str, Any] | None = None) -> None:
-        """Writes the two files of a vocabulary folder, the description last: a folder without it is not whole.
+        """Writes the two files of a vocabulary folder; the description, written last, marks it as complete.
 
         Args:
           directory: made if it is missing; local or remote.
-          training: what the vocabulary was trained from and how, any JSON, kept in the description.
+          training: how the vocabulary was trained, as JSON, stored in the description.
         """
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / MODEL_FILE, self.model)
+        write_bytes(folder / MODEL_FILE, self.model)
         description = {
             "format": _FORMAT,
             "size": self.size,
@@ -273,14 +273,14 @@ class Vocabulary:
             "fingerprint": self.fingerprint(),
             "training": training,
         }
-        _write(folder / DESCRIPTION_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        write_text(folder / DESCRIPTION_FILE, json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str) -> Vocabulary:
         """Opens a folder written by `save`.
 
         Raises:
-          UserError: where it is not one, or its two files do not belong together.
+          UserError: if it is not such a folder, or its two files do not match.
         """
         description = read_description(directory)
         path = str(epath.Path(directory) / MODEL_FILE)
@@ -290,18 +290,11 @@ class Vocabulary:
         return vocabulary
 
 
-def _write(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.parent / f".{path.name}-{os.getpid()}"
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
 def read_description(directory: str) -> dict[str, Any]:
     """The description in a vocabulary folder.
 
     Raises:
-      UserError: where the folder is not a whole vocabulary, or one of an unknown format.
+      UserError: if the folder is not a complete vocabulary, or has an unknown format.
     """
     path = epath.Path(directory) / DESCRIPTION_FILE
     try:
@@ -316,7 +309,7 @@ def read_description(directory: str) -> dict[str, Any]:
 
 
 def _parse(model: bytes, origin: str) -> Any:
-    """The model, tags made control pieces: text never encodes to these, as it does to user-defined ones."""
+    """The model with its tags as control pieces: text encodes to user-defined pieces, but never to these."""
     proto = model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model)
@@ -351,13 +344,13 @@ def train_vocabulary(
     split_digits: bool = False,
     max_lines: int = VocabularyConfig.max_lines,
 ) -> Vocabulary:
-    """Trains a SentencePiece model with byte fallback and one tag a language; the same lines and seed give the same.
+    """Trains a SentencePiece model with byte fallback and one tag a language; deterministic for given lines and seed.
 
-    Ids: 0 padding, 1 end of sentence, 2 unknown, then the tags in the order of `languages`, then bytes and pieces.
+    Ids: 0 padding, 1 end of sentence, 2 unknown, then the tags in the order of `languages`, then bytes and subwords.
 
     Args:
-      lines: text of all languages, cleaned first; lines beyond 16 KiB are left out.
-      size: number of ids wanted; a text too small for it gives fewer, and a log line says so.
+      lines: text of all languages, cleaned first; lines above 16 KiB are skipped.
+      size: number of ids; a text too small for it gives fewer, which is logged.
       languages: languages that get tags.
       seed: of the sample taken when there are more than `max_lines` lines.
       model_type: as in `VocabularyConfig`, like the other arguments.
@@ -366,9 +359,9 @@ def train_vocabulary(
       max_lines: see there.
 
     Raises:
-      UserError: where there is no text, or `size` is too small for tags, bytes and characters.
+      UserError: if there is no text, or `size` is too small for tags, bytes and characters.
     """
-    # Repeated lines are counted, because SentencePiece takes quadratic time over repeated stretches of text.
+    # Repeated lines are counted, because SentencePiece takes quadratic time over repeated text.
     counts = Counter(_sample_lines(lines, max_lines, seed))
     if not any(counts):
         raise UserError("vocabulary: there is no text to train on")
@@ -400,7 +393,7 @@ def train_vocabulary(
         raise UserError(f"vocabulary: {_trainer_message(error, size)}") from None
     vocabulary = Vocabulary.from_model(model.getvalue(), languages)
     if vocabulary.size < size:
-        logger.info("vocabulary: %d pieces instead of %d, the text has no more", vocabulary.size, size)
+        logger.info("vocabulary: %d subwords instead of %d, the text is too small for more", vocabulary.size, size)
     return vocabulary
 
 
@@ -431,7 +424,7 @@ def _trainer_message(error: RuntimeError, size: int) -> str:
 
 
 def training_record(config: VocabularyConfig, languages: Sequence[str], fingerprints: Sequence[str]) -> dict[str, Any]:
-    """What decides a trained vocabulary, as JSON: kept beside it, compared when a run goes on."""
+    """What a trained vocabulary depends on, as JSON: stored in its description, compared when a run is resumed."""
     record = asdict(config)
     del record["path"], record["markers"]
     return {**record, "languages": list(languages), "corpora": list(fingerprints)}

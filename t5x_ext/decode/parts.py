@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from t5x_ext.checkpoints import to_disk, write_json, write_text
 from t5x_ext.contracts import UserError
 from t5x_ext.parallel import barrier, is_primary, primary_first
+from t5x_ext.storage.files import to_disk, write_json, write_text
 
 
 class Parts:

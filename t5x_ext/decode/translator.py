@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, check_structure
-from t5x_ext.contracts import Params, UserError, path_name
+from t5x_ext.checkpoints import RunFolder, check_structure, run_params
+from t5x_ext.contracts import Params, UserError
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 from t5x_ext.decode.batching import LengthBatch, mesh_of, pad, plan_batches
@@ -28,6 +28,7 @@ from t5x_ext.decode.scoring import Score, label_log_probs
 from t5x_ext.models import UNPLACED, EncoderDecoder, TransformerConfig, init_params, logical_axes
 from t5x_ext.parallel import AxisRules, MeshPlacement, tree_shardings
 from t5x_ext.parallel.batches import batch_sharding
+from t5x_ext.storage.digests import params_digest
 
 logger = logging.getLogger(__name__)
 
@@ -168,11 +169,7 @@ class Translator:
     def _fingerprint(self) -> str:
         # Where arrays lie decides nothing.
         parts = (repr(_unplaced(self.model)), self.vocabulary.fingerprint(), repr(self.tags), repr(self.directions))
-        digest = hashlib.sha256("\n".join(parts).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            digest.update(path_name(path).encode())
-            digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-        return digest.hexdigest()
+        return hashlib.sha256("\n".join((*parts, params_digest(self.params))).encode()).hexdigest()
 
     def translate(
         self,
@@ -431,19 +428,7 @@ def restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
     Raises:
       UserError: where there is no such checkpoint.
     """
-    which: Literal["best", "last"] | int
-    if checkpoint in ("best", "last"):
-        which = "best" if checkpoint == "best" else "last"
-    elif str(checkpoint).isdecimal():
-        which = int(checkpoint)
-    else:
-        raise UserError(f"checkpoint {checkpoint!r}: must be best, last or a step")
-    with CheckpointStore(run.checkpoints) as store:
-        try:
-            return store.restore_params(which, subtree="ema")
-        except UserError:
-            # Most runs keep no average; where it is the checkpoint that is missing, this says so.
-            return store.restore_params(which)
+    return run_params(run, checkpoint)
 
 
 def _check_lines(lines: Sequence[str]) -> None:

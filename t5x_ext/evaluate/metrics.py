@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric
 
 References: TypeAlias = Sequence[str] | Sequence[Sequence[str | None]]
-"""One line a hypothesis, or several sets of such lines (None where a set has no reference for a line)."""
+"""One line a hypothesis, or several sets of such lines (None if a set has no reference for a line)."""
 
 TOKENIZERS = ("13a", "zh", "ja-mecab", "char", "intl", "none")
 """The BLEU tokenizers that need no download."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+
 from t5x_ext.contracts import UserError
 from t5x_ext.evaluate.scores import Scores
+
+_ROW = DataRow("", "  ", "")
+_FORMAT = TableFormat(None, Line("", "-", "--", ""), None, None, _ROW, _ROW, padding=0, with_header_hide=None)
 
 
 def format_table(scores: Mapping[str, Scores], label: str = "direction") -> str:
@@ -53,17 +58,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def align_rows(head: Sequence[str], body: Sequence[Sequence[str]], foot: Sequence[Sequence[str]] = ()) -> list[str]:
     """Lines of a table whose first column is text and whose others are numbers, with rules around the body."""
-    widths = [max(map(len, column)) for column in zip(head, *body, *foot)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *numbers = (
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
-        )
-        return "  ".join([first, *numbers]).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = [line(head), rule, *map(line, body)]
-    return [*lines, rule, *map(line, foot)] if foot else lines
+    # The head as a row like the others: tabulate makes columns wider than their heads.
+    rows = [head, SEPARATING_LINE, *body, *([SEPARATING_LINE, *foot] if foot else [])]
+    columns = ("left", *["right"] * (len(head) - 1))
+    table = tabulate(rows, tablefmt=_FORMAT, disable_numparse=True, colalign=columns, preserve_whitespace=True)
+    return table.splitlines()
 
 
 def _signatures(scores: Mapping[str, Scores]) -> list[str]:

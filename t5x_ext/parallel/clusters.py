@@ -88,7 +88,7 @@ def from_gke(environment: Environment) -> Place | None:
 
 
 def from_tpu_vm(metadata: Metadata) -> Place | None:
-    """The place of a Cloud TPU VM, from its metadata server; None where there is none or it knows of no TPU."""
+    """The place of a Cloud TPU VM, from its metadata server; None if there is none or it knows of no TPU."""
     number, endpoints = metadata("agent-worker-number"), metadata("worker-network-endpoints")
     if number is None or endpoints is None:
         return None
@@ -107,7 +107,7 @@ def _on_slices(workers: list[str], worker: int, setting: Callable[[str], str | N
 
 
 def read_metadata(name: str) -> str | None:
-    """An attribute of this machine from the metadata server of Google Cloud; None where that does not answer."""
+    """An attribute of this machine from the metadata server of Google Cloud; None if that does not answer."""
     if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")):
         return None
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")

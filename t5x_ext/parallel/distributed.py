@@ -1,14 +1,12 @@
-"""One run on several processes: joining them, and what they must do in order."""
+"""One run on several processes: how they join. What they do in order afterwards is in `storage.processes`."""
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 
@@ -18,9 +16,6 @@ from t5x_ext.parallel.clusters import Place
 from t5x_ext.parallel.rendezvous import meet, split_address
 
 logger = logging.getLogger(__name__)
-
-KINDS = ("none", "auto", "tpu", "gke", "slurm", "explicit")
-"""Ways for a process to learn its place among the others."""
 
 _DETECTED: dict[str, Callable[[], Place | None]] = {
     "gke": lambda: clusters.from_gke(os.environ),
@@ -33,11 +28,6 @@ _WHERE = {
     "tpu": "this machine is no Cloud TPU VM",
 }
 _LEAVING = 30  # seconds that a process which ends waits for the others; one that failed keeps them for no longer
-_LOOK = 5000  # milliseconds: how often one that waits looks whether another has failed
-
-_FAILED = "t5x_ext/failed"
-
-_visits: collections.Counter[str] = collections.Counter()
 
 
 @dataclass(frozen=True)
@@ -53,15 +43,16 @@ class DistributedConfig:
       timeout_seconds: how long to wait for a process that does not come.
     """
 
-    kind: str = "none"
+    kind: Literal["none", "auto", "tpu", "gke", "slurm", "explicit"] = "none"
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     timeout_seconds: int = 300
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"DistributedConfig.kind is {self.kind!r}; use one of {', '.join(KINDS)}")
+        kinds = get_args(get_type_hints(DistributedConfig)["kind"])
+        if self.kind not in kinds:
+            raise UserError(f"DistributedConfig.kind is {self.kind!r}; use one of {', '.join(kinds)}")
         if self.timeout_seconds < 1:
             raise UserError(f"DistributedConfig.timeout_seconds is {self.timeout_seconds}: at least 1")
         if self.coordinator is not None:
@@ -103,7 +94,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
 
 
 def find_place(config: DistributedConfig) -> Place | None:
-    """The place of this process; None where it is to run alone.
+    """The place of this process; None if it is to run alone.
 
     Raises:
       UserError: naming what is missing.
@@ -127,130 +118,3 @@ def find_place(config: DistributedConfig) -> Place | None:
             raise UserError(f"not a process of a {kind} cluster: {_WHERE[kind]}")
     logger.info("no cluster found: one process")
     return None
-
-
-def is_primary() -> bool:
-    """Whether this process writes what the run writes once: process 0."""
-    return jax.process_index() == 0
-
-
-def barrier(name: str) -> None:
-    """Returns once every process has come here, however long that takes; at once where there is one only.
-
-    Raises:
-      UserError: where another process has failed in `failing_together`.
-    """
-    client = _client()
-    if client is None:
-        return
-    key = _once("barrier", name)
-    if is_primary():
-        for index in range(1, jax.process_count()):
-            _wait_for(client, f"{key}/{index}")
-        client.key_value_set(f"{key}/open", "")
-    else:
-        client.key_value_set(f"{key}/{jax.process_index()}", "")
-        _wait_for(client, f"{key}/open")
-
-
-@contextmanager
-def primary_first(name: str) -> Iterator[None]:
-    """Process 0 does the block first, the others after it: they find what it has made.
-
-    Raises:
-      UserError: in the others, where process 0 failed; with its message.
-    """
-    client = _client()
-    if client is None:
-        yield
-        return
-    key = _once("first", name)
-    if is_primary():
-        failure = "it was stopped"
-        try:
-            yield
-            failure = ""
-        except BaseException as error:
-            failure = _in_words(error)
-            raise
-        finally:
-            client.key_value_set(key, failure)
-    else:
-        failure = _wait_for(client, key)
-        if failure:
-            raise _OtherFailed(f"process 0, {name}: {failure}")
-        yield
-
-
-def from_primary(name: str, text: str = "") -> str:
-    """What process 0 says, in every process; they wait for it as long as it takes.
-
-    Args:
-      name: of the occasion.
-      text: what it says; the others need not say anything.
-
-    Raises:
-      UserError: in the others, where another process has failed in `failing_together`.
-    """
-    client = _client()
-    if client is None:
-        return text
-    key = _once("said", name)
-    if is_primary():
-        client.key_value_set(key, text)
-        return text
-    return _wait_for(client, key)
-
-
-@contextmanager
-def failing_together() -> Iterator[None]:
-    """When a process fails in the block, the others fail where they wait for it by the functions of this module.
-
-    Without it they would learn it from JAX half a minute after the process has ended, which ends them like a crash.
-    """
-    try:
-        yield
-    except _OtherFailed:
-        raise
-    except BaseException as error:
-        client = _client()
-        if client is not None:
-            client.key_value_set(f"{_FAILED}/{jax.process_index()}", _in_words(error), allow_overwrite=True)
-        raise
-
-
-class _OtherFailed(UserError):
-    """Another process has failed, and so does this one."""
-
-
-def _wait_for(client: Any, key: str) -> str:
-    """The value of a key, once a process has set it; one that dies ends the wait, and this process."""
-    while True:
-        try:
-            return client.blocking_key_value_get(key, _LOOK)
-        except jax.errors.JaxRuntimeError as error:
-            if not str(error).startswith("DEADLINE_EXCEEDED"):
-                raise
-        for name, failure in client.key_value_dir_get(_FAILED):
-            raise _OtherFailed(f"process {name.rpartition('/')[2]}: {failure}")
-
-
-def _in_words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
-
-
-def _client() -> Any:
-    """JAX's line to the other processes; None where there are none.
-
-    Its public functions wait by a computation on all devices, which gives up when another process is busy for long.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state.client if jax.process_count() > 1 else None
-
-
-def _once(kind: str, name: str) -> str:
-    """A key that every process makes in the same order, and none makes twice."""
-    key = f"t5x_ext/{kind}/{name}"
-    _visits[key] += 1
-    return f"{key}/{_visits[key]}"

@@ -167,7 +167,7 @@ _KINDS = {
 
 
 def hardware_of(device_kind: str) -> Hardware | None:
-    """The accelerator that `jax.Device.device_kind` names; None where it is unknown, as for CPUs.
+    """The accelerator that `jax.Device.device_kind` names; None if it is unknown, as for CPUs.
 
     Cards of one name differ (an H100 in a PCIe slot is slower), so only kinds known in full are matched.
 

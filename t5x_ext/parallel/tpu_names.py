@@ -66,7 +66,7 @@ class TpuSlice(NamedTuple):
 
     @property
     def accelerator_type(self) -> str | None:
-        """Gcloud's name, which counts TensorCores for v4 and v5p; None where such a name means another shape.
+        """Gcloud's name, which counts TensorCores for v4 and v5p; None if such a name means another shape.
 
         >>> tpu_slice("v4:4x4x4").accelerator_type, tpu_slice("v6e:4x4").accelerator_type
         ('v4-128', 'v6e-16')
@@ -102,7 +102,7 @@ def tpu_slice(topology: str) -> TpuSlice:
     """The slice that a topology such as `v5e:8x8`, `v4:4x4x4`, `v5p:4x4x8` or `v6e:16x16` names.
 
     Raises:
-      UserError: where there is no such slice.
+      UserError: if there is no such slice.
     """
     generation, _, shape = topology.partition(":")
     if generation not in _GENERATIONS:

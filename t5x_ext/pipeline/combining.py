@@ -1,4 +1,4 @@
-"""Several checkpoints as one model: averages of weights, and ensembles that are chosen greedily."""
+"""Several checkpoints as one model: averaged weights, and greedily chosen ensembles."""
 
 from __future__ import annotations
 
@@ -8,16 +8,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_run, write_json
-from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.checkpoints import CheckpointStore, RunFolder, average_run
+from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.decode.ensemble import Combine
 from t5x_ext.evaluate import bleu, tokenizer_for
-from t5x_ext.pipeline.artefact import FORMAT, Artefact, Kind, Model, Reading, Weights, read_record
-from t5x_ext.pipeline.finishing import Finished, Postprocess
-from t5x_ext.pipeline.stage import Stage
-from t5x_ext.pipeline.training import Train
+from t5x_ext.pipeline.artefact import Artefact, Kind, Model, Reading, Weights
+from t5x_ext.pipeline.finishing import Finished
+from t5x_ext.pipeline.postprocess import Postprocessor
+from t5x_ext.pipeline.stage import (
+    ModelOrigin,
+    Stage,
+    StageDefaults,
+    StageWork,
+    models_and_corpora,
+    origin_of,
+    program_of,
+)
+from t5x_ext.pipeline.stage_folder import FORMAT, read_record
 from t5x_ext.pipeline.workspace import Workspace
+from t5x_ext.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +35,17 @@ _Member = TypeVar("_Member", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Average:
-    """The mean of the weights of several checkpoints of a run, in the place of each of its models.
+class Average(StageDefaults):
+    """The mean of the weights of several checkpoints of a run, for each model of an earlier stage.
 
     Attributes:
       name: of the stage.
       model: the stage of the runs; they must have kept the checkpoints (`CheckpointConfig.keep_last`, `keep_best`).
-      last: so many of the newest; those there are where training ended before there were so many.
-      best: so many of the best, instead.
+      last: number of newest checkpoints; if training ended with fewer, all of them.
+      best: number of best checkpoints, instead.
 
     Raises:
-      UserError: unless one of the two is given; in a pipeline, where the runs keep fewer.
+      UserError: unless exactly one of the two is given; in a pipeline, if the runs keep fewer.
     """
 
     makes: ClassVar[Kind] = "models"
@@ -50,30 +60,26 @@ class Average:
         if len(given) != 1 or given[0] < 1:
             raise UserError(f"Average.last={self.last}, Average.best={self.best}: give one of them, at least 1")
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The stage of the runs."""
-        return (self.model,)
-
-    def models(self) -> tuple[str, ...]:
-        """The stage of the runs."""
-        return (self.model,)
-
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+        return {self.model: "models"}
 
     def check(self, earlier: Mapping[str, Stage]) -> None:
-        """Raises UserError where the runs delete what is to be averaged."""
-        stage = earlier[self.model]
-        if not isinstance(stage, Train):
+        """Raises UserError if the runs delete checkpoints that are to be averaged."""
+        work = program_of(earlier[self.model], earlier)
+        if work is None or work.decode is not None:
             return
         setting = "last" if self.last else "best"
-        wanted, kept = getattr(self, setting), getattr(stage.run.checkpoints, f"keep_{setting}")
+        wanted, kept = getattr(self, setting), getattr(work.run.checkpoints, f"keep_{setting}")
         if wanted > kept:
             raise UserError(
                 f"stage {self.name!r}: Average.{setting}={wanted}, but the runs of {self.model!r} keep {kept}; "
                 f"set CheckpointConfig.keep_{setting} of {self.model!r} to {wanted} or more"
             )
+
+    def origin(self, earlier: Mapping[str, Stage]) -> ModelOrigin | None:
+        """That of the models it averages."""
+        return origin_of(self.model, earlier)
 
     def make(self, workspace: Workspace) -> Artefact:
         """Averages run by run."""
@@ -98,8 +104,8 @@ class Average:
         wanted = self.last or self.best or 0
         steps = sorted(ranked[:wanted])
         if len(steps) < wanted:
-            # A run that stopped early has what it has; to fail here would cost all that came before.
-            logger.warning("%s: %d checkpoints are averaged, there are not %d", weights.run_dir, len(steps), wanted)
+            # The run stopped early. To fail here would cost all stages before this one.
+            logger.warning("%s: averaging %d checkpoints, there are not %d", weights.run_dir, len(steps), wanted)
         output = Path(workspace.path(run_dir))
         if not output.exists():
             average_run(source, steps, output)
@@ -107,7 +113,12 @@ class Average:
 
 
 class Choice(NamedTuple):
-    """Members of an ensemble in the order in which they were taken, and the score with each of them."""
+    """The members of an ensemble.
+
+    Attributes:
+      members: in the order in which they were chosen.
+      scores: the score of the ensemble after each choice.
+    """
 
     members: tuple[Hashable, ...]
     scores: tuple[float, ...]
@@ -119,15 +130,15 @@ def choose_greedily(
     delta: float = 0.0,
     max_members: int | None = None,
 ) -> Choice:
-    """Forward selection: the best alone, then again and again the one that helps most, while it helps by over `delta`.
+    """Forward selection: starts with the best candidate, then adds the one that helps most while it gains over `delta`.
 
-    Scores never decrease from member to member. Of equal candidates the first is taken.
+    Scores never decrease from member to member. Of equal candidates the first is chosen.
 
     Args:
       candidates: at least one.
-      score: of several members together, the higher the better.
-      delta: what a further member must gain.
-      max_members: most of them; None: all.
+      score: of several members together; higher is better.
+      delta: the gain below or at which no further member is added.
+      max_members: the most members; None: all candidates.
 
     >>> choose_greedily([1, 5, 3], lambda members: sum(members) - 4 * (len(members) - 1))
     Choice(members=(5,), scores=(5,))
@@ -144,7 +155,7 @@ def choose_greedily(
 
 
 @dataclass(frozen=True)
-class GreedyEnsemble:
+class GreedyEnsemble(StageDefaults):
     """The models that translate best together, chosen one by one by BLEU on development text (`choose_greedily`).
 
     Directions whose candidates are the same weights get one ensemble, scored by its mean BLEU; models for single
@@ -154,12 +165,15 @@ class GreedyEnsemble:
       name: of the stage.
       candidates: stages of models of one shape and vocabulary.
       dev: stages of pairs to score on, read in every direction that the candidates translate.
-      decode: how they are decoded.
-      normalize: see `finishing.Finished`; what is right for `Translate` is right here.
+      decode: options of the search.
+      normalize: see `finishing.Finished`; give what `Translate` will be given.
       postprocess: see there.
       delta: BLEU that a further member must gain.
-      max_members: most members; None: as many as there are candidates.
+      max_members: the most members; None: as many as there are candidates.
       combine: how predictions are averaged, see `decode.Ensemble`.
+
+    Raises:
+      UserError: for an empty list of stages, and for values outside their range.
     """
 
     makes: ClassVar[Kind] = "models"
@@ -169,7 +183,7 @@ class GreedyEnsemble:
     dev: tuple[str, ...]
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     normalize: bool = True
-    postprocess: Postprocess = "widths"
+    postprocess: str | Postprocessor = "widths"
     delta: float = 0.0
     max_members: int | None = None
     combine: Combine = "log_prob"
@@ -178,26 +192,30 @@ class GreedyEnsemble:
         for name in ("candidates", "dev"):
             if not getattr(self, name):
                 raise UserError(f"GreedyEnsemble.{name}: there is no stage; give at least one")
+        self._finished()
         if self.delta < 0 or (self.max_members is not None and self.max_members < 1):
             raise UserError(
                 f"GreedyEnsemble.delta={self.delta}, max_members={self.max_members}: delta must be 0 or more, "
                 "max_members at least 1"
             )
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The candidates and the development text."""
-        return (*self.candidates, *self.dev)
+        return models_and_corpora(self.candidates, self.dev)
 
-    def models(self) -> tuple[str, ...]:
-        """The candidates."""
-        return self.candidates
+    def origin(self, earlier: Mapping[str, Stage]) -> ModelOrigin | None:
+        """That of its first candidate, with as many members as it may get."""
+        found = origin_of(self.candidates[0], earlier)
+        members = len(self.candidates)
+        return found and ModelOrigin(found.run, min(members, self.max_members or members))
 
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+    def program(self, earlier: Mapping[str, Stage]) -> StageWork | None:
+        """The search of an ensemble with as many members as it may get."""
+        origin = self.origin(earlier)
+        return origin and StageWork(origin.run, self.decode, origin.members)
 
     def make(self, workspace: Workspace) -> Artefact:
-        """Tries ensembles; what has been tried is kept when it is killed."""
+        """Tries ensembles; scores are kept, so that a killed attempt resumes."""
         models, counts = [], {}
         for pool, directions in self._pools(workspace).items():
             trials = _Trials(self, directions, workspace)
@@ -210,6 +228,9 @@ class GreedyEnsemble:
                 "tried": trials.count,
             }
         return Artefact("models", models=tuple(models), counts=counts)
+
+    def _finished(self) -> Finished:
+        return Finished(self.decode, self.normalize, self.postprocess)
 
     def _pools(self, workspace: Workspace) -> Mapping[tuple[Weights, ...], tuple[str, ...]]:
         """The directions of every set of candidates."""
@@ -249,7 +270,7 @@ class _Trials:
 
     @property
     def count(self) -> int:
-        """Ensembles that were tried."""
+        """Number of ensembles that were tried."""
         return len(self._scores)
 
     def score(self, members: tuple[Weights, ...]) -> float:
@@ -265,8 +286,7 @@ class _Trials:
     def _bleu(self, model: Model, number: int, reading: Reading) -> float:
         space, (languages, (input_file, reference)) = self._workspace, reading
         target = languages[1]
-        # Ensembles are tried in the same order when they are tried again.
+        # A resumed search tries ensembles in the same order, so that their numbers name the same files.
         output = space.scratch(f"{self._directions[0]}.{self.count}.{number}.{target}")
-        finished = Finished(self._stage.decode, self._stage.normalize, self._stage.postprocess)
-        finished.translate(model, input_file, output, languages, space)
+        self._stage._finished().translate(model, input_file, output, languages, space)
         return bleu(list(space.lines(output)), list(space.lines(reference)), tokenizer_for(target)).value

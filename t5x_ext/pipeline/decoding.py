@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from t5x_ext.checkpoints import write_json
 from t5x_ext.decode import DecodeConfig, FileReport, Translator, score_file, translate_file
 from t5x_ext.decode.files import CHUNK_LINES
 from t5x_ext.pipeline.artefact import Model
+from t5x_ext.storage.files import write_json
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Decoding:
     """A file that a model makes of another one, line for line.
 
     Attributes:
-      model: which makes it.
-      input_file: what it reads; a path below the pipeline's folder, like the next.
+      model: the model.
+      input_file: what it reads; a path relative to the pipeline's folder, like the next.
       output_file: what it makes.
       direction: source and target language.
-      config: how.
+      config: options of the search.
       scores: whether it scores its input as a language model instead of translating it.
     """
 
@@ -35,7 +35,7 @@ class Decoding:
     scores: bool = False
 
     def run(self, output_dir: Path, translator: Translator) -> FileReport:
-        """Makes the file, as one of the processes that do; what earlier ones have left unfinished is gone on from."""
+        """Makes the file, as one of the processes that do; resumes what an interrupted run has left."""
         input_file, output_file = output_dir / self.input_file, output_dir / self.output_file
         if self.scores:
             return score_file(
@@ -57,7 +57,7 @@ class Decoding:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Decoding:
-        """What `to_json` described."""
+        """The decoding that `to_json` described."""
         changed = {
             "model": Model.from_json(fields["model"]),
             "direction": tuple(fields["direction"]),
@@ -78,14 +78,14 @@ class Journal:
         self._path = path
 
     def add(self, file: str, decoding: Decoding, report: FileReport) -> None:
-        """Keeps what was done for a file."""
+        """Records what was done for a file."""
         task = "scored" if decoding.scores else "translated"
         write_json(self._path, self._files() | {file: {"task": task, **report.to_json()}})
 
     def summary(self) -> dict[str, Any]:
-        """All files, and sums over those translated and those scored; nothing where there is no file.
+        """All files, and sums over those translated and those scored; empty if there is no file.
 
-        Speed is of what was not resumed: lines and tokens over seconds, compilation included.
+        Speed counts what was not resumed: lines and tokens per second, compilation included.
         """
         files = self._files()
         tasks = sorted({report["task"] for report in files.values()})

@@ -1,16 +1,20 @@
-"""Punctuation of Chinese and Japanese translations in the width that readers, and references, use.
+"""What is done to translations before people read them, line by line.
 
-Half-width punctuation costs the Chinese output of Vega-MT 4.9 BLEU (49.67 with, 44.78 without), more than most changes
-of a model are worth.
+A postprocessor is any function from a line and its language to the line that readers get. Those in `POSTPROCESSORS`
+have a name; of any other the function itself is given, in gin as `@my_package.my_function`.
 """
 
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable
+from typing import TypeAlias
 
+from t5x_ext.contracts import UserError
 from t5x_ext.corpora.filters.text import base_language
+
+Postprocessor: TypeAlias = Callable[[str, str], str]
+"""From a line and its language to what readers get."""
 
 _TO_FULL_WIDTH = 0xFEE0
 """From an ASCII character to its full-width form."""
@@ -31,12 +35,17 @@ _BRACKETS = re.compile(r"\(([^()]*)\)")
 
 
 def widen_punctuation(line: str, language: str) -> str:
-    """Full-width punctuation where it stands in Chinese or Japanese; all other languages stay as they are.
+    """Full-width punctuation in Chinese or Japanese text, as readers and references write it.
 
-    Of ASCII punctuation only `, ? ! : ; ( )` are touched, and these only beside a Chinese or Japanese character (a pair
-    of brackets together, also by what is inside); and the stop at the end of a line that has any, which becomes the
-    ideographic one. Digits, what stands between two of them, Latin text and the spaces between its words stay; a
-    space beside wide punctuation goes, since that brings its own.
+    Lines of other languages are unchanged.
+
+    Of ASCII punctuation only `, ? ! : ; ( )` change, and only next to a Chinese or Japanese character (brackets as a
+    pair, also by what is inside them); and the full stop that ends a line with such a character, which becomes the
+    ideographic one. Digits, punctuation between two digits, Latin text and the spaces between its words stay. A space
+    beside wide punctuation is deleted, because wide punctuation brings its own.
+
+    Half-width punctuation would have cost the Chinese output of Vega-MT at WMT22 4.9 BLEU (49.67 as submitted, 44.78
+    narrowed).
 
     >>> widen_punctuation("你好,世界(World)! 版本 3.5 已发布.", "zh")
     '你好，世界（World）！版本 3.5 已发布。'
@@ -57,7 +66,7 @@ def widen_punctuation(line: str, language: str) -> str:
 
 
 def _widened_brackets(match: re.Match[str]) -> str:
-    """A pair of brackets in the width of what is beside any of the two."""
+    """A pair of brackets in the width of what is next to either of them."""
     line, inside = match.string, match[1]
     beside = line[: match.start()].rstrip(" ")[-1:], line[match.end() :].lstrip(" ")[:1], inside[:1], inside[-1:]
     return f"（{inside}）" if any(map(_CJK.match, beside)) else match[0]
@@ -66,37 +75,38 @@ def _widened_brackets(match: re.Match[str]) -> str:
 def narrow_punctuation(line: str) -> str:
     """Every full-width form of an ASCII character as that character; the ideographic stop and comma stay.
 
+    It shows what the width of punctuation is worth.
+
     >>> narrow_punctuation("你好，世界！（３）。")
     '你好,世界!(3)。'
     """
     return "".join(chr(ord(char) - _TO_FULL_WIDTH) if "！" <= char <= "～" else char for char in line)
 
 
-def widen_as_released(line: str) -> str:
-    """What the script released with Vega-MT does to Chinese, quirks included, to compare with it.
-
-    All spaces go, and all ASCII punctuation becomes full-width unless a digit stands before or after it; before the
-    first character stands the last one. A stop becomes U+FF0E, which is not what ends a Chinese sentence.
-
-    References:
-      JDEA-NLP/Vega-MT at de34970, scripts/symbol_half2full.py.
-
-    >>> widen_as_released("版本 3.5 OK.")
-    '版本3.5OK．'
-    """
-    line = line.replace(" ", "")
-    around = [(line[index - 1], line[index + 1 : index + 2]) for index in range(len(line))]
-    return "".join(
-        chr(ord(char) + _TO_FULL_WIDTH)
-        if char in string.punctuation and not before.isdigit() and not after.isdigit()
-        else char
-        for char, (before, after) in zip(line, around)
-    )
-
-
-POSTPROCESSORS: dict[str, Callable[[str, str], str]] = {
+POSTPROCESSORS: dict[str, Postprocessor] = {
     "widths": widen_punctuation,
-    "released": lambda line, language: widen_as_released(line) if base_language(language) == "zh" else line,
     "none": lambda line, language: line,
 }
-"""By name, from a translation and its language to what readers get."""
+"""Postprocessors by name."""
+
+_RETIRED = {"released": "t5x_ext.vega_mt.widen_as_released"}
+"""Names that the table had once, and the function to give instead."""
+
+
+def postprocessor(given: str | Postprocessor) -> Postprocessor:
+    """The postprocessor with this name in `POSTPROCESSORS`, or the given function.
+
+    Raises:
+      UserError: for an unknown name.
+
+    >>> postprocessor("none")("你好,世界", "zh")
+    '你好,世界'
+    """
+    if callable(given):
+        return given
+    if given in _RETIRED:
+        raise UserError(f"postprocess = {given!r} is no longer a name; give the function, @{_RETIRED[given]}")
+    if given not in POSTPROCESSORS:
+        names = ", ".join(map(repr, POSTPROCESSORS))
+        raise UserError(f"postprocess = {given!r}: must be one of {names}, or a function (line, language) -> line")
+    return POSTPROCESSORS[given]

@@ -1,4 +1,4 @@
-"""`Translate` and `Evaluate`: what people read in the end, and what it is worth."""
+"""`Translate` and `Evaluate`: translations as readers get them, and their scores."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from t5x_ext.checkpoints import write_json
-from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate import Scores, evaluate_texts, format_table, paired_test, tokenizer_for
 from t5x_ext.pipeline.artefact import Artefact, Kind, Reading, TextFiles
-from t5x_ext.pipeline.finishing import Finished, Postprocess
+from t5x_ext.pipeline.finishing import Finished
+from t5x_ext.pipeline.postprocess import Postprocessor
+from t5x_ext.pipeline.stage import Stage, StageDefaults, StageWork, decoding_work, models_and_corpora
 from t5x_ext.pipeline.texts import check_distinct
 from t5x_ext.pipeline.workspace import Workspace
+from t5x_ext.storage.files import write_json
 
 
 @dataclass(frozen=True)
-class Translate:
+class Translate(StageDefaults):
     """Translates both sides of test sets, in every direction of a model.
 
     Attributes:
       name: of the stage.
       model: the stage of the model, or of one for each direction.
       texts: stages of pairs, one side of which is translated and the other kept as its reference.
-      directions: those that are translated; empty: all of the model.
-      decode: how.
+      directions: those to translate in; empty: all of the model.
+      decode: options of the search.
       normalize: see `finishing.Finished`.
       postprocess: see there.
+
+    Raises:
+      UserError: if there are no texts, and for an unknown postprocessor.
     """
 
     makes: ClassVar[Kind] = "corpora"
@@ -38,26 +43,23 @@ class Translate:
     directions: tuple[str, ...] = ()
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     normalize: bool = True
-    postprocess: Postprocess = "widths"
+    postprocess: str | Postprocessor = "widths"
 
     def __post_init__(self) -> None:
         if not self.texts:
             raise UserError("Translate.texts: there is no stage; give at least one")
+        self._finished()
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The model and the texts."""
-        return (self.model, *self.texts)
+        return models_and_corpora([self.model], self.texts)
 
-    def models(self) -> tuple[str, ...]:
-        """The model."""
-        return (self.model,)
-
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+    def program(self, earlier: Mapping[str, Stage]) -> StageWork | None:
+        """The search with its model."""
+        return decoding_work(self.model, self.decode, earlier)
 
     def make(self, workspace: Workspace) -> Artefact:
-        """Translates text by text, and goes on where it was killed."""
+        """Translates text by text, or resumes."""
         directions = self.directions or workspace.models(self.model).directions
         jobs = [
             (text, reading)
@@ -72,18 +74,21 @@ class Translate:
         found = [self._translated(text, reading, workspace) for text, reading in jobs]
         return Artefact("corpora", tuple(found), counts={"lines": sum(text.lines for text in found)})
 
+    def _finished(self) -> Finished:
+        return Finished(self.decode, self.normalize, self.postprocess)
+
     def _translated(self, text: TextFiles, reading: Reading, workspace: Workspace) -> TextFiles:
         languages, (input_file, reference) = reading
         name = f"{text.name}.{reading.direction}"
         output = workspace.own(f"{name}.{languages[1]}")
-        finished = Finished(self.decode, self.normalize, self.postprocess)
-        finished.translate(workspace.model_for(self.model, languages), input_file, output, languages, workspace)
+        model = workspace.model_for(self.model, languages)
+        self._finished().translate(model, input_file, output, languages, workspace)
         files = (input_file, output)
         return TextFiles(name, languages, files, text.lines, "target", one_way=True, reference=reference)
 
 
 class _Row(NamedTuple):
-    """Translations of one stage of one text."""
+    """The translations of one text by one stage."""
 
     stage: str
     text: TextFiles
@@ -94,7 +99,7 @@ class _Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(StageDefaults):
     """BLEU, chrF and exact match of translations, a row for every stage, text and direction.
 
     It writes `scores.txt`, a table with signatures, and `scores.json`. A text for each domain gives a row for each.
@@ -102,10 +107,13 @@ class Evaluate:
     Attributes:
       name: of the stage.
       translations: stages of translations.
-      baseline: one of them, against which the others are tested by paired bootstrap on the same texts; or for some of
-        them the one that each is tested against, as the stage before; None: no tests.
-      tokenizers: BLEU tokenizers by target language where they are not to be the usual ones, as WMT22's `char` for ja.
+      baseline: one of them, which the others are tested against by paired bootstrap on the same texts; or a mapping
+        from some of them to the one that each is tested against, such as the stage before; None: no tests.
+      tokenizers: BLEU tokenizers by target language, instead of the usual ones, such as WMT22's `char` for ja.
       seed: of the bootstrap.
+
+    Raises:
+      UserError: if there are no translations, and for an unknown baseline or tokenizer.
     """
 
     makes: ClassVar[Kind] = "scores"
@@ -128,17 +136,9 @@ class Evaluate:
             if name is not None and name not in self.translations:
                 raise UserError(f"Evaluate.baseline={name!r}: must be one of {', '.join(self.translations)}")
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The translations."""
-        return self.translations
-
-    def models(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+        return dict.fromkeys(self.translations, "corpora")
 
     def make(self, workspace: Workspace) -> Artefact:
         """Scores and tests."""
@@ -157,9 +157,9 @@ class Evaluate:
         return Artefact("scores", scores=found)
 
     def _texts(self, row: _Row, workspace: Workspace) -> tuple[list[str], list[str], str, dict[str, Any]]:
-        """Translations, references, their language, and the tokenizer."""
+        """Translations, references, their language, and options of the scores."""
         if row.text.reference is None:
-            raise UserError(f"stage {self.name!r}: {row.stage!r} makes no translations of texts that have a reference")
+            raise UserError(f"stage {self.name!r}: {row.stage!r} makes no translations with a reference")
         language = row.text.languages[1]
         options = {"tokenizer": self.tokenizers.get(language)}
         return list(workspace.lines(row.text.files[1])), list(workspace.lines(row.text.reference)), language, options
@@ -169,7 +169,7 @@ class Evaluate:
         return evaluate_texts(hypotheses, references, language, **options)
 
     def _tests(self, rows: list[_Row], workspace: Workspace) -> Iterator[tuple[str, dict[str, Any]]]:
-        """By the row's name what it is tested against, and the tests by metric."""
+        """Of each row that is tested: its name; the baseline, and the tests by metric."""
         known = {(row.stage, row.text.name): row for row in rows}
         for row in rows:
             baseline = known.get((self._baseline_of(row.stage), row.text.name))

@@ -1,28 +1,29 @@
-"""`Select`: the lines of a text that look most like given domains."""
+"""`Select`: the lines of a text that are most like given domains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.pipeline.artefact import Artefact, Kind, TextFiles
+from t5x_ext.pipeline.stage import StageDefaults, models_and_corpora
 from t5x_ext.pipeline.workspace import Workspace
 
 
 def moore_lewis(
     in_domain: Sequence[float] | Float[np.ndarray, " lines"], general: Sequence[float] | Float[np.ndarray, " lines"]
 ) -> Float[np.ndarray, " lines"]:
-    """Cross-entropy difference H_in(s) - H_general(s) of lines, in nats a token: the lower, the more of the domain.
+    """Cross-entropy difference H_in(s) - H_general(s) of lines, in nats per token: lower is more like the domain.
 
     Args:
-      in_domain: length-normalised log-probability of every line to a language model of the domain.
-      general: the same to a language model of everything.
+      in_domain: length-normalised log-probability of every line under a language model of the domain.
+      general: the same under a language model of all text.
 
     References:
       Moore and Lewis, Intelligent Selection of Language Model Training Data, ACL 2010.
@@ -34,7 +35,7 @@ def moore_lewis(
 
 
 def lowest(scores: Float[np.ndarray, " lines"], share: float) -> Bool[np.ndarray, " lines"]:
-    """Which lines are the given share with the lowest scores, at least one; of equal ones the first.
+    """Marks the given share of lines with the lowest scores, at least one; of equal scores the first.
 
     >>> lowest(np.array([3.0, 1.0, 1.0, 2.0]), 0.5).tolist()
     [False, True, True, False]
@@ -45,17 +46,17 @@ def lowest(scores: Float[np.ndarray, " lines"], share: float) -> Bool[np.ndarray
 
 
 @dataclass(frozen=True)
-class Select:
-    """Keeps of every text, in order, the lines that are nearest to one domain or another by `moore_lewis`.
+class Select(StageDefaults):
+    """Keeps of every text, in order, the lines that are most like one of several domains by `moore_lewis`.
 
     Attributes:
       name: of the stage.
       texts: stages of the texts, pairs or monolingual.
-      in_domain: stages of language models, one a domain; what is chosen for any of them is kept.
-      general: the stage of the language model of everything; those of the domains must have its vocabulary, since
-        scores of other tokens cannot be compared: train them from it.
+      in_domain: stages of language models, one per domain; lines chosen for any of them are kept.
+      general: the stage of the language model of all text; the others must have its vocabulary, since scores of
+        different tokens cannot be compared: train them from it.
       language: of the language models; the side of pairs that is scored.
-      share: of the lines of every text that is chosen for each domain.
+      share: fraction of the lines of every text that is chosen for each domain.
       decode: gives the size of batches.
 
     Raises:
@@ -78,17 +79,9 @@ class Select:
         if not self.in_domain:
             raise UserError("Select.in_domain: there is no language model; give one for each domain")
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The language models and the texts."""
-        return (*self.in_domain, self.general, *self.texts)
-
-    def models(self) -> tuple[str, ...]:
-        """The language models."""
-        return (*self.in_domain, self.general)
-
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+        return models_and_corpora((*self.in_domain, self.general), self.texts)
 
     def make(self, workspace: Workspace) -> Artefact:
         """Scores with one model after the other, then selects."""

@@ -1,4 +1,4 @@
-"""What process 0 of a run, which makes the stages, asks the other processes to do with it."""
+"""What process 0, which makes the stages, asks the other processes to do with it."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ from t5x_ext.parallel import from_primary
 from t5x_ext.pipeline.decoding import Decoding
 
 
-class Task(NamedTuple):
-    """Work that all processes do together."""
+class SharedWork(NamedTuple):
+    """Work that all processes do together.
+
+    Attributes:
+      stage: the stage that needs it.
+      decoding: the file that is decoded; None: the stage itself, which is a `SharedStage`.
+    """
 
     stage: str
-    """For which stage."""
     decoding: Decoding | None = None
-    """The file that is decoded; None: the stage itself, which is a `SharedStage`."""
 
 
-def ask(task: Task | None) -> None:
-    """Asks the other processes for help with a task, which this one then does with them; None: all is done.
+def ask(work: SharedWork | None) -> None:
+    """Asks the other processes to share in this work, which the caller then does as well; None: all is done.
 
-    Where there is one process only, nobody is asked.
+    With one process this does nothing.
     """
     record = None
-    if task is not None:
-        record = [task.stage, None if task.decoding is None else task.decoding.to_json()]
-    from_primary("task", json.dumps(record))
+    if work is not None:
+        record = [work.stage, None if work.decoding is None else work.decoding.to_json()]
+    from_primary("work", json.dumps(record))
 
 
-def asked() -> Task | None:
-    """What process 0 asks for next, as soon as it does; None once all is done.
+def asked() -> SharedWork | None:
+    """What process 0 asks for next, waiting until it does; None once all is done.
 
     Raises:
-      UserError: where process 0 has failed.
+      UserError: if process 0 has failed.
     """
-    record = json.loads(from_primary("task"))
+    record = json.loads(from_primary("work"))
     if record is None:
         return None
     stage, decoding = record
-    return Task(stage, None if decoding is None else Decoding.from_json(decoding))
+    return SharedWork(stage, None if decoding is None else Decoding.from_json(decoding))

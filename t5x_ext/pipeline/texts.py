@@ -1,4 +1,4 @@
-"""Corpora from outside as plain text of the pipeline, and corpora of the pipeline as those that are trained on."""
+"""Corpora from outside become plain text of the pipeline, and its texts become corpora to train on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import ClassVar, Literal
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.corpora import ParallelText, monolingual_text
 from t5x_ext.pipeline.artefact import Artefact, Kind, TextFiles
+from t5x_ext.pipeline.stage import StageDefaults
 from t5x_ext.pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Takes corpora, or a stretch of each, into the pipeline: as they are, or one side of them as monolingual text.
+class Texts(StageDefaults):
+    """Copies corpora, or a range of each, into the pipeline: as pairs, or one side of them as monolingual text.
 
     Attributes:
       name: of the stage.
-      corpora: what is read; files are called by name and languages.
-      start: pairs left out at the beginning of each.
-      stop: the first pair that is left out again; None: to the end.
-      side: `both`, or the one that is kept.
+      corpora: what is read; files are named by corpus and languages.
+      start: the first pair of each corpus to take, counted from 0.
+      stop: the first pair not to take; None: to the end.
+      side: `both`, or the side to keep.
+
+    Raises:
+      UserError: for an empty range, and for pairs whose two sides have the same language.
     """
 
     makes: ClassVar[Kind] = "corpora"
@@ -35,21 +39,13 @@ class Texts:
 
     def __post_init__(self) -> None:
         if self.start < 0 or (self.stop is not None and self.stop <= self.start):
-            raise UserError(f"Texts.start={self.start}, Texts.stop={self.stop}: nothing is between them")
+            raise UserError(f"Texts.start={self.start}, Texts.stop={self.stop}: the range is empty")
         for corpus in self.corpora if self.side == "both" else ():
             if corpus.languages[0] == corpus.languages[1]:
                 raise UserError(
-                    f"stage {self.name!r}: {corpus.name} is {corpus.languages[0]} on both sides; text of one language "
-                    "wants Texts.side = 'source' or 'target'"
+                    f"stage {self.name!r}: {corpus.name} is {corpus.languages[0]} on both sides; for monolingual text "
+                    "set Texts.side = 'source' or 'target'"
                 )
-
-    def inputs(self) -> tuple[str, ...]:
-        """No earlier stage."""
-        return ()
-
-    def models(self) -> tuple[str, ...]:
-        """None."""
-        return ()
 
     def sources(self) -> tuple[Corpus, ...]:
         """The corpora."""
@@ -75,7 +71,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class ReversedCorpus:
-    """A corpus read from its second language into its first; satisfies `contracts.Corpus`.
+    """A corpus read from its second language to its first; satisfies `contracts.Corpus`.
 
     Attributes:
       corpus: the corpus.
@@ -85,7 +81,7 @@ class ReversedCorpus:
 
     @property
     def languages(self) -> tuple[str, str]:
-        """Those of the corpus, exchanged."""
+        """Those of the corpus, swapped."""
         first, second = self.corpus.languages
         return second, first
 
@@ -95,7 +91,7 @@ class ReversedCorpus:
         return self.corpus.name
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """The pairs, exchanged."""
+        """The pairs, swapped."""
         return ((second, first) for first, second in self.corpus.pairs())
 
     def fingerprint(self) -> str:
@@ -104,7 +100,7 @@ class ReversedCorpus:
 
 
 def pair_name(corpus: Corpus) -> str:
-    """The corpus' name with its languages, which many corpora do not have in theirs.
+    """The corpus' name followed by its languages, unless it ends with them already.
 
     >>> pair_name(ParallelText("news.en", "news.de", "en", "de"))
     'news.en-de'
@@ -114,11 +110,11 @@ def pair_name(corpus: Corpus) -> str:
 
 
 def check_distinct(names: Iterable[str]) -> None:
-    """Raises UserError for two texts of one name: one would overwrite the other."""
+    """Raises UserError for two texts of one name, of which one would overwrite the other."""
     known = set()
     for name in names:
         if name in known:
-            raise UserError(f"two texts are called {name!r}; give the corpora names of their own")
+            raise UserError(f"two texts are called {name!r}; give the corpora different names")
         known.add(name)
 
 
@@ -126,7 +122,7 @@ def languages_of(direction: str) -> tuple[str, str]:
     """The two languages in the name of a direction.
 
     Raises:
-      UserError: where there are not two.
+      UserError: if there are not two.
 
     >>> languages_of("en-pt_BR")
     ('en', 'pt_BR')
@@ -138,12 +134,12 @@ def languages_of(direction: str) -> tuple[str, str]:
 
 
 def corpus_of(text: TextFiles, workspace: Workspace, *, mark: bool = False) -> ParallelText:
-    """A pair of files as a corpus to learn from.
+    """A pair of files as a corpus to train on.
 
     Args:
       text: the files.
-      workspace: knows where they are.
-      mark: say by a piece in the encoder's input where a model has written one side, see `ParallelText.synthetic`.
+      workspace: resolves their paths.
+      mark: whether the encoder's input marks pairs of which a model has written one side, see `ParallelText.synthetic`.
     """
     source, target = map(workspace.path, text.files)
     first, second = text.languages
@@ -151,7 +147,7 @@ def corpus_of(text: TextFiles, workspace: Workspace, *, mark: bool = False) -> P
 
 
 def reversed_corpus(corpus: Corpus) -> Corpus:
-    """The same corpus from its second language into its first."""
+    """The same corpus read from its second language to its first."""
     if not isinstance(corpus, ParallelText):
         return ReversedCorpus(corpus)
     return replace(
@@ -167,7 +163,7 @@ def reversed_corpus(corpus: Corpus) -> Corpus:
 
 
 def sides_of(text: TextFiles, workspace: Workspace, languages: tuple[str, ...]) -> list[ParallelText]:
-    """Each file of the text in one of these languages (of none: each) as monolingual text to learn from."""
+    """Each file of the text in one of these languages (if there are none: in any) as monolingual text to train on."""
     return [
         monolingual_text(workspace.path(file), language, f"{text.name}.{language}")
         for language, file in zip(text.languages, text.files)

@@ -1,4 +1,4 @@
-"""`Train`: a whole training run as a stage, its texts those of earlier stages."""
+"""`Train`: a whole training run as a stage, on the texts of earlier stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import Corpus, UserError
 from t5x_ext.data import DataConfig, TextDirection, VocabularyConfig, text_directions
 from t5x_ext.pipeline.artefact import Artefact, Kind, Model, TextFiles, Weights
-from t5x_ext.pipeline.stage import Interrupted
+from t5x_ext.pipeline.stage import Interrupted, ModelOrigin, Stage, StageDefaults, StageWork, origin_of
 from t5x_ext.pipeline.texts import corpus_of, reversed_corpus, sides_of
 from t5x_ext.pipeline.workspace import Workspace
 from t5x_ext.tasks import text_task, with_data
@@ -18,7 +18,7 @@ from t5x_ext.train import InitFrom, Run, execute
 
 
 class _Way(NamedTuple):
-    """A corpus, and whether it may be read in its own direction only."""
+    """A corpus, and whether to train on it in its own direction only."""
 
     corpus: Corpus
     one_way: bool = False
@@ -28,28 +28,28 @@ class _Way(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Train:
-    """A training run: pretraining, language models, retraining on what a model has written, fine-tuning.
+class Train(StageDefaults):
+    """A training run: pretraining, language models, retraining on synthetic text, fine-tuning.
 
-    It resumes as runs do, update by update; its run folder is `OUT/<stage>/run`, or one a direction.
+    It resumes as runs do, update by update; its run folder is `OUT/<stage>/run`, or one for each direction.
 
     Attributes:
       name: of the stage.
-      run: a whole run of its own; what follows takes the place of parts of it.
-      corpora: stages whose texts take the place of the run's training data; none: that is trained on. A language model
-        learns from each side by itself.
-      valid: stages whose texts take the place of the run's validation data. The metrics decoded on it are means over
-        corpora and directions: with a corpus for each domain, stopping early by `valid/bleu` stops by the macro-average
-        of domains.
+      run: a complete run; the fields below replace parts of it.
+      corpora: stages whose texts replace the run's training corpora; empty: the run's own are used. A language model
+        (`encoder_layers=0`) is trained on each side by itself.
+      valid: stages whose texts replace the run's validation corpora. The metrics decoded on them are means over corpora
+        and directions: with a corpus for each domain, `valid/bleu` is the macro-average over domains.
       init_from: the stage whose weights and vocabulary it starts from.
-      keep_optimizer: go on with the optimizer state of `init_from`, too.
-      vocabulary: the stage whose vocabulary it takes where it does not start from its weights; None: as `run` says.
-      per_direction: a model for each direction of the corpora, both of every pair where the run is bidirectional.
+      keep_optimizer: whether to keep the optimizer state of `init_from` as well.
+      vocabulary: the stage whose vocabulary it uses without starting from its weights; None: that of `run`.
+      per_direction: train a model for each direction of the corpora, both directions of a pair if the run's data are
+        `bidirectional`.
       directions: those that `per_direction` trains; empty: all.
-      languages: of a language model: the languages it learns; empty: all that the texts are in.
-      upsample: how many times the texts of a stage count, by its name; those that are not named count once.
-      provenance: mark what a model has written in the encoder's input, see `corpora.ParallelText.synthetic`.
-      checkpoint: which is handed on: the best by the run's metric, or the last.
+      languages: of a language model: the languages it learns; empty: all languages of the texts.
+      upsample: how many times the texts of a stage are repeated, by its name; once by default.
+      provenance: whether the encoder's input marks synthetic text, see `corpora.ParallelText.synthetic`.
+      checkpoint: the checkpoint that later stages get: the best by the run's metric, or the last.
 
     Raises:
       UserError: for settings that do not go together.
@@ -78,7 +78,7 @@ class Train:
                     f"Train.upsample={dict(self.upsample)}: give stages of corpora and whole numbers from 1"
                 )
         if self.init_from is not None and self.vocabulary is not None:
-            raise UserError("Train.vocabulary: init_from brings its own vocabulary; leave one of them out")
+            raise UserError("Train.vocabulary: init_from brings its own vocabulary; give one of them only")
         if self.keep_optimizer and self.init_from is None:
             raise UserError("Train.keep_optimizer goes with init_from")
         if self.directions and not self.per_direction:
@@ -90,28 +90,40 @@ class Train:
     def _is_language_model(self) -> bool:
         return text_task(self.run).model.encoder_layers == 0
 
-    def inputs(self) -> tuple[str, ...]:
-        """Texts, weights and vocabulary."""
-        named = (*self.corpora, *self.valid, self.init_from, self.vocabulary)
-        return tuple(dict.fromkeys(name for name in named if name is not None))
-
-    def models(self) -> tuple[str, ...]:
-        """Those of weights and vocabulary."""
-        return tuple(name for name in (self.init_from, self.vocabulary) if name is not None)
+    def reads(self) -> Mapping[str, Kind]:
+        """Texts, and the stages of weights and vocabulary."""
+        models = [name for name in (self.init_from, self.vocabulary) if name is not None]
+        return dict.fromkeys((*self.corpora, *self.valid), "corpora") | dict.fromkeys(models, "models")
 
     def sources(self) -> tuple[Corpus, ...]:
-        """Corpora of the run that no stage takes the place of."""
+        """The run's own corpora, unless stages replace them."""
         data = text_task(self.run).data
         return (*(() if self.corpora else data.train), *(() if self.valid else data.valid), *data.test)
 
+    def program(self, earlier: Mapping[str, Stage]) -> StageWork:
+        """Its run, with the vocabulary of the run that it starts from."""
+        return StageWork(self._with_vocabulary(earlier))
+
+    def origin(self, earlier: Mapping[str, Stage]) -> ModelOrigin:
+        """Its run."""
+        return ModelOrigin(self._with_vocabulary(earlier))
+
+    def _with_vocabulary(self, earlier: Mapping[str, Stage]) -> Run:
+        """The run with the vocabulary that it takes over from another."""
+        source = self.init_from or self.vocabulary
+        origin = origin_of(source, earlier) if source else None
+        if origin is None:
+            return self.run
+        return with_data(self.run, replace(text_task(self.run).data, vocabulary=text_task(origin.run).data.vocabulary))
+
     def make(self, workspace: Workspace) -> Artefact:
-        """Trains, or goes on training."""
-        data = self._data(workspace)
+        """Trains, or resumes training."""
+        data = self._texts(workspace)
         if not self.per_direction:
             model, counts = self._trained(data, "run", self._init_from(None, workspace), workspace)
             return Artefact("models", models=(model,), counts=counts)
         data_of = self._by_direction(data)
-        # All of them before the first is trained: one that is missing is not to be noticed after days.
+        # All of them before the first is trained, so that a missing one is noticed now and not after days.
         init_from = {direction: self._init_from(direction, workspace) for direction in data_of}
         trained = {
             direction: self._trained(one, direction, init_from[direction], workspace)
@@ -156,8 +168,8 @@ class Train:
         weights = model.members[0]
         return InitFrom(workspace.path(weights.run_dir), weights.step, self.keep_optimizer)
 
-    def _data(self, workspace: Workspace) -> DataConfig:
-        """The run's data with the texts and the vocabulary of stages in it."""
+    def _texts(self, workspace: Workspace) -> DataConfig:
+        """The run's data with the texts and the vocabulary of other stages."""
         data = text_task(self.run).data
         if self.vocabulary is not None:
             weights = workspace.models(self.vocabulary).models[0].members[0]
@@ -175,7 +187,7 @@ class Train:
         return self._in_ways(data, train, valid)
 
     def _sides(self, workspace: Workspace) -> tuple[Corpus, ...]:
-        """What a language model learns from, of the stages' texts."""
+        """The monolingual texts that a language model is trained on."""
         texts = [text for name in self.corpora for text in workspace.corpora([name]) * self._times(name)]
         sides = tuple(side for text in texts for side in sides_of(text, workspace, self.languages))
         if not sides:
@@ -200,11 +212,12 @@ class Train:
     def _in_ways(self, data: DataConfig, train: list[_Way], valid: list[_Way]) -> DataConfig:
         if not data.bidirectional or not any(way.one_way for way in (*train, *valid)):
             return replace(data, train=_corpora(train), valid=_corpora(valid))
-        # Some are for one direction only: each direction becomes a corpus of its own.
+        # Some texts are for one direction only: each direction of the others becomes a corpus of its own.
         if data.bidirectional_steps is not None:
+            names = dict.fromkeys(way.corpus.name for way in (*train, *valid) if way.one_way)
             raise UserError(
                 f"stage {self.name!r}: bidirectional_steps changes the direction of every corpus, but some are for one "
-                "direction only (Synthesize with other settings forward than backward, NoisyDev)"
+                f"direction only: {', '.join(names)}"
             )
         test = [_Way(corpus) for corpus in data.test]
         both = [[other for way in ways for other in way.both()] for ways in (train, valid, test)]
@@ -213,7 +226,7 @@ class Train:
         )
 
     def _by_direction(self, data: DataConfig) -> dict[str, DataConfig]:
-        """Data of one direction each, read in that direction."""
+        """The data of each direction, read in that direction."""
         found = text_directions(data.train, data.bidirectional)
         names = dict.fromkeys(direction.name for direction in found)
         for name in self.directions:
@@ -230,6 +243,9 @@ class Train:
             )
             for name in self.directions or names
         }
+
+
+# Where a run keeps the data of a translation task.
 
 
 def _corpora(ways: Iterable[_Way]) -> tuple[Corpus, ...]:

@@ -69,7 +69,7 @@ def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LEN
       mean_length: target tokens of an example; source rows are taken to hold as many examples.
 
     Raises:
-      UserError: where mesh, rows and microbatches do not fit the devices.
+      UserError: if mesh, rows and microbatches do not fit the devices.
     """
     run = on_slices(run, target)
     program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))
@@ -109,7 +109,7 @@ def check_decoding(
       members: models that decode together, see `decode.Ensemble`.
 
     Raises:
-      UserError: where the rows do not divide among the devices.
+      UserError: if the rows do not divide among the devices.
     """
     run = on_slices(run, target)
     program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))

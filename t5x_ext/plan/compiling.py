@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 class Refused(NamedTuple):
     """What a compiler said that found too little memory."""
 
-    total: int | None  # bytes on one device; None where the message does not tell
+    total: int | None  # bytes on one device; None if the message does not tell
     largest: tuple[tuple[int, str], ...]  # (bytes, what it is)
     seconds: float
 

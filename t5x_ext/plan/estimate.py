@@ -245,7 +245,7 @@ def _kept(
 
 
 def _gathered(program: Program) -> int:
-    """Whole weights on a device while they are used: none where parameters are not cut along the rows' axes."""
+    """Whole weights on a device while they are used: none if parameters are not sharded along the rows' axes."""
     config, mesh, rules = program.model.config, program.mesh, program.run.axis_rules
     if rules.embed != "fsdp" or mesh.shape["fsdp"] == 1:
         return 0

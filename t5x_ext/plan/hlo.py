@@ -80,7 +80,7 @@ class Instruction:
     called: dict[str, tuple[str, ...]]
 
     def attribute(self, name: str) -> str | None:
-        """The printed value of attribute `name` (`dimensions` -> `{0,1}`), None where it is absent."""
+        """The printed value of attribute `name` (`dimensions` -> `{0,1}`), None if it is absent."""
         start = re.search(rf"(?:^|[ ,]){re.escape(name)}=", self.attributes)
         if start is None:
             return None
@@ -135,7 +135,7 @@ class Module:
     replicas: int
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """Iterations of a `while` of `computation`; None where the text does not tell.
+        """Iterations of a `while` of `computation`; None if the text does not tell.
 
         From the compiler's `known_trip_count` or, where that is absent, from the condition's comparison of a counter
         with a constant, the counter's first value and its step. A conjunction (`i < n and not done`) counts as its

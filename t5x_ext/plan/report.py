@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tabulate import tabulate
+
 from t5x_ext.plan.hlo_cost import Collective
 from t5x_ext.plan.roofline import Roofline
 
@@ -72,7 +74,7 @@ class CheckReport:
       hlo_flops: operations of the compiled program, loops counted as often as they run, all devices together; None
         where the compiler refused.
       collectives: what one device takes part in, the largest first.
-      roofline: least seconds; None where the compiler refused or the kind of device is not in the table.
+      roofline: least seconds; None if the compiler refused or the kind of device is not in the table.
       mfu_bound: (overlapped, serial) model FLOPs utilisation at those; None likewise.
       compile_seconds: seconds the compiler took.
       steps: updates of the whole run; None for decoding.
@@ -321,14 +323,9 @@ def bar(size: float, whole: float, width: int = _BAR) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of aligned columns; the first is flushed left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    columns = ("left", *["right"] * (len(rows[0]) - 1))
+    lines = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns, preserve_whitespace=True)
+    return lines.splitlines()
 
 
 def _seconds(time: Any) -> float | None:

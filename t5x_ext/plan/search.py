@@ -161,7 +161,7 @@ def search(
       progress: told about each program that is compiled.
 
     Raises:
-      UserError: where no mesh divides the rows of the batch.
+      UserError: if no mesh divides the rows of the batch.
     """
     if target.hardware is None:
         raise UserError(
@@ -202,7 +202,7 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
 
 
 def _own_layout(run: Run, target: Target) -> Candidate | None:
-    """The candidate that the run is already; None where it is laid out in another way than by a preset."""
+    """The candidate that the run is already; None if it is laid out in another way than by a preset."""
     slices, data, fsdp_size, tensor = on_slices(run, target).mesh.sizes(len(target.devices))
     preset = next((name for name, rules in _RULES.items() if rules == run.axis_rules), None)
     mesh = MeshConfig(data=data, fsdp=fsdp_size, tensor=tensor, slices=slices)

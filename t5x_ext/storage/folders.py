@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,32 +11,42 @@ from pathlib import Path
 from etils import epath
 
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.files import folder_to_disk, tree_to_disk
+from t5x_ext.storage.hosts import host_name, is_alive
 
 
 @contextmanager
-def whole_folder(folder: Path, last_file: str) -> Iterator[Path]:
+def whole_folder(folder: Path, last_file: str | None, what: str = "a token cache") -> Iterator[Path]:
     """A new folder beside `folder` that takes its place at the end, and is removed if anything fails.
 
+    Its files are on the disk before it is renamed. What killed processes of this machine have left beside it is
+    deleted.
+
     Args:
-      folder: the place; its parent is made if it is missing.
-      last_file: a file that whole folders have. Where the place is taken by one that has it, that one stays: another
-        process finished the same content first.
+      folder: the place, local, free or an empty folder; its parent is made if it is missing.
+      last_file: a file that whole folders have. If the place is taken by one that has it, that one stays: another
+        process finished the same content first. None: no other process makes the same.
+      what: what the folder is, for messages.
 
     Raises:
-      UserError: where something else is in the place.
+      UserError: if something else is in the place.
+      OSError: if it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-{socket.gethostname()}-"
+    prefix = f".{folder.name}-{host_name()}-"
     _remove_abandoned(folder.parent.glob(f"{prefix}*"), prefix)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
+    temporary = folder.parent / f"{prefix}{os.getpid()}-{os.urandom(4).hex()}"
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
+        tree_to_disk(temporary)
         try:
             temporary.rename(folder)
         except OSError:
-            if not (folder / last_file).exists():
-                raise UserError(f"{folder}: is in the way of a token cache; remove it") from None
+            if last_file is None or not (folder / last_file).exists():
+                raise UserError(f"{folder}: is in the way of {what}; remove it") from None
+        else:
+            folder_to_disk(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -47,23 +55,8 @@ def _remove_abandoned(folders: Iterable[Path], prefix: str) -> None:
     """Removes what processes of this machine left behind when they were killed."""
     for folder in folders:
         process = folder.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address, as `gs://bucket/folder`."""
-    return "://" in str(path)
 
 
 def local_copies() -> Path:

@@ -13,16 +13,18 @@ from typing import Any
 
 import jax
 
-from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, trees, write_json
+from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder, trees
 from t5x_ext.contracts import Batch, BatchSource, UserError
 from t5x_ext.data import batch_iterator
 from t5x_ext.parallel import global_batch, hardware_of, host_rows, is_primary, make_mesh, primary_first
+from t5x_ext.storage.files import write_json
+from t5x_ext.storage.remote import is_remote
 from t5x_ext.train import hooks
 from t5x_ext.train.compilation import compiling
 from t5x_ext.train.goodput import Clock, describe_split
 from t5x_ext.train.init_from import InitFrom
 from t5x_ext.train.intervals import in_steps
-from t5x_ext.train.log import JsonLines, Log, cut_log, is_remote
+from t5x_ext.train.log import JsonLines, Log, cut_log
 from t5x_ext.train.loop import Hook, Loop, Session, train
 from t5x_ext.train.preemption import StopOnSignal
 from t5x_ext.train.profiling import Profile
@@ -152,7 +154,8 @@ class _Execution:
             attempts = _Attempts(self, store, train_step, stop, profile)
             session = Session(self.program, self.prepared, store, loop)
             for hook in attempts.before_log:
-                hook.begin(session)
+                if hasattr(hook, "begin"):  # hooks of earlier versions have none
+                    hook.begin(session)
             while True:
                 try:
                     attempts.train(loop)

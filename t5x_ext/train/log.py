@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from t5x_ext.contracts import Loss
+from t5x_ext.storage.files import append_text, write_text
 from t5x_ext.train.goodput import SECTIONS
 from t5x_ext.train.loop import Hook, Loop
 from t5x_ext.train.memory import LogSums
@@ -175,7 +175,7 @@ class JsonLines:
     """A file of JSON lines that never holds half a line, also where the disk is full.
 
     What cannot be written is kept and written later, with one warning: a run does not end for its log. In a bucket,
-    where nothing can be appended, the file is written anew.
+    where nothing can be appended, the file is written again.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -186,31 +186,12 @@ class JsonLines:
         """Adds one record as a line."""
         self._unwritten.append(json.dumps(record, allow_nan=False) + "\n")
         try:
-            self._write("".join(self._unwritten))
+            append_text(self._path, "".join(self._unwritten))
         except OSError as error:
             if len(self._unwritten) == 1:
                 logger.warning("%s cannot be written (%s); its lines are kept until it can", self._path, error.strerror)
         else:
             self._unwritten = []
-
-    def _write(self, text: str) -> None:
-        exists = self._path.exists()
-        if is_remote(self._path):
-            self._path.write_text((self._path.read_text() if exists else "") + text)
-            return
-        size = self._path.stat().length if exists else 0
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:
-            if self._path.exists():
-                os.truncate(self._path, size)
-            raise
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in a bucket."""
-    return "://" in str(path)
 
 
 def cut_log(path: epath.PathLike, step: int) -> float:
@@ -235,7 +216,5 @@ def cut_log(path: epath.PathLike, step: int) -> float:
         else:
             kept.append(f"{line}\n")
     if "".join(kept) != text:
-        draft = path.with_name(f"{path.name}.tmp")
-        draft.write_text("".join(kept))
-        draft.replace(path)
+        write_text(path, "".join(kept))
     return lost

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from t5x_ext.storage.processes import coordination_client
 from t5x_ext.train.loop import Hook, Loop
 from t5x_ext.train.signals import listening
 
@@ -51,7 +51,7 @@ class _Ballot:
     LEAD = 2
 
     def __init__(self) -> None:
-        self._client: Any = distributed.global_state.client
+        self._client: Any = coordination_client()
         self._folder = f"t5x_ext/stop/{next(_numbers)}"
         self._asked = False
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import jax
 from etils import epath
 
-from t5x_ext.train.log import is_remote
+from t5x_ext.storage.remote import is_remote
 from t5x_ext.train.loop import Hook, Loop
 from t5x_ext.train.signals import listening
 

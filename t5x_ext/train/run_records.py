@@ -6,15 +6,16 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
 
-from t5x_ext.checkpoints import CheckpointStore, RunFolder, write_json
+from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.parallel import cpu_threads
+from t5x_ext.storage.files import write_json
 from t5x_ext.train.task import Prepared
 
 _MAY_CHANGE = (
@@ -94,8 +95,8 @@ def check_config(folder: RunFolder, config_text: str) -> None:
     with CheckpointStore(folder.checkpoints) as store:
         if not store.steps() or not folder.config_gin.exists():
             return
-    before, now = settings(folder.config_gin.read_text()), settings(config_text)
-    names = [name for name in sorted(before.keys() | now.keys()) if not _may_change(name)]
+    before, now = (settings(text, _MAY_CHANGE) for text in (folder.config_gin.read_text(), config_text))
+    names = sorted(before.keys() | now.keys())
     changed = [name for name in names if before.get(name, _ADDED.get(name.split("/")[-1])) != now.get(name)]
     if changed:
         name = changed[0]
@@ -120,13 +121,21 @@ def check_data(store: CheckpointStore, before: Mapping[str, Any], now: Mapping[s
         )
 
 
-def settings(config_text: str) -> dict[str, str]:
-    """The settings of a resolved configuration, by scope, class and parameter.
+def settings(config_text: str, may_change: Collection[str] = ()) -> dict[str, str]:
+    """The values in a resolved gin text, by scope, class and parameter.
 
     Modules are left out, since classes may move; settings of the first edition are under their present names.
+
+    Args:
+      config_text: the text, one setting a line.
+      may_change: parts of names; settings whose name contains one of them are skipped.
+
+    >>> settings("x/t5x_ext.train.Run.steps = 3\\nRun.mesh = None", may_change=("Run.mesh",))
+    {'x/Run.steps': '3'}
     """
     lines = (line.split(" = ", 1) for line in config_text.splitlines() if " = " in line and not line.startswith("#"))
-    return {_present_name(name): _MODULES.sub(r"\1", value) for name, value in lines}
+    named = ((_present_name(name), _MODULES.sub(r"\1", value)) for name, value in lines)
+    return {name: value for name, value in named if not any(part in name for part in may_change)}
 
 
 _MODULES = re.compile(r"(@(?:\w+/)*)(?:\w+\.)+(?=\w)")
@@ -137,10 +146,6 @@ def _present_name(name: str) -> str:
     *scopes, path = name.split("/")
     setting = ".".join(path.split(".")[-2:])
     return "/".join((*scopes, MOVED.get(setting, setting)))
-
-
-def _may_change(name: str) -> bool:
-    return any(part in name for part in _MAY_CHANGE)
 
 
 def read_results(run_dir: str) -> dict[str, Any] | None:

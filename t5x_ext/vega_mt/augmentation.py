@@ -1,17 +1,18 @@
-"""Text that models write to learn from: self-training in both roles, and cycle translation."""
+"""Vega-MT's data augmentation: bidirectional self-training, and cycle translation of monolingual text."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.contracts import UserError
 from t5x_ext.corpora.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
 from t5x_ext.evaluate.metrics import chrf_metric
 from t5x_ext.pipeline.artefact import Artefact, Kind, TextFiles
+from t5x_ext.pipeline.stage import Stage, StageDefaults, StageWork, decoding_work, models_and_corpora
 from t5x_ext.pipeline.texts import languages_of
 from t5x_ext.pipeline.workspace import Workspace
 
@@ -19,31 +20,30 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Synthesize:
-    """One round of bidirectional self-training: one model translates real text, to learn from in both roles.
+class Synthesize(StageDefaults):
+    """One round of bidirectional self-training: a model translates real text, and its translations serve in both roles.
 
-    For every direction s-t of the model and every real text in s, its translation into t is learned from forward (s-t,
-    sequence distillation, the target being synthetic) and backward (t-s, back-translation, the source being synthetic).
-    Decoded alike and without noise, the two are one text, read in both directions by a run that is `bidirectional`.
+    For every direction s-t of the model and every real text in s, the translation into t is training text forward (s-t,
+    sequence distillation, with a synthetic target) and backward (t-s, back-translation, with a synthetic source). If
+    both are decoded alike and without noise, they are one text, which a `bidirectional` run reads in both directions.
     Otherwise they are two texts, each for one direction only.
 
     Attributes:
       name: of the stage.
-      model: the stage of the model, the same for all directions.
+      model: the stage of the model.
       texts: stages of real text; each side of a pair is a text of its own.
       directions: those that are decoded; empty: all of the model.
-      forward: how the targets of self-training are decoded; None: there are none.
-      backward: how the sources of back-translation are: by beam search, greedily, or by sampling, restricted to the
-        most probable tokens (`top_k`, `top_p`) or not.
-      noise: what happens to the sources of back-translation after they are decoded, in a file of its own; neither text
-        that people wrote nor a target of training has any. With beam search it is "beam + noise".
+      forward: how the targets of self-training are decoded; None: no self-training.
+      backward: how the sources of back-translation are decoded, for example by sampling; None: no back-translation.
+      noise: noise on the sources of back-translation after decoding ("beam + noise" with beam search); the clean
+        translation is kept beside it. Real text and training targets stay clean.
 
     Raises:
-      UserError: where neither role is wanted, and for noise without back-translation.
+      UserError: if both roles are None, and for noise without back-translation.
 
     References:
       Sennrich et al., arXiv 1511.06709 (back-translation); Edunov et al., arXiv 1808.09381 (sampling and noise for it);
-      Zan et al., arXiv 2209.09444, whose text on self-training was not at hand: this is our formalisation.
+      Zan et al., arXiv 2209.09444. Their text on self-training was not available to us: the details are ours.
     """
 
     makes: ClassVar[Kind] = "corpora"
@@ -64,20 +64,19 @@ class Synthesize:
         for direction in self.directions:
             languages_of(direction)
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The model and the texts."""
-        return (self.model, *self.texts)
+        return models_and_corpora([self.model], self.texts)
 
-    def models(self) -> tuple[str, ...]:
-        """The model."""
-        return (self.model,)
+    def program(self, earlier: Mapping[str, Stage]) -> StageWork | None:
+        """Of its two searches, the one with more hypotheses."""
+        from t5x_ext.plan.check import num_hypotheses
 
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+        decode = max(filter(None, (self.forward, self.backward)), key=num_hypotheses)
+        return decoding_work(self.model, decode, earlier)
 
     def make(self, workspace: Workspace) -> Artefact:
-        """Decodes direction by direction, and goes on where it was killed."""
+        """Decodes direction by direction, or resumes."""
         texts = workspace.corpora(self.texts)
         directions = self.directions or workspace.models(self.model).directions
         found = [
@@ -111,7 +110,7 @@ class Synthesize:
                 yield TextFiles(name, (target, source), (learned, real), text.lines, "source", one_way=True)
 
     def _noisy(self, translated: str, name: str, language: str, workspace: Workspace) -> str:
-        """The file with what is learned from in the place of a translation."""
+        """The file of a translation with noise; without noise, that of the translation itself."""
         if self.noise is None:
             return translated
         noise, noisy = self.noise, workspace.own(f"{name}.noisy.{language}")
@@ -121,32 +120,32 @@ class Synthesize:
 
 
 @dataclass(frozen=True)
-class CycleTranslate:
-    """Back-translation of monolingual text in which what reads badly is first translated there and back.
+class CycleTranslate(StageDefaults):
+    """Back-translation of monolingual text, of which the worst lines are first translated to a pivot and back.
 
-    For a line y in L and models f: L-P and g: P-L, z = f(y) and y' = g(z). The pair is (z, y), back-translation;
-    but where y is among the `tau` worst of its text by the language model and y' scores better, it is (z, y').
-    A score is the log-probability over the number of tokens. y' is refused where it has drifted: by its length in
-    characters over that of y, or by chrF with y.
+    For a line y in language L and models f: L-P and g: P-L, let z = f(y) and y' = g(z). The training pair is (z, y), as
+    in back-translation; but it is (z, y') if y is among the share `tau` of lines with the lowest language model scores
+    of its text and y' scores better. A score is the log-probability divided by the number of tokens. y' is rejected if
+    it has drifted from y, by its length in characters relative to y's or by chrF with y.
 
     Attributes:
       name: of the stage.
       model: the stage of the model that translates both ways.
-      language_model: the stage of the language model; not asked where `tau` is 0.
+      language_model: the stage of the language model; not used if `tau` is 0.
       texts: stages of real text; each side of a pair is a text of its own.
-      directions: L-P of each language that is augmented, as `de-en` for German text through English.
-      tau: share of the lines that may be replaced, those of the lowest scores; 0: none, plain back-translation.
-      min_length_ratio: least length of y' over that of y.
-      max_length_ratio: greatest.
-      min_chrf: least chrF2 of y' with y, between 0 and 1.
+      directions: L-P of each language to augment, such as `de-en` for German text through English.
+      tau: fraction of lines that may be replaced, those with the lowest scores; 0: plain back-translation.
+      min_length_ratio: smallest allowed length of y' relative to y.
+      max_length_ratio: largest allowed length of y' relative to y.
+      min_chrf: smallest allowed chrF2 of y' with y, between 0 and 1.
       decode: how both translations are decoded.
 
     Raises:
       UserError: for values outside their range.
 
     References:
-      The method is named in arXiv 2209.09444 and goes back to the group's arXiv 1907.00494; the rule by which lines are
-      replaced, and the guards, are ours.
+      Named in arXiv 2209.09444; it goes back to the group's arXiv 1907.00494. The rule for which lines are replaced,
+      and the limits on drift, are ours.
     """
 
     makes: ClassVar[Kind] = "corpora"
@@ -174,20 +173,16 @@ class CycleTranslate:
         for direction in self.directions:
             languages_of(direction)
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The models and the texts."""
-        return (self.model, self.language_model, *self.texts)
+        return models_and_corpora((self.model, self.language_model), self.texts)
 
-    def models(self) -> tuple[str, ...]:
-        """The models."""
-        return (self.model, self.language_model)
-
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+    def program(self, earlier: Mapping[str, Stage]) -> StageWork | None:
+        """The search with the translation model."""
+        return decoding_work(self.model, self.decode, earlier)
 
     def make(self, workspace: Workspace) -> Artefact:
-        """Translates and scores step by step, each kept when it is done."""
+        """Translates and scores step by step, and keeps the result of each step."""
         found: list[TextFiles] = []
         counts = {"lines": 0, "tried": 0, "replaced": 0, "by_length": 0, "by_chrf": 0, "by_score": 0}
         for direction in self.directions:
@@ -221,7 +216,7 @@ class CycleTranslate:
         yield TextFiles(name, (pivot, language), (there, better), lines, "source")
 
     def _low(self, name: str, real: str, language: str, lines: int, workspace: Workspace) -> dict[int, float]:
-        """Numbers and scores of the lines that may be replaced, ascending."""
+        """Scores of the lines that may be replaced, by line number, in the order of the text."""
         count = int(self.tau * lines)
         if not count:
             return {}
@@ -233,7 +228,7 @@ class CycleTranslate:
     def _back(
         self, name: str, there: str, language: str, pivot: str, low: dict[int, float], workspace: Workspace
     ) -> str:
-        """The file of y' of those lines."""
+        """The file with y' of these lines."""
         selected = workspace.scratch(f"{name}.there")
         workspace.write_lines(selected, (line for number, line in enumerate(workspace.lines(there)) if number in low))
         back = workspace.scratch(f"{name}.back")
@@ -250,7 +245,7 @@ class CycleTranslate:
         counts: dict[str, int],
         workspace: Workspace,
     ) -> dict[int, str]:
-        """The lines that take the place of real ones, by number; what speaks against the others is counted."""
+        """The lines that replace real ones, by number; the reasons against the others are counted."""
         output = workspace.scratch(f"{name}.back.scores")
         scores = workspace.score(self.language_model, back, language, self.decode, output)
         originals = (line for number, line in enumerate(workspace.lines(real)) if number in low)
@@ -272,19 +267,19 @@ class CycleTranslate:
 
 
 def _named(text: TextFiles, file: str) -> str:
-    """The name behind that of its stage: parallel and monolingual text of one corpus are often called the same."""
+    """The text's name after that of its stage: parallel and monolingual text of one corpus often have the same name."""
     return f"{file.partition('/')[0]}.{text.name}"
 
 
 def _says_anything(file: str, workspace: Workspace) -> bool:
-    """Whether any line of a translation is not empty; a model that has learned little may end every line at once."""
+    """Whether any line of a translation is not empty: a model that has learned little may end every line at once."""
     found = any(line.strip() for line in workspace.lines(file))
     if not found:
-        logger.warning("%s: every translation is empty; it is left out", file)
+        logger.warning("%s: skipped, because every translation is empty", file)
     return found
 
 
 def _nothing(stage: str, directions: Sequence[str]) -> UserError:
     return UserError(
-        f"stage {stage!r}: there is no text to translate in {', '.join(directions)}, or nothing comes of it"
+        f"stage {stage!r}: there is no text to translate in {', '.join(directions)}, or all translations are empty"
     )

@@ -1,25 +1,30 @@
-"""`NoisyDev`: copies of development text as people type it in a hurry, to tune a model for more than clean text."""
+"""Vega-MT's noisy development text: copies with typing errors, to tune a model on more than clean text."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from t5x_ext.contracts import Corpus, UserError
+from t5x_ext.contracts import UserError
 from t5x_ext.corpora.noise import TypingNoise
 from t5x_ext.pipeline.artefact import Artefact, Kind, TextFiles
+from t5x_ext.pipeline.stage import StageDefaults
 from t5x_ext.pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class NoisyDev:
-    """Pairs whose source has typing noise and whose target has not, in each direction.
+class NoisyDev(StageDefaults):
+    """Pairs with typing noise on the source and a clean target, in each direction.
 
     Attributes:
       name: of the stage.
       texts: stages of pairs.
-      noise: what is done to a source.
-      directions: those that get a noisy copy; empty: both of every pair.
+      noise: the noise.
+      directions: those that get a noisy copy; empty: both directions of every pair.
+
+    References:
+      Zan et al., arXiv 2209.09444, of whose generalisation tuning it is a part here; the noise is ours.
     """
 
     makes: ClassVar[Kind] = "corpora"
@@ -29,17 +34,9 @@ class NoisyDev:
     noise: TypingNoise = field(default_factory=TypingNoise)
     directions: tuple[str, ...] = ()
 
-    def inputs(self) -> tuple[str, ...]:
+    def reads(self) -> Mapping[str, Kind]:
         """The texts."""
-        return self.texts
-
-    def models(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def sources(self) -> tuple[Corpus, ...]:
-        """Nothing from outside."""
-        return ()
+        return dict.fromkeys(self.texts, "corpora")
 
     def make(self, workspace: Workspace) -> Artefact:
         """Writes the noisy sources."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_ext.checkpoints import CheckpointStore, Retention
-from t5x_ext.checkpoints.files import write_digests
+from t5x_ext.storage.digests import write_digests
 
 GOLDEN = Path(__file__).parent / "golden"
 EXTRA = {"batches_consumed": 12, "skipped": [[3, 5]], "memory": {"language": "česky"}}

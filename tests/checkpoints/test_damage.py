@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t5x_ext.checkpoints import CheckpointStore, Retention
-from t5x_ext.checkpoints.files import DIGESTS, find_damage
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.digests import DIGESTS, find_damage
 
 sys.path.append(str(Path(__file__).parent))
 import golden

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from t5x_ext.checkpoints import CheckpointStore
-from t5x_ext.checkpoints.files import write_digests
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.digests import write_digests
 
 sys.path.append(str(Path(__file__).parent))
 import golden

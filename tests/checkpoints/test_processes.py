@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 
 from t5x_ext.checkpoints import CheckpointStore
-from t5x_ext.checkpoints.files import DIGESTS, find_damage, write_digests, write_part_of_digests
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.digests import DIGESTS
 
 PROGRAM = """
 import logging, shutil, sys
@@ -145,33 +144,6 @@ def test_two_processes_save_and_load_together(tmp_path):
         np.testing.assert_array_equal(state["params"]["kernel"], kernel + 6)
         assert extra == {"step": 6}
     assert not [path for path in folder.rglob("*") if "tmp" in path.name or path.name.startswith(f"{DIGESTS}.")]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shared_digests_are_those_of_one(tmp_path, count):
-    """Any number of processes record the same file, and verify every file once."""
-    from etils import epath
-
-    folder = epath.Path(tmp_path)
-    for index in range(5):
-        (folder / f"file{index}").write_bytes(bytes([index]) * index)
-    write_digests(folder)
-    alone = (folder / DIGESTS).read_text()
-    # What another process is just writing is gone when it would be read.
-    draft = folder / f".{DIGESTS}.1.4711.tmp"
-    draft.write_text("{")
-    for index in range(count):
-        write_part_of_digests(folder, index, count)
-    draft.unlink()
-    # A file that no process saw in its listing is recorded all the same.
-    part = folder / f"{DIGESTS}.0"
-    part.write_text(json.dumps(dict(list(json.loads(part.read_text()).items())[1:])))
-    write_digests(folder, parts=count)
-    assert (folder / DIGESTS).read_text() == alone
-    assert sorted(path.name for path in folder.iterdir()) == [DIGESTS, *(f"file{i}" for i in range(5))]
-    (folder / "file3").write_bytes(b"\x03\x03\x04")
-    damage = [find_damage(folder, index=index, count=count) for index in range(count)]
-    assert [text for text in damage if text] == ["file3 has changed (its SHA-256 differs)"]
 
 
 def test_a_file_in_place_of_the_folder_is_a_users_mistake(tmp_path):

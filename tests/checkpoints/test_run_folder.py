@@ -1,4 +1,4 @@
-"""Names in a run folder, atomic JSON, and what a reader says of folders that are none."""
+"""Names in a run folder, and what a reader says of folders that are none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from t5x_ext.checkpoints import ModelRecord, RunFolder, write_json
+from t5x_ext.checkpoints import ModelRecord, RunFolder
 from t5x_ext.contracts import UserError
 
 
@@ -69,12 +69,3 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         RunFolder(tmp_path / "nowhere").read_model()
     with pytest.raises(UserError, match=r"is not the folder of a run: it has no model\.json"):
         RunFolder(tmp_path).read_model()
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results.json"
-    write_json(path, {"score": 1, "text": "žluťoučký"})
-    with pytest.raises(TypeError):
-        write_json(path, {"score": object()})
-    assert json.loads(path.read_text()) == {"score": 1, "text": "žluťoučký"}
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

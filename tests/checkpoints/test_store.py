@@ -25,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t5x_ext.checkpoints import CheckpointStore, Retention, SaveError, StructureError
-from t5x_ext.checkpoints.files import DIGESTS
 from t5x_ext.contracts import UserError
+from t5x_ext.storage.digests import DIGESTS
 
 
 class State(NamedTuple):
@@ -461,3 +461,24 @@ def test_what_other_writers_of_a_failed_save_add_is_deleted_too(tmp_path, monkey
         monkeypatch.undo()
     writer.join()
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
+def test_evaluation_params_are_the_ema_where_there_is_one(tmp_path, caplog):
+    with CheckpointStore(tmp_path, Retention(keep_last=9, metric="bleu")) as store:
+        for step, tree in ((1, {"params": 1.0, "ema": 10.0}), (2, {"params": 2.0}), (3, {"params": 3.0, "ema": 30.0})):
+            arrays = {name: {"w": jnp.full(2, value)} for name, value in tree.items()}
+            store.save(step, {**arrays, "step": step}, metrics={"bleu": -step})
+    reader = CheckpointStore(tmp_path)
+    found = {which: reader.evaluation_params(which)["w"].tolist() for which in (1, 2, 3, "best", "last")}
+    assert found == {1: [10.0] * 2, 2: [2.0] * 2, 3: [30.0] * 2, "best": [10.0] * 2, "last": [30.0] * 2}
+    with pytest.raises(UserError, match=r"no whole checkpoint of step 4 in .*; finished steps: \[1, 2, 3\]$"):
+        reader.evaluation_params(4)
+    # A damaged EMA is not replaced by the parameters beside it; damage elsewhere in the folder is of no concern.
+    for part in ("params", "ema"):
+        for path in (tmp_path / "00000003" / part).rglob("d/*"):
+            path.write_bytes(b"damaged")
+        with caplog.at_level(logging.WARNING):
+            last = CheckpointStore(tmp_path).evaluation_params("last")["w"].tolist()
+        assert last == ([30.0] * 2 if part == "params" else [2.0] * 2)
+    assert len(caplog.messages) == 1
+    assert "00000003 refused: ema/" in caplog.text

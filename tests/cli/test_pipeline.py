@@ -125,3 +125,68 @@ def test_what_it_needs(capsys):
     assert "--gin_file is missing" in capsys.readouterr().err
     assert main(["pipeline", "--gin_file=p.gin"]) == 2
     assert "--output_dir is missing" in capsys.readouterr().err
+
+
+MINE = """
+from dataclasses import dataclass
+
+
+def upper(line: str, language: str) -> str:
+    return line.upper()
+
+
+@dataclass(frozen=True)
+class Trained:
+    name: str = "model"
+
+    def inputs(self):
+        return ()
+
+    def sources(self):
+        return ()
+
+    def make(self, workspace):
+        raise NotImplementedError
+"""
+FINISH = """
+from __gin__ import dynamic_registration
+import finish_plugin
+from t5x_ext import pipeline
+from t5x_ext import vega_mt
+
+include 'p.gin'
+pipeline.Pipeline.stages = [
+    @bitext/pipeline.Texts(), @finish_plugin.Trained(),
+    @mine/pipeline.Translate(), @theirs/pipeline.Translate(), @plain/pipeline.Translate(),
+]
+pipeline.Translate.model = 'model'
+pipeline.Translate.texts = ['bitext']
+mine/pipeline.Translate.name = 'mine'
+mine/pipeline.Translate.postprocess = @finish_plugin.upper
+theirs/pipeline.Translate.name = 'theirs'
+theirs/pipeline.Translate.postprocess = @vega_mt.widen_as_released
+plain/pipeline.Translate.name = 'plain'
+"""
+
+
+def test_a_postprocessor_is_a_name_or_any_function_that_gin_names(folder, monkeypatch, capsys):
+    from t5x_ext.cli.gin_config import build_parts
+    from t5x_ext.pipeline import Pipeline
+    from t5x_ext.pipeline.postprocess import postprocessor
+
+    (folder / "finish_plugin.py").write_text(MINE)
+    (folder / "finish.gin").write_text(FINISH)
+    monkeypatch.syspath_prepend(folder)
+    pipeline, texts = build_parts("stages", ["finish.gin"], root=Pipeline)
+    finished = [postprocessor(stage.postprocess)("你好, world", "zh") for stage in pipeline.stages[2:]]
+    assert finished == ["你好, WORLD", "你好，world", "你好，world"]
+    assert "mine/t5x_ext.pipeline.Translate.postprocess = @finish_plugin.upper\n" in texts[2]
+    command = ["pipeline", "--gin_file=finish.gin", "--output_dir=out", "--dry_run"]
+    assert main(command) == 0
+    capsys.readouterr()
+    for name, message in (
+        ("wide", "postprocess = 'wide': must be one of 'widths', 'none', or a function (line, language) -> line"),
+        ("released", "'released' is no longer a name; give the function, @t5x_ext.vega_mt.widen_as_released"),
+    ):
+        assert main([*command, f"--gin.plain/Translate.postprocess='{name}'"]) == 2
+        assert message in capsys.readouterr().err

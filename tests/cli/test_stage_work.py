@@ -1,10 +1,14 @@
-"""Which program stands for a stage: the model that it reads, wherever it was trained, and how it decodes."""
+"""Which program a stage has: the model that it reads, trained by any stage, and how it decodes."""
 
 from __future__ import annotations
 
+import json
+
+import jax
 import pytest
 
 from t5x_ext.cli.gin_config import build_run
+from t5x_ext.cli.main import main
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.stage_work import stage_work
 from t5x_ext.pipeline import Pipeline
@@ -53,3 +57,105 @@ def test_the_vocabulary_is_that_of_the_run_it_began_with():
 def test_what_has_no_program_says_which_stages_have():
     with pytest.raises(UsageError, match="Average has no program to compile; stages that have: pretrain, lm, cycle, "):
         stage_work(tiny(), "average")
+
+
+FOREIGN = '''
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from t5x_ext.decode import DecodeConfig
+from t5x_ext.pipeline import ModelOrigin, StageWork, decoding_work
+
+
+@dataclass(frozen=True)
+class Shorter:
+    """Trains the run of another stage for fewer updates."""
+
+    name: str
+    model: str
+    steps: int
+
+    def inputs(self):
+        return (self.model,)
+
+    def sources(self):
+        return ()
+
+    def make(self, workspace):
+        raise NotImplementedError
+
+    def program(self, earlier):
+        return StageWork(replace(earlier[self.model].origin(earlier).run, steps=self.steps))
+
+    def origin(self, earlier):
+        return ModelOrigin(self.program(earlier).run)
+
+
+@dataclass(frozen=True)
+class Rescore:
+    """Decodes with a model."""
+
+    name: str
+    model: str
+    decode: DecodeConfig
+
+    def inputs(self):
+        return (self.model,)
+
+    def sources(self):
+        return ()
+
+    def make(self, workspace):
+        raise NotImplementedError
+
+    def program(self, earlier):
+        return decoding_work(self.model, self.decode, earlier)
+'''
+FOREIGN_GIN = """
+from __gin__ import dynamic_registration
+import foreign_stages
+from t5x_ext import pipeline
+from t5x_ext import decode
+
+include 'runs/vega_mt_tiny.gin'
+
+pipeline.Pipeline.stages = [
+    @bitext/pipeline.Texts(), @dev/pipeline.Texts(), @test/pipeline.Texts(), @past/pipeline.Texts(),
+    @clean/pipeline.Clean(), @pretrain/pipeline.Train(), @foreign_stages.Shorter(), @foreign_stages.Rescore(),
+]
+foreign_stages.Shorter.name = 'shorter'
+foreign_stages.Shorter.model = 'pretrain'
+foreign_stages.Shorter.steps = 5
+foreign_stages.Rescore.name = 'rescore'
+foreign_stages.Rescore.model = 'shorter'
+foreign_stages.Rescore.decode = @rescore/decode.DecodeConfig()
+rescore/decode.DecodeConfig.beam_size = 3
+"""
+
+
+@pytest.fixture
+def foreign(folder, monkeypatch):
+    """A gin file with stages of another package, on the path as a user's would be."""
+    (folder / "foreign_stages.py").write_text(FOREIGN)
+    (folder / "foreign.gin").write_text(FOREIGN_GIN)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield "check --gin_file=foreign.gin --topology=h100:1 --decode_rows=4 --json_out=-"
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_stages_of_another_package_are_compiled(foreign, capfd):
+    assert main([*foreign.split(), "--stage=shorter"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["program"], found["rows"], found["steps"]) == ("train", 8, 5)
+    assert main([*foreign.split(), "--stage=rescore"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["program"], found["rows"]) == ("decode", 4)
+    assert found["assumption"] == "beam, 3 hypotheses of 69 tokens for each sentence of 64"
+    assert main([*foreign.split(), "--stage=clean"]) == 2
+    error = capfd.readouterr().err
+    assert "Clean has no program to compile; stages that have: pretrain, shorter, rescore\n" in error

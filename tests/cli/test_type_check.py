@@ -52,6 +52,18 @@ def test_contradictions_in_words(value, hint, words):
     assert describe(hint) == words
 
 
+def test_every_item_is_looked_at():
+    """Beartype alone checks one item of a container, at random."""
+    many = [1] * 50
+    assert fits(many, Sequence[int])
+    assert not fits([*many, "a"], Sequence[int])
+    assert not fits((*many, True), tuple[int, ...] | None)
+    assert not fits({**dict.fromkeys(range(50), 1), 50: "a"}, Mapping[int, int])
+    assert not fits({"a": [*many, "a"]}, dict[str, list[int]])
+    assert not fits(3, Mapping[str, "Unknown"])  # noqa: F821
+    assert fits({"a": 3}, Mapping[str, "Unknown"])  # noqa: F821
+
+
 def test_every_field_of_a_run_can_be_checked():
     from t5x_ext.corpora import ParallelText
     from t5x_ext.data import BatchConfig, DataConfig, VocabularyConfig

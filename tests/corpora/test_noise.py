@@ -101,7 +101,7 @@ def test_units_of_chinese_and_japanese_are_characters_and_runs_of_latin_letters(
     [
         ({"drop": 1.1}, r"WordNoise\.drop=1\.1: must be 0 to 1"),
         ({"blank": -1}, r"WordNoise\.blank=-1"),
-        ({"swap": -1}, r"WordNoise\.swap=-1: must be at least 0 places"),
+        ({"swap": -1}, r"WordNoise\.swap=-1: must be at least 0 positions"),
         ({"blank_token": "two words"}, r"WordNoise\.blank_token='two words': must be one word"),
         ({"blank_token": ""}, r"WordNoise\.blank_token=''"),
     ],

@@ -267,7 +267,7 @@ def test_damage_during_training_names_batch_shard_and_remedy(make_corpus, vocabu
     next(iterator)
     shard = next(Path(cache.path).glob("*.array_record"))
     os.truncate(shard, 0)
-    with pytest.raises(UserError, match=rf"^batch \d+: {shard}: damaged \(.*delete the folder {cache.path}, and"):
+    with pytest.raises(UserError, match=rf"^batch \d+: {shard}: damaged \(.*delete the folder {cache.path} and"):
         list(itertools.islice(iterator, 100))
 
 

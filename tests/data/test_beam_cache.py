@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.corpora import BeamRunner, CleaningConfig, ParallelText
+from t5x_ext.corpora import BeamRunner, PairRules, ParallelText
 from t5x_ext.data import SubwordSampling, beam_cache, build_cache, cache_files
 from t5x_ext.data import cache as cache_module
 
@@ -48,7 +48,7 @@ def as_files(tmp_path, make_corpus):
 
 @pytest.mark.parametrize("kind", ["plain", "gzip"])
 def test_beam_writes_the_same_bytes(as_files, vocabulary, tmp_path, small_pieces, kind):
-    corpus, cleaning, subword = as_files(kind), CleaningConfig(drop_copies=True), SubwordSampling(variants=2)
+    corpus, cleaning, subword = as_files(kind), PairRules(drop_copies=True), SubwordSampling(variants=2)
     local = build_cache(corpus, vocabulary, tmp_path / "local", cleaning, subword)
     beam = build_cache(corpus, vocabulary, tmp_path / "beam", cleaning, subword, beam=BeamRunner())
     assert len(local.manifest["shards"]) == 10
@@ -85,7 +85,7 @@ def test_mistakes_in_the_text_are_told_in_one_line(tmp_path, vocabulary, small_p
 
 
 def test_refused_corpora_leave_nothing(list_corpus, vocabulary, tmp_path):
-    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "no pair is left after cleaning")):
+    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "cleaning keeps no pair")):
         with pytest.raises(UserError, match=message):
             build_cache(list_corpus(lines), vocabulary, tmp_path, beam=BeamRunner())
     assert list(tmp_path.iterdir()) == []

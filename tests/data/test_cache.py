@@ -6,12 +6,14 @@ import shutil
 import socket
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.corpora import CleaningConfig
+from t5x_ext.corpora import PairRules
+from t5x_ext.corpora.filters import rules as rules_module
 from t5x_ext.data import SubwordSampling, TokenCache, build_cache, cache_files, train_vocabulary
 from t5x_ext.data import cache as cache_module
 from t5x_ext.storage.folders import local_copies
@@ -56,15 +58,15 @@ def test_records_are_read_in_any_order(make_corpus, vocabulary, tmp_path, small_
 
 
 def test_empty_lines_are_dropped_in_pairs_and_counted(list_corpus, vocabulary, tmp_path):
-    lines = (("a", "b"), ("", "b"), ("a", " \u200b"), ("c\u00a0d", "e"), ("same", "same"), ("abcdefgh", "a"))
+    lines = (("a", "b"), ("", "b"), ("a", " \u200b"), ("c\u00a0d", "e"), ("same", "same"), ("a b c d e f g h", "a"))
     cache = build_cache(list_corpus(lines), vocabulary, tmp_path)
     sources, _ = cache.read(range(cache.num_pairs))
-    assert vocabulary.decode(sources) == ["a", "c d", "same", "abcdefgh"]
+    assert vocabulary.decode(sources) == ["a", "c d", "same", "a b c d e f g h"]
     assert cache.manifest["dropped"] == {"empty": 2}
     assert cache.manifest["changed_lines"] == 2
     assert (cache.manifest["pairs_read"], cache.manifest["pairs"]) == (6, 4)
-    strict = build_cache(list_corpus(lines), vocabulary, tmp_path, CleaningConfig(True, 3.0))
-    assert strict.manifest["dropped"] == {"copy": 1, "empty": 2, "length_ratio": 1}
+    strict = build_cache(list_corpus(lines), vocabulary, tmp_path, PairRules(max_ratio=3.0, drop_copies=True))
+    assert strict.manifest["dropped"] == {"copy": 1, "empty": 2, "ratio": 1}
     assert strict.num_pairs == 2
 
 
@@ -97,12 +99,41 @@ def test_the_hash_follows_content_only(make_corpus, vocabulary, tmp_path):
     different = [
         build_cache(make_corpus(21), vocabulary, tmp_path),
         build_cache(make_corpus(20), other_vocabulary, tmp_path),
-        build_cache(make_corpus(20), vocabulary, tmp_path, CleaningConfig(drop_copies=True)),
+        build_cache(make_corpus(20), vocabulary, tmp_path, PairRules(drop_copies=True)),
         build_cache(make_corpus(20), vocabulary, tmp_path, subword=SubwordSampling(2)),
         build_cache(make_corpus(20), vocabulary, tmp_path, subword=SubwordSampling(2, alpha=0.2)),
     ]
     assert len({base, *(cache.path for cache in different)}) == 6
     assert build_cache(make_corpus(20), vocabulary, tmp_path, subword=SubwordSampling(0, alpha=0.2)).path == base
+
+
+def test_names_of_caches_without_rules_never_change(monkeypatch, tmp_path):
+    """The names were computed by the code of commit b556cdd, before rules had names."""
+    corpus = SimpleNamespace(name="tiny en-de", languages=("en", "de"), fingerprint=lambda: "f" * 64)
+    vocabulary = SimpleNamespace(fingerprint=lambda: "v" * 64)
+    monkeypatch.setattr(cache_module, "TokenCache", Path)
+
+    def name_of(cleaning, subword=None):
+        monkeypatch.setattr(Path, "exists", lambda path: True)
+        return build_cache(corpus, vocabulary, tmp_path, cleaning, subword).name
+
+    assert name_of(None) == name_of(PairRules()) == "tiny_en-de-e3ead79021bd6060"
+    assert name_of(PairRules(), SubwordSampling(4)) == "tiny_en-de-f48e5fc708a69618"
+    with_rules = [
+        name_of(rules)
+        for rules in (
+            PairRules(drop_copies=True),
+            PairRules(max_ratio=3.0),
+            PairRules(max_ratio=2.0),
+            PairRules(max_length=3.0),
+            PairRules(min_script_share=0.5),
+        )
+    ]
+    assert len({name_of(None), *with_rules}) == 6
+    # A rule's verdicts depend on its library's version; other caches do not.
+    monkeypatch.setattr(rules_module, "version", lambda library: "99")
+    assert name_of(PairRules(min_script_share=0.5)) != with_rules[-1]
+    assert [name_of(None), name_of(PairRules(max_length=3.0))] == ["tiny_en-de-e3ead79021bd6060", with_rules[-2]]
 
 
 def test_a_finished_cache_is_reused(make_corpus, vocabulary, tmp_path, monkeypatch):
@@ -175,7 +206,7 @@ def test_disk_space_is_estimated_and_checked_first(make_corpus, vocabulary, tmp_
 
 
 def test_refused_corpora_leave_nothing(list_corpus, vocabulary, tmp_path):
-    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "no pair is left after cleaning")):
+    for lines, message in (((), "list: the corpus is empty"), ((("", "a"),), "cleaning keeps no pair")):
         with pytest.raises(UserError, match=message):
             build_cache(list_corpus(lines), vocabulary, tmp_path)
     assert folders(tmp_path) == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from t5x_ext.contracts import UserError
+from t5x_ext.corpora.filters import FilterConfig
 from t5x_ext.data import (
     BatchConfig,
     DataConfig,
@@ -161,6 +162,11 @@ def test_two_targets_need_a_tag(config, tmp_path):
 def test_no_training_corpus():
     with pytest.raises(UserError, match="no training corpus"):
         DataConfig(train=())
+
+
+def test_a_cache_takes_rules_for_pairs_only(make_corpus):
+    with pytest.raises(UserError, match="FilterConfig is for t5x_ext clean; a cache takes PairRules only"):
+        DataConfig(train=make_corpus(3), cleaning=FilterConfig())
 
 
 def test_a_corpus_alone_is_a_corpus(make_corpus):

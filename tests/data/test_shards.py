@@ -65,7 +65,9 @@ def test_short_failures_are_waited_out(path, monkeypatch, pauses, caplog, failur
 
 def test_long_failures_end_in_one_line(path, monkeypatch, pauses):
     shard = unsteady(Shard(path, 20_000), [OSError("Input/output error")] * 5, monkeypatch)
-    with pytest.raises(UserError, match=r"5 times in a row \(Input/output error\); once it can, the same command goes"):
+    with pytest.raises(
+        UserError, match=r"5 times in a row \(Input/output error\); when it can be read again, rerun the same command"
+    ):
         shard.read([3], [3])
     assert len(pauses) == 4
 
@@ -77,7 +79,7 @@ def test_flipped_bytes_are_found_without_waiting(path, pauses):
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 255]))
-    with pytest.raises(UserError, match=r"tokens.array_record: damaged \(Corrupted .*delete the folder .*goes on"):
+    with pytest.raises(UserError, match=r"tokens.array_record: damaged \(Corrupted .*delete the folder .*resumes"):
         shard.read(range(20_000), SIZES)
     assert pauses == []
 
@@ -88,7 +90,7 @@ def test_a_file_cut_short_is_found(path, pauses, size):
     os.truncate(path, size)
     with pytest.raises(UserError, match=r"tokens.array_record: damaged \(.*delete the folder"):
         shard.read(range(20_000), SIZES)
-    with pytest.raises(UserError, match="delete its folder to build it anew"):
+    with pytest.raises(UserError, match="delete its folder to rebuild it"):
         Shard(path, 20_000)
 
 

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.parallel import (
-    DistributedConfig,
-    barrier,
-    failing_together,
-    from_primary,
-    initialize_distributed,
-    is_primary,
-    primary_first,
-)
+from t5x_ext.parallel import DistributedConfig, initialize_distributed
 from t5x_ext.parallel.clusters import Place, from_gke, from_slurm, from_tpu_vm
 from t5x_ext.parallel.distributed import find_place
 from t5x_ext.parallel.rendezvous import meet
@@ -168,80 +157,3 @@ def test_what_is_given_goes_before_what_is_found(monkeypatch):
 def test_descriptions_that_do_not_make_sense(fields, message):
     with pytest.raises(UserError, match=message):
         initialize_distributed(DistributedConfig(**fields))
-
-
-def test_one_process_is_first_and_waits_for_nobody():
-    assert is_primary()
-    barrier("alone")
-    with primary_first("alone"):
-        pass
-    assert from_primary("alone", "said") == "said"
-    with pytest.raises(ValueError, match="as it is"), failing_together():
-        raise ValueError("as it is")
-
-
-PROGRAM = """
-import json, sys, time
-from t5x_ext.contracts import UserError
-from t5x_ext.parallel import DistributedConfig, barrier, initialize_distributed, primary_first
-address, process = sys.argv[1], int(sys.argv[2])
-initialize_distributed(DistributedConfig("explicit", address, 2, process, 60))
-seen = []
-barrier("again")
-barrier("again")
-with primary_first("a file"):
-    if process == 0:
-        time.sleep(0.3)
-    seen.append(time.time())
-try:
-    with primary_first("a file"):
-        if process == 0:
-            raise UserError("no such text")
-        seen.append("unreachable")
-except UserError as error:
-    seen.append(str(error))
-print(json.dumps(seen))
-"""
-
-
-def test_process_0_goes_first_and_its_failure_is_everyones(address):
-    command = [sys.executable, "-c", PROGRAM, address]
-    start = lambda process: subprocess.Popen([*command, str(process)], stdout=subprocess.PIPE, text=True)
-    lines = [process.communicate()[0].splitlines()[-1] for process in [start(0), start(1)]]
-    (first, failure), (second, told) = map(json.loads, lines)
-    assert first < second
-    assert (failure, told) == ("no such text", "process 0, a file: no such text")
-
-
-FAILING = """
-import sys
-from t5x_ext.contracts import UserError
-from t5x_ext.parallel import DistributedConfig, barrier, distributed, failing_together, from_primary
-address, process, failing, where = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-distributed.initialize_distributed(DistributedConfig("explicit", address, 2, process, 60))
-distributed._LOOK = 100
-assert from_primary("greeting", "good morning" if process == 0 else "") == "good morning"
-try:
-    with failing_together():
-        if process == failing:
-            raise UserError("no such text")
-        barrier("where") if where == "barrier" else from_primary("where")
-except UserError as error:
-    print(error)
-    sys.exit(2)
-"""
-
-
-@pytest.mark.parametrize(("failing", "where"), [(0, "word"), (1, "barrier")])
-def test_who_waits_for_one_that_fails_fails_with_it(address, failing, where):
-    """Both end on their own at once; JAX would abort them half a minute later."""
-    command, start = [sys.executable, "-c", FAILING, address], time.monotonic()
-    begin = lambda process: subprocess.Popen(
-        [*command, str(process), str(failing), where], stdout=subprocess.PIPE, text=True
-    )
-    processes = [begin(0), begin(1)]
-    lines = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
-    assert lines[failing] == "no such text"
-    assert lines[1 - failing] == f"process {failing}: no such text"
-    assert time.monotonic() - start < 25

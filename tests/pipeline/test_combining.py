@@ -114,7 +114,7 @@ def test_runs_that_keep_too_few_are_refused_before_anything_is_trained(setting):
 def test_a_run_that_stopped_early_is_averaged_as_far_as_it_came(tmp_path, caplog):
     made = execute(Pipeline((Runs("p1", ("run",)), Average("mean", "p1", last=4))), tmp_path)
     assert made["mean"].counts == {"run": {"averaged": [1, 2, 3]}}
-    assert "p1/run: 3 checkpoints are averaged, there are not 4" in caplog.text
+    assert "p1/run: averaging 3 checkpoints, there are not 4" in caplog.text
 
 
 # Greedy ensembles

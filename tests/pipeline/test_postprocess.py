@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from t5x_ext.contracts import UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import bleu
-from t5x_ext.pipeline import narrow_punctuation, widen_as_released, widen_punctuation
+from t5x_ext.pipeline import POSTPROCESSORS, GreedyEnsemble, Translate, narrow_punctuation, widen_punctuation
+from t5x_ext.pipeline.postprocess import postprocessor
+from t5x_ext.vega_mt import widen_as_released
 
 WMT22 = Path(__file__).parents[3] / "shared/data/wmt22"
 
@@ -56,11 +59,31 @@ def test_narrow_is_the_inverse_where_everything_stands_in_chinese():
 
 
 def test_the_released_script_with_its_quirks():
-    assert widen_as_released("你好, big world.") == "你好，bigworld．"
-    assert widen_as_released("共3.5米,好,2022年") == "共3.5米，好,2022年"
+    assert widen_as_released("你好, big world.", "zh") == "你好，bigworld．"
+    assert widen_as_released("共3.5米,好,2022年", "zh_CN") == "共3.5米，好,2022年"
     # Before the first character stands the last one.
-    assert widen_as_released("(a)3") == "(a)3"
-    assert widen_as_released("(a)b") == "（a）b"
+    assert widen_as_released("(a)3", "zh") == "(a)3"
+    assert widen_as_released("(a)b", "zh") == "（a）b"
+    assert widen_as_released("(a)b", "ja") == "(a)b"
+
+
+def test_a_postprocessor_is_a_name_of_the_table_or_any_function(monkeypatch):
+    upper = lambda line, language: line.upper()
+    assert postprocessor(upper) is upper
+    assert postprocessor("widths") is widen_punctuation
+    with pytest.raises(UserError, match=r"'upper': must be one of 'widths', 'none', or a function \(line, language\)"):
+        postprocessor("upper")
+    monkeypatch.setitem(POSTPROCESSORS, "upper", upper)
+    assert postprocessor("upper") is upper
+    for stage in (
+        lambda name: Translate("out", "model", ("test",), postprocess=name),
+        lambda name: GreedyEnsemble("best", ("model",), ("test",), postprocess=name),
+    ):
+        assert stage("upper").postprocess == "upper"
+        with pytest.raises(UserError, match="postprocess = 'lower'"):
+            stage("lower")
+        with pytest.raises(UserError, match="give the function, @t5x_ext"):
+            stage("released")
 
 
 @pytest.mark.realdata
@@ -73,7 +96,7 @@ def test_what_the_width_of_punctuation_is_worth_on_the_submitted_chinese():
     narrow = [narrow_punctuation(line) for line in submitted]
     assert score(submitted) == pytest.approx(49.669, abs=5e-4)
     assert score(narrow) == pytest.approx(44.777, abs=5e-4)
-    released = [widen_as_released(line) for line in submitted]
+    released = [widen_as_released(line, "zh") for line in submitted]
     assert score(released) == pytest.approx(48.863, abs=5e-4)
     assert sum(line == other for line, other in zip(submitted, released)) == 1619
     # Ours gives back all that was lost, and what the submission had left narrow beside.

@@ -18,7 +18,6 @@ from stand_ins import Given, StandIn, opener
 
 from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.parallel import distributed
 from t5x_ext.pipeline import (
     Artefact,
     GreedyEnsemble,
@@ -30,6 +29,7 @@ from t5x_ext.pipeline import (
     decoding,
     execute,
 )
+from t5x_ext.storage import processes as together
 from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
 GREEDY = DecodeConfig(strategy="greedy")
@@ -101,9 +101,9 @@ def processes(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: count)
             patch.setattr(jax, "process_index", lambda: this.index)
-            patch.setattr(distributed, "_client", lambda: service)
-            patch.setattr(distributed, "_visits", Visits())
-            patch.setattr(distributed, "_LOOK", 50)
+            patch.setattr(together, "coordination_client", lambda: service)
+            patch.setattr(together, "_visits", Visits())
+            patch.setattr(together, "_LOOK_MILLISECONDS", 50)
             with ThreadPoolExecutor(count) as threads:
                 return list(threads.map(begin, range(count)))
 
@@ -195,7 +195,7 @@ class Gathers:
 
     def take_part(self, workspace) -> None:
         self.seen[0].append(jax.process_index())
-        distributed.barrier("all are here")
+        together.barrier("all are here")
         if self.interrupted:
             raise Interrupted(self.name)
 

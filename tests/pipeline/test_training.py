@@ -214,9 +214,9 @@ def test_mistakes(run, asked, tmp_path):
     with pytest.raises(UserError, match="'p2' has no single model for de-en"):
         made(tmp_path / "some", TEXTS, some, Train("p3", run, corpora=("texts",), init_from="p2", per_direction=True))
     assert len(asked) == trained + 1
-    with pytest.raises(UserError, match="stage 'p3' needs a model, but 'texts' makes corpora"):
+    with pytest.raises(UserError, match="stage 'p3' reads models of 'texts', which makes corpora"):
         made(tmp_path, TEXTS, Train("p3", run, corpora=("texts",), init_from="texts"))
-    with pytest.raises(UserError, match="stage 'p5' reads texts, but 'p4' makes models"):
+    with pytest.raises(UserError, match="stage 'p5' reads corpora of 'p4', which makes models"):
         made(tmp_path, Train("p4", run), Train("p5", run, corpora=("p4",)))
 
 

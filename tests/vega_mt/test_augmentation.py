@@ -13,7 +13,7 @@ from stand_ins import Given, StandIn, opener, read
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora.noise import WordNoise
 from t5x_ext.decode import DecodeConfig
-from t5x_ext.pipeline import Pipeline, TextFiles, decoding, execute, workspace
+from t5x_ext.pipeline import Pipeline, PipelineFolder, TextFiles, decoding, execute, workspace
 from t5x_ext.pipeline.workspace import SCRATCH
 from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
@@ -119,7 +119,7 @@ def test_one_role_or_one_direction_alone(tmp_path):
     with pytest.raises(UserError, match="are both None"):
         Synthesize("round", "model", ("bitext",), forward=None, backward=None)
     none = Synthesize("round", "model", ("mono",), directions=("en-de",))
-    with pytest.raises(UserError, match="there is no text to translate in en-de, or nothing comes of it"):
+    with pytest.raises(UserError, match="there is no text to translate in en-de, or all translations are empty"):
         execute(Pipeline((MONO, MODEL, none)), tmp_path / "two", opener=model)
     other = Synthesize("round", "model", ("mono",), directions=("de-cs",))
     with pytest.raises(UserError, match="'model' has no model for de-cs; it has en-de, de-en"):
@@ -131,10 +131,10 @@ def test_what_says_nothing_is_left_out(tmp_path, caplog):
     stage = Synthesize("round", "model", ("bitext", "mono"), forward=GREEDY, backward=GREEDY)
     made = execute(Pipeline((BITEXT, MONO, MODEL, stage)), tmp_path / "some", opener=opener(model=silent))["round"]
     assert [text.name for text in made.corpora] == ["bitext.a.forward.en-de"]
-    assert "round/mono.m.forward.de-en.en: every translation is empty; it is left out" in caplog.text
+    assert "round/mono.m.forward.de-en.en: skipped, because every translation is empty" in caplog.text
     cycle = CycleTranslate("cycle", "model", "lm", ("mono",), ("de-en",), tau=0.0)
     with pytest.raises(
-        UserError, match="stage 'cycle': there is no text to translate in de-en, or nothing comes of it"
+        UserError, match="stage 'cycle': there is no text to translate in de-en, or all translations are empty"
     ):
         execute(Pipeline((MONO, MODEL, LM, cycle)), tmp_path / "none", opener=opener(model=silent))
 
@@ -275,7 +275,9 @@ def test_scores_are_normalised_by_length(tmp_path):
                 for one in super().score(sources, targets, *languages)
             ]
 
-    space = workspace.Workspace(tmp_path, "s", opener=opener(lm=TwoTokens(log_prob=lambda line: -math.pi)))
+    space = workspace.Workspace(
+        PipelineFolder(tmp_path), "s", opener=opener(lm=TwoTokens(log_prob=lambda line: -math.pi))
+    )
     execute(Pipeline((LM,)), tmp_path)
     (tmp_path / "a.de").write_text("eins\n")
     assert space.score("lm", "a.de", "de", GREEDY, space.scratch("scores")) == [-math.pi]

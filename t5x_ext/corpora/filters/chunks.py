@@ -1,11 +1,10 @@
-"""One chunk of a corpus through the rules for single pairs, into files: the same work for every process and runner."""
+"""Applying the rules for single pairs to one chunk of a corpus: the same for every process and Beam runner."""
 
 from __future__ import annotations
 
 import functools
 import io
 import pickle
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -21,13 +20,14 @@ from t5x_ext.corpora.filters.held_out import HeldOut, read_held_out
 from t5x_ext.corpora.filters.rules import pair_rules
 from t5x_ext.corpora.filters.transforms import LineTransform
 from t5x_ext.corpora.parallel_text import ParallelText
+from t5x_ext.storage.files import write_bytes
 
 CHUNK_PAIRS = 8192
-"""Pairs of a chunk; what is kept does not depend on it."""
+"""Pairs a chunk; the result does not depend on it."""
 
 
 class FilteredChunk(NamedTuple):
-    """A chunk's pairs that the rules for single pairs keep, and counts: pairs dropped, lines changed, by name."""
+    """The pairs of a chunk that the rules keep; counts of pairs dropped, by rule, and lines changed, by transform."""
 
     kept: list[tuple[str, ...]]
     dropped: Counter[str]
@@ -35,7 +35,7 @@ class FilteredChunk(NamedTuple):
 
 
 class ChunkFilter:
-    """Cleans lines and applies the rules for single pairs: a pure function of the pairs, wherever it runs."""
+    """Normalises lines and applies the rules for single pairs: a pure function of the pairs."""
 
     def __init__(self, config: FilterConfig, languages: Sequence[str], held_out: HeldOut = ()):
         """For pairs of two languages, or for text of one: then the first line of every pair is the text.
@@ -43,7 +43,7 @@ class ChunkFilter:
         Args:
           config: the rules.
           languages: one code a side.
-          held_out: what `hold_out` made for them; empty: nothing is held out.
+          held_out: from `hold_out`, for these languages; empty: nothing is held out.
 
         Raises:
           UserError: as `pair_rules` and `KeyMaker`.
@@ -58,7 +58,7 @@ class ChunkFilter:
         kept, dropped, changed = [], Counter[str](), Counter[str]()
         for pair in pairs:
             lines = tuple(transform(line, changed) for line, transform in zip(pair, self._transforms))
-            against = next((rule.name for rule in self._rules if rule.speaks_against(lines)), None)
+            against = next((rule.name for rule in self._rules if rule.drops(lines)), None)
             if against is None:
                 kept.append(lines)
             else:
@@ -69,14 +69,14 @@ class ChunkFilter:
 def make_filter_task(
     corpus: ParallelText | None, scratch: str, config: FilterConfig, languages: tuple[str, ...]
 ) -> Callable[[int, object], int]:
-    """`filter_task` for one corpus, as worker processes take it: called with the two parts of a task."""
+    """`filter_task` for one corpus as a function of the two parts of a task, for worker processes."""
     return lambda number, pairs: filter_task(Task(number, pairs), corpus, scratch, config, languages)  # type: ignore[arg-type]
 
 
 def filter_task(
     task: Task, corpus: ParallelText | None, scratch: str, config: FilterConfig, languages: tuple[str, ...]
 ) -> int:
-    """Filters the chunk of a task into files of the scratch folder, unless they are there; returns its number.
+    """Filters the chunk of a task into files of the scratch folder, unless they exist; returns its number.
 
     Raises:
       UserError: as `read_task`.
@@ -88,9 +88,9 @@ def filter_task(
         for kind, array in (("keys.npy", keys), ("rows.npy", rows)):
             content = io.BytesIO()
             np.save(content, array)
-            write_whole(_path(scratch, task.number, kind), content.getvalue())
+            write_bytes(_path(scratch, task.number, kind), content.getvalue())
         # The last file of a chunk says that the others are there.
-        write_whole(_path(scratch, task.number, "chunk"), pickle.dumps(tuple(chunk)))
+        write_bytes(_path(scratch, task.number, "chunk"), pickle.dumps(tuple(chunk)))
     return task.number
 
 
@@ -107,7 +107,7 @@ def read_chunk(scratch: str, number: int) -> FilteredChunk:
 def read_keys(
     scratch: str, number: int, in_place: bool = False
 ) -> tuple[UInt64[np.ndarray, "columns lines"], UInt16[np.ndarray, "columns lines"]]:
-    """The sorted keys of a chunk's lines, and their rows; `in_place`: of local files, read where they are used."""
+    """The sorted keys of a chunk's lines, and their rows; `in_place` maps local files into memory."""
     if in_place:
         keys, rows = (np.load(_path(scratch, number, kind), mmap_mode="r") for kind in ("keys.npy", "rows.npy"))
     else:
@@ -115,13 +115,6 @@ def read_keys(
             np.load(io.BytesIO(_path(scratch, number, kind).read_bytes())) for kind in ("keys.npy", "rows.npy")
         )
     return keys, rows
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all, whoever else writes the same one."""
-    partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _path(scratch: str, number: int, kind: str) -> epath.Path:

@@ -1,11 +1,11 @@
 """Exact and near duplicates: keys of 8 bytes a line, and which lines are not the first with their key.
 
-A pair is a duplicate where an earlier one that passed the rules for single pairs has the same key, whether or not that
-one is kept. So every key can be looked at alone, in any order and on any machine, memory does not grow with the corpus,
-and what is kept has no duplicates left. The price is that a repetition of a repetition goes too, however far it is from
-the first.
+A pair is a duplicate if an earlier one that passed the rules for single pairs has the same key, whether or not that
+one is kept. So every kind of key can be processed by itself, in any order and on any machine, memory does not grow with
+the corpus, and no duplicates remain. The price: a near duplicate of a near duplicate is dropped too, however far it is
+from the first.
 
-Keys are cut into partitions by their leading bits; one partition of one kind of key is in memory at a time.
+Keys are split into partitions by their leading bits; one partition of one kind of key is in memory at a time.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _KEPT = 255
 class Part(NamedTuple):
     """The keys of a chunk that are in one partition.
 
-    `keys` ascend, `rows` are the lines that they belong to, counted from the chunk's first; rows of equal keys ascend.
+    Rows of equal keys ascend.
     """
 
     chunk: int
-    keys: UInt64[np.ndarray, " keys"]
-    rows: UInt16[np.ndarray, " keys"]
+    keys: UInt64[np.ndarray, " keys"]  # ascending
+    rows: UInt16[np.ndarray, " keys"]  # their lines, counted from the chunk's first
 
 
 class KeyMaker:
     """Makes the keys of lines: one column a kind of key.
 
-    An exact key is a hash of 8 bytes (BLAKE2b) of `duplicate_key`: in a corpus of n pairs about n^2 / 2^65 are dropped
-    for a collision, 0.03 pairs of a billion. A near key is such a hash of one band of a MinHash signature.
+    An exact key is a hash of 8 bytes (BLAKE2b) of `duplicate_key`: in a corpus of n pairs collisions drop about
+    n^2 / 2^65, which is 0.03 pairs of a billion. A near key is such a hash of one band of a MinHash signature.
 
     Attributes:
       columns: the rule of every column.
@@ -58,7 +58,7 @@ class KeyMaker:
         """For pairs of two languages, or lines of one.
 
         Raises:
-          UserError: where near duplicates are asked for and datasketch is not installed.
+          UserError: if near duplicates are asked for and datasketch is not installed.
         """
         self._languages = languages
         kinds = {"pair": "duplicate", "source": "duplicate_source", "target": "duplicate_target"}
@@ -93,7 +93,7 @@ def rows_per_band(similarity: float) -> int:
 
 
 def near_duplicate_probability(jaccard: float, similarity: float) -> float:
-    """How probably two lines of a Jaccard similarity are taken for near duplicates under a configured one.
+    """The probability that two lines of some Jaccard similarity count as near duplicates, for a configured one.
 
     1 - (1 - s^r)^b for b bands of r rows: Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4.2.
 
@@ -133,19 +133,19 @@ def _minhash() -> Any:
 
 
 def partition_bits(num_pairs: int) -> int:
-    """How many leading bits of a key number its partition, in a corpus of so many pairs."""
+    """How many leading bits of a key number its partition, in a corpus of `num_pairs` pairs."""
     return max(0, math.ceil(math.log2(max(num_pairs, 1) / KEYS_PER_PARTITION)))
 
 
 def sort_keys(
     keys: UInt64[np.ndarray, "columns lines"],
 ) -> tuple[UInt64[np.ndarray, "columns lines"], UInt16[np.ndarray, "columns lines"]]:
-    """Keys in ascending order, and the line of each: what `cut_part` cuts."""
+    """Keys in ascending order, and the line of each: the input of `keys_of_partition`."""
     rows = np.argsort(keys, axis=1, kind="stable")
     return np.take_along_axis(keys, rows, axis=1), rows.astype(np.uint16)
 
 
-def cut_part(
+def keys_of_partition(
     chunk: int,
     keys: UInt64[np.ndarray, " lines"],
     rows: UInt16[np.ndarray, " lines"],
@@ -161,7 +161,7 @@ def cut_part(
 
 
 def find_later(parts: Iterable[Part]) -> dict[int, UInt16[np.ndarray, " rows"]]:
-    """Lines whose key an earlier line has, by chunk, among all parts of one partition of one kind of key."""
+    """Lines by chunk that repeat the key of an earlier line; `parts` are all of one partition of one kind of key."""
     ordered = sorted((Part(*part) for part in parts), key=lambda part: part.chunk)
     if not ordered:
         return {}
@@ -182,12 +182,12 @@ class Verdicts:
         self._later: dict[int, list[tuple[str, np.ndarray]]] = defaultdict(list)
 
     def add(self, rule: str, later: Mapping[int, np.ndarray]) -> None:
-        """Takes in what `find_later` found for a rule."""
+        """Adds what `find_later` found for a rule."""
         for chunk, rows in later.items():
             self._later[chunk].append((rule, rows))
 
     def of_chunk(self, chunk: int, lines: int) -> UInt8[np.ndarray, " lines"]:
-        """For every line the number in `DUPLICATE_RULES` of the first rule against it, above all of them if none is."""
+        """The index in `DUPLICATE_RULES` of the first rule that drops each line; a larger number if none does."""
         verdict = np.full(lines, _KEPT, dtype=np.uint8)
         for rule, rows in self._later.get(chunk, ()):
             verdict[rows] = np.minimum(verdict[rows], DUPLICATE_RULES.index(rule))

@@ -1,9 +1,9 @@
-"""The same filtering on Apache Beam: chunks are spread over workers, keys are grouped by partition.
+"""The same filtering on Apache Beam: chunks are distributed over workers, keys are grouped by partition.
 
   tasks -> filter_task -> (column, partition), part of a chunk's keys -> group -> find_later -> one file a partition
 
-Workers must reach the scratch folder, and text files where they lie; a partition of keys, about 100 MB, must fit a
-worker's memory. Only `DirectRunner` is tested: the others get the same pipeline.
+Workers must be able to read the scratch folder and the corpus' files. A partition of keys, about 100 MB, must fit into
+a worker's memory. Only `DirectRunner` is tested; the others get the same pipeline.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from etils import epath
 
 from t5x_ext.corpora.beam import BeamRunner, Task, import_beam, make_pipeline, read_tasks
-from t5x_ext.corpora.filters.chunks import filter_task, read_keys, write_whole
+from t5x_ext.corpora.filters.chunks import filter_task, read_keys
 from t5x_ext.corpora.filters.config import FilterConfig
-from t5x_ext.corpora.filters.duplicates import Part, Verdicts, cut_part, find_later
+from t5x_ext.corpora.filters.duplicates import Part, Verdicts, find_later, keys_of_partition
 from t5x_ext.corpora.parallel_text import ParallelText
+from t5x_ext.storage.files import write_bytes
 
 
 def check_runner(runner: BeamRunner) -> None:
-    """Makes a pipeline and drops it.
+    """Checks a runner by making a pipeline.
 
     Raises:
-      UserError: where Beam is not installed or the runner refuses its options.
+      UserError: if Beam is not installed or the runner refuses its options.
     """
     make_pipeline(import_beam(), runner)
 
@@ -43,16 +44,16 @@ def filter_on_beam(
 
     Args:
       tasks_file: of `write_tasks`.
-      corpus: what workers read, None where tasks name scratch files.
-      scratch: a folder that all workers reach.
+      corpus: what workers read; None if tasks name scratch files.
+      scratch: a folder that all workers can read and write.
       config: the rules.
       languages: one code a side.
       columns: the rule of every column of keys.
-      bits: of the number of a partition.
+      bits: how many leading bits of a key number its partition.
       runner: where Beam runs.
 
     Raises:
-      UserError: as `check_runner`. What fails on a worker is Beam's error.
+      UserError: as `check_runner`. Errors on a worker are raised as Beam's.
     """
     beam = import_beam()
     with make_pipeline(beam, runner) as pipeline:
@@ -62,7 +63,7 @@ def filter_on_beam(
             | "read tasks" >> beam.FlatMap(read_tasks)
             | "spread chunks" >> beam.Reshuffle()
             | "filter" >> beam.Map(_filter, corpus, scratch, config, languages)
-            | "cut keys" >> beam.FlatMap(_cut, scratch, bits)
+            | "split keys" >> beam.FlatMap(_split_keys, scratch, bits)
             | "group by partition" >> beam.GroupByKey()
             | "find later ones" >> beam.Map(_write_later, scratch)
         )
@@ -81,16 +82,16 @@ def _filter(
     return filter_task(Task(*task), corpus, scratch, config, languages)
 
 
-def _cut(chunk: int, scratch: str, bits: int) -> Iterator[tuple[tuple[int, int], Part]]:
+def _split_keys(chunk: int, scratch: str, bits: int) -> Iterator[tuple[tuple[int, int], Part]]:
     keys, rows = read_keys(scratch, chunk)
     for column in range(len(keys)):
         for partition in range(1 << bits):
-            yield (column, partition), cut_part(chunk, keys[column], rows[column], partition, bits)
+            yield (column, partition), keys_of_partition(chunk, keys[column], rows[column], partition, bits)
 
 
 def _write_later(group: tuple[tuple[int, int], Iterable[Part]], scratch: str) -> None:
     (column, partition), parts = group
-    write_whole(_later_path(scratch, column, partition), pickle.dumps(find_later(parts)))
+    write_bytes(_later_path(scratch, column, partition), pickle.dumps(find_later(parts)))
 
 
 def _later_path(scratch: str, column: int, partition: int) -> epath.Path:

@@ -1,9 +1,11 @@
-"""What a filtering kept and dropped."""
+"""Counts of what a filtering kept and dropped."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from tabulate import tabulate
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,9 @@ class CorpusReport:
       languages: one code a side; one for text of one language.
       files: names of the files in the output folder, one a side.
       read: pairs, or lines of text of one language.
-      kept: likewise.
+      kept: pairs, or lines of text of one language.
       dropped: pairs by rule, for every rule that was on, in the order in which rules are tried.
-      changed: lines of all sides that were changed on the way, dropped ones included, by transform.
+      changed: lines of all sides, dropped ones included, by the transform that changed them.
     """
 
     name: str
@@ -31,7 +33,7 @@ class CorpusReport:
 
 @dataclass(frozen=True)
 class FilterReport:
-    """What `filter_corpora` did, as in `report.json`.
+    """The result of `filter_corpora`, as in `report.json`.
 
     Attributes:
       work: a digest of corpora, configuration and versions of libraries.
@@ -49,7 +51,7 @@ class FilterReport:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> FilterReport:
-        """What `to_json` gave, read back from a file."""
+        """The inverse of `to_json`."""
         corpora = [
             CorpusReport(**{**corpus, "languages": tuple(corpus["languages"]), "files": tuple(corpus["files"])})
             for corpus in record["corpora"]
@@ -57,7 +59,7 @@ class FilterReport:
         return cls(record["work"], record["config"], tuple(corpora))
 
     def table(self) -> str:
-        """Counts for people: a row for every rule, a column for every corpus."""
+        """Counts as a text table: a row for every rule, a column for every corpus."""
         rules = list(dict.fromkeys(rule for corpus in self.corpora for rule in corpus.dropped))
         rows = [["", *(corpus.name for corpus in self.corpora)]]
         rows.append(["read", *(f"{corpus.read:,}" for corpus in self.corpora)])
@@ -67,8 +69,5 @@ class FilterReport:
             )
         rows.append(["kept", *(f"{corpus.kept:,}" for corpus in self.corpora)])
         rows.append(["kept %", *(f"{100 * corpus.kept / corpus.read:.2f}" for corpus in self.corpora)])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-            for row in rows
-        )
+        columns = ("left", *["right"] * len(self.corpora))
+        return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns)

@@ -1,20 +1,23 @@
-"""The rules that look at one pair: each a name and a question."""
+"""The rules for single pairs: each has a name and a test."""
 
 from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from babel.core import get_global
-
 from t5x_ext.contracts import UserError
-from t5x_ext.corpora.filters.config import FilterConfig
+from t5x_ext.corpora.filters.config import PairRules
 from t5x_ext.corpora.filters.held_out import HeldOut, held_out_hash
 from t5x_ext.corpora.filters.identification import LanguageCheck
 from t5x_ext.corpora.filters.text import duplicate_key, is_unsegmented, length, units, without_code
+
+_LIBRARIES = {"min_script_share": ("babel", "regex"), "min_language_probability": ("py3langid",)}
 
 PAIR_RULES = ("empty", "held_out", "length", "ratio", "copy", "markup", "repetition", "script", "language")
 """Names of the rules for one pair, in the order in which they are tried."""
@@ -24,35 +27,35 @@ _MARKUP = re.compile(
 )
 _SAME_CHARACTER = re.compile(r"(\S)\1{9}")
 _MIN_REPETITION_UNITS = 10
-# "Twice." and "而且是两次。" are even enough. Of 795 strings of an interface, English and Japanese, 15 would go without
-# this limit, 1 goes with it; of sentences of WMT22 paired at random it is 21 % either way.
+# "Twice." and "而且是两次。" belong together. Of 795 strings of an interface, English and Japanese, the rule drops 1;
+# without this limit it would drop 15. Of WMT22 sentences paired at random it drops 21 % either way.
 _MIN_RATIO_WORDS = 5
-# Scripts that are written with several of Unicode's.
+# Script codes that stand for several Unicode scripts.
 _SCRIPTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang", "Hani")}
 
 
 class Rule(NamedTuple):
-    """Why pairs are dropped: a name, and whether it speaks against the lines of a pair (or one line alone)."""
+    """A rule: its name, and a test that is true for the lines of a pair (or a single line) that it drops."""
 
     name: str
-    speaks_against: Callable[[Sequence[str]], bool]
+    drops: Callable[[Sequence[str]], bool]
 
 
-def pair_rules(config: FilterConfig, languages: Sequence[str], held_out: HeldOut = ()) -> tuple[Rule, ...]:
+def pair_rules(config: PairRules, languages: Sequence[str], held_out: HeldOut = ()) -> tuple[Rule, ...]:
     """The rules that a configuration switches on, in the order of `PAIR_RULES`.
 
     Args:
-      config: what is asked for.
-      languages: one code a line: two, or one for text of one language, where rules that compare sides drop out.
-      held_out: for every language what `hold_out` made; empty: nothing is held out.
+      config: which rules are on.
+      languages: one code a side: two, or one for text of one language, which has no rules that compare sides.
+      held_out: from `hold_out`, for these languages; empty: nothing is held out.
 
     Raises:
-      UserError: where a rule's library is not installed, or does not know a language.
+      UserError: if a rule's library is not installed, or does not know a language.
     """
     two_sides = len(languages) == 2
     rules = [
         Rule("empty", lambda lines: not all(lines)),
-        # First, so that it says how much of what is held out there was, and not what other rules have left of it.
+        # First, so that its count is that of all held-out lines, not of those that other rules keep.
         bool(held_out) and Rule("held_out", _any_line([_is_among(hashes) for hashes in held_out])),
         config.max_length is not None and Rule("length", _length_rule(languages, config.max_length)),
         two_sides and config.max_ratio is not None and Rule("ratio", _ratio_rule(languages, config.max_ratio)),
@@ -69,6 +72,29 @@ def pair_rules(config: FilterConfig, languages: Sequence[str], held_out: HeldOut
         ),
     ]
     return tuple(rule for rule in rules if rule)
+
+
+def rules_identity(config: PairRules) -> dict[str, Any]:
+    """What the rules' decisions depend on, as JSON: fields that differ from their defaults, and versions.
+
+    The versions are those of Unicode and of the libraries that the active rules use.
+    """
+    used = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {field.name: used[field.name] for field in fields(config) if used[field.name] != field.default}
+    libraries = [library for name, asked in _LIBRARIES.items() if used[name] is not None for library in asked]
+    return {
+        "rules": changed,
+        "unicode": unicodedata.unidata_version,
+        "libraries": {library: library_version(library) for library in libraries},
+    }
+
+
+def library_version(library: str) -> str | None:
+    """The version of an installed library; None if it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _is_among(hashes: frozenset[bytes]) -> Callable[[str], bool]:
@@ -109,18 +135,21 @@ def scripts_of(language: str) -> tuple[str, ...]:
     """Unicode's four-letter codes of the scripts of a language, by CLDR's likely subtags.
 
     Raises:
-      UserError: where CLDR knows none and the code names none, as `sr_Latn` does.
+      UserError: if CLDR knows no script and the code names none (as `sr_Latn` does).
 
     >>> scripts_of("ja"), scripts_of("sr"), scripts_of("sr_Latn")
     (('Hani', 'Hira', 'Kana'), ('Cyrl',), ('Latn',))
     """
+    # Imported here, because importing `data` must stay cheap.
+    from babel.core import get_global
+
     parts = re.split("[-_]", language)
     named = [part.title() for part in parts[1:] if len(part) == 4 and part.isalpha()]
     likely = get_global("likely_subtags")
     full = next((likely[code] for code in ("_".join(parts), parts[0].lower()) if code in likely), None)
     if not named and full is None:
         raise UserError(
-            f"FilterConfig.min_script_share: the script of {language!r} is unknown; write it as {parts[0]}_Latn, or set"
+            f"min_script_share: the script of {language!r} is unknown; write it as {parts[0]}_Latn, or set"
             " the rule to None"
         )
     script = (named or str(full).split("_")[1:])[0]
@@ -128,7 +157,7 @@ def scripts_of(language: str) -> tuple[str, ...]:
 
 
 class _ScriptCheck:
-    """Says of lines whether too few of their letters belong to a script of their language."""
+    """Tests whether too few letters of a line belong to a script of its language."""
 
     def __init__(self, language: str, min_share: float):
         regex = _regex()
@@ -139,14 +168,12 @@ class _ScriptCheck:
             self._right = regex.compile(rf"[\p{{L}}&&[{within}]]", regex.V1)
             self._other = regex.compile(rf"[\p{{L}}--[{within}]]{word}", regex.V1)
         except regex.error:
-            raise UserError(
-                f"FilterConfig.min_script_share: Unicode has no script {'/'.join(scripts)} for {language!r}"
-            ) from None
+            raise UserError(f"min_script_share: Unicode has no script {'/'.join(scripts)} for {language!r}") from None
         self._is_latin = scripts == ("Latn",)
         self._min_share = min_share
 
     def is_other(self, line: str) -> bool:
-        """False for a line without letters: nothing speaks against it."""
+        """Whether the line is in another script; False for a line without letters."""
         if self._is_latin and line.isascii():
             return False
         line = without_code(line)
@@ -162,6 +189,6 @@ def _regex() -> Any:
         import regex
     except ImportError as error:
         raise UserError(
-            f"FilterConfig.min_script_share needs regex: pip install 't5x_ext[clean]', or set it to None ({error})"
+            f"min_script_share needs regex: pip install 't5x_ext[clean]', or set it to None ({error})"
         ) from error
     return regex

@@ -1,8 +1,8 @@
-"""Corpora in, filtered corpora out: restartable, by several processes or on Apache Beam, always the same bytes.
+"""Filtering of corpora: resumable, with several processes or on Apache Beam, always with the same bytes.
 
-Chunks of a corpus go through `filter_task` into files of a scratch folder, `.filter-<digest>` in the output folder.
-Then duplicates are found among all chunks, and the lines that stay are joined, in order. The scratch folder outlives a
-killed process: the next one with the same corpora and configuration goes on with the chunks that are there.
+`filter_task` filters chunks of a corpus into files of a scratch folder, `.filter-<digest>` in the output folder. Then
+duplicates are found over all chunks, and the kept lines are joined in order. The scratch folder survives a killed
+process: the next one with the same corpora and configuration resumes from its chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from etils import epath
 from tqdm import tqdm
@@ -28,17 +27,18 @@ from t5x_ext.corpora.filters.chunks import (
     make_filter_task,
     read_chunk,
     read_keys,
-    write_whole,
 )
 from t5x_ext.corpora.filters.config import FilterConfig
-from t5x_ext.corpora.filters.duplicates import DUPLICATE_RULES, Verdicts, cut_part, find_later, partition_bits
+from t5x_ext.corpora.filters.duplicates import DUPLICATE_RULES, Verdicts, find_later, keys_of_partition, partition_bits
 from t5x_ext.corpora.filters.held_out import hold_out, write_held_out
 from t5x_ext.corpora.filters.on_beam import check_runner, filter_on_beam
 from t5x_ext.corpora.filters.report import CorpusReport, FilterReport
+from t5x_ext.corpora.filters.rules import library_version
 from t5x_ext.corpora.filters.transforms import TRANSFORMS
 from t5x_ext.corpora.parallel_text import ParallelText
 from t5x_ext.corpora.workers import choose_processes, work_in_order
-from t5x_ext.storage.folders import is_remote
+from t5x_ext.storage.files import write_bytes
+from t5x_ext.storage.remote import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ _LIBRARIES = ("babel", "datasketch", "py3langid", "regex")
 
 @dataclass(frozen=True)
 class _Job:
-    """A corpus and the names of what becomes of it; one language where both sides are the same text."""
+    """A corpus and the names of its output; one language if both sides are the same text."""
 
     corpus: Corpus
     name: str
@@ -70,26 +70,25 @@ def filter_corpora(
     beam: BeamRunner | None = None,
     held_out: Sequence[Corpus] = (),
 ) -> FilterReport:
-    """Filters corpora into files `NAME.LANGUAGE` of a folder, one a side, and writes `report.json` there, last.
+    """Filters corpora into files `NAME.LANGUAGE` of a folder, one a side; `report.json` is written last.
 
-    A corpus whose two languages are equal is text of one language: the first line of every pair. Kept lines stay in
-    order. The same call after a kill goes on; after it has finished it reports and does nothing. Bytes are the same for
-    any number of processes, any runner and any interruptions. Memory: some 200 MB and a chunk for every process,
-    whatever the size of a corpus, about two bytes for every duplicate found and key of it, and about 100 bytes for
-    every held-out line.
+    A corpus whose two languages are equal is text of one language: the first line of every pair. The order of lines is
+    kept. Call it again after a kill to resume; after it has finished, it returns the report. The bytes are the same for
+    any number of processes, any runner and any interruptions. Memory: about 200 MB and a chunk for every process, two
+    bytes for every duplicate and kind of key, and 100 bytes for every held-out line, for any size of the corpora.
 
     Args:
       corpora: what is filtered; read three times. Their names must differ.
       output_dir: a folder, made if it is missing; remote (`gs://`) only with `beam`.
       config: the rules.
       num_processes: worker processes; None: one a core for more than 50,000 pairs, otherwise none.
-      beam: filter on Apache Beam instead; its workers must reach `output_dir`.
-      held_out: text that models are tested on, parallel or of one language. A pair goes where either side is one of its
-        lines in the same language, see `filters.held_out`.
+      beam: filter on Apache Beam instead; its workers must be able to read and write `output_dir`.
+      held_out: test sets, parallel or of one language. A pair is dropped if either side is one of their lines in the
+        same language, see `filters.held_out`.
 
     Raises:
-      UserError: for what a corpus raises, names that clash, a folder that holds something else, a rule whose library
-        is not installed, and a corpus of which nothing is left. Nothing is left behind then.
+      UserError: if a corpus raises it, names clash, the folder has other content, a rule's library is not installed, or
+        no pair of a corpus is kept. Then no files are left behind.
     """
     config = config or FilterConfig()
     jobs = _make_jobs(corpora)
@@ -127,9 +126,9 @@ def _filter_all(
     with _scratch_folder(output, work, files) as scratch:
         if not (scratch / REPORT_FILE).exists():
             reports = [_filter(job, scratch, config, held_out, num_processes, beam) for job in jobs]
-            write_whole(scratch / REPORT_FILE, _to_text(FilterReport(work, asdict(config), tuple(reports))))
+            write_bytes(scratch / REPORT_FILE, _to_text(FilterReport(work, asdict(config), tuple(reports))))
         report = FilterReport.from_json(json.loads((scratch / REPORT_FILE).read_text()))
-        # From here on a restarted process only goes on moving.
+        # From here on a restarted process only resumes moving.
         for name in (*files, REPORT_FILE):
             if (scratch / name).exists():
                 (scratch / name).replace(output / name)
@@ -151,7 +150,7 @@ def _make_jobs(corpora: Sequence[Corpus]) -> list[_Job]:
                 raise UserError(f"{corpus.name}: both sides are {source}; text of one language has one file")
             name, languages = name.removesuffix(f".{source}-{source}"), (source,)
         if "/" in name or name.startswith("."):
-            raise UserError(f"corpus name {name!r}: it becomes a file name; leave out slashes and a leading dot")
+            raise UserError(f"corpus name {name!r}: it becomes a file name; remove slashes and a leading dot")
         jobs.append(_Job(corpus, name, languages))
     files = Counter(file for job in jobs for file in job.files)
     clash = [file for file, count in files.items() if count > 1]
@@ -161,7 +160,7 @@ def _make_jobs(corpora: Sequence[Corpus]) -> list[_Job]:
 
 
 def _read_through(corpus: Corpus) -> None:
-    """Finds every unreadable line before anything is written."""
+    """Finds unreadable lines before anything is written."""
     if next(corpus.pairs(), None) is None:
         raise UserError(f"{corpus.name}: the corpus is empty")
     for _ in corpus.pairs():
@@ -169,23 +168,16 @@ def _read_through(corpus: Corpus) -> None:
 
 
 def _digest(jobs: Sequence[_Job], config: FilterConfig, held_out: Sequence[Corpus]) -> str:
-    """Everything that decides what is kept; rules ask libraries, so their versions are in it."""
+    """A digest of everything that the result depends on, versions of the rules' libraries included."""
     identity = {
         "format": _FORMAT,
         "config": asdict(config),
         "corpora": [(job.name, job.languages, job.corpus.fingerprint()) for job in jobs],
         "held_out": [corpus.fingerprint() for corpus in held_out],
         "unicode": unicodedata.unidata_version,
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": {name: library_version(name) for name in _LIBRARIES},
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def _finished_report(output: epath.Path, work: str) -> FilterReport | None:
@@ -205,7 +197,7 @@ def _finished_report(output: epath.Path, work: str) -> FilterReport | None:
 
 @contextmanager
 def _scratch_folder(output: epath.Path, work: str, files: Sequence[str]) -> Iterator[epath.Path]:
-    """The scratch folder: removed after a user's mistake, kept when anything else stops the work."""
+    """The scratch folder: removed after a `UserError`, kept after any other interruption."""
     scratch = output / f"{_SCRATCH_PREFIX}{work[:16]}"
     if not scratch.exists():
         for file in files:
@@ -249,7 +241,7 @@ def _filter(
         verdicts = _find_duplicates(str(folder), num_chunks, columns, bits)
     report = _join(job, folder, scratch, num_chunks, verdicts, chunk_filter)
     if not report.kept:
-        raise UserError(f"{job.name}: no pair is left after filtering ({_describe(report.dropped)})")
+        raise UserError(f"{job.name}: filtering keeps no pair ({_describe(report.dropped)})")
     logger.info("filter %s: %d of %d kept, dropped %s", job.name, report.kept, report.read, _describe(report.dropped))
     return report
 
@@ -259,7 +251,9 @@ def _find_duplicates(folder: str, num_chunks: int, columns: Sequence[str], bits:
     for column, rule in enumerate(columns):
         for partition in range(1 << bits):
             keys = ((number, *read_keys(folder, number, in_place=True)) for number in range(num_chunks))
-            parts = (cut_part(number, keys[column], rows[column], partition, bits) for number, keys, rows in keys)
+            parts = (
+                keys_of_partition(number, keys[column], rows[column], partition, bits) for number, keys, rows in keys
+            )
             verdicts.add(rule, find_later(parts))
     return verdicts
 
@@ -272,7 +266,7 @@ def _join(
     verdicts: Verdicts,
     chunk_filter: ChunkFilter,
 ) -> CorpusReport:
-    """Writes the lines that stay to the scratch folder, under their final names."""
+    """Writes the kept lines to the scratch folder, under their final names."""
     dropped, changed, read, kept = Counter[str](), Counter[str](), 0, 0
     with ExitStack() as stack:
         files = [stack.enter_context((scratch / name).open("wb")) for name in job.files]

@@ -1,4 +1,4 @@
-"""Lines as text: their plain form, their length, and the key by which two of them are the same."""
+"""Normal forms of lines, their length, and the keys by which lines are compared."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Mapping
 CHARACTERS_PER_WORD: Mapping[str, float] = {"zh": 1.8, "ja": 2.6}
 """Characters of a line over the words of its English translation, for languages that are written without spaces.
 
-Measured without words in other letters, as names: 1.69 and 2.62 on 1,833 sentences of WMT22's English test set and
+Measured without words in other scripts, such as names: 1.69 and 2.62 on 1,833 sentences of WMT22's English test set and
 their references, 1.86 on 997 sentences of FLORES into Chinese.
 """
 
-# What is written without spaces, with its punctuation: what stands between is a word of other letters.
+# Characters of text that is written without spaces, and its punctuation. Runs of others are words in another script.
 _UNSEGMENTED = (
     r"\u00b7\u2010-\u2027\u2030-\u205e\u2e80-\ua4cf\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 )
-# Punctuation by itself is no word but a character, in whatever width.
+# Punctuation by itself counts as a character, not as a word, in any width.
 _UNITS = re.compile(rf"([{_UNSEGMENTED}]|[^\w\s{_UNSEGMENTED}]+(?![^\s{_UNSEGMENTED}]))|[^\s{_UNSEGMENTED}]+")
-# Addresses end where a text without spaces goes on. Without a limit before the @, a line without spaces would take time
-# that grows with the square of its length.
+# Addresses end at a character of text without spaces. The limit before the @ avoids quadratic time for a line without
+# spaces.
 _CODE = re.compile(
     r"%\(\w+\)[a-z]|%[sd]|\{\w*\}|</?[A-Za-z][^<>]{0,300}>"
     rf"|https?://[^\s{_UNSEGMENTED}]+|[^\s@{_UNSEGMENTED}]{{1,64}}@[^\s{_UNSEGMENTED}]+"
@@ -30,7 +30,7 @@ _CODE = re.compile(
 
 _ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,30}|\#[0-9]{1,7}|\#[xX][0-9A-Fa-f]{1,6});")
 _FULL_WIDTH = {0xFF01 + offset: chr(0x21 + offset) for offset in range(94)}
-# Half-width forms that old encodings needed; Chinese and Japanese punctuation as such is full-width.
+# Half-width forms from old encodings; Chinese and Japanese punctuation is full-width otherwise.
 _HALF_WIDTH_CJK = str.maketrans("｡｢｣､･", "。「」、・")
 _WIDE = {code: plain for code, plain in _FULL_WIDTH.items() if plain.isalnum()} | _HALF_WIDTH_CJK
 _NARROW = (
@@ -66,7 +66,7 @@ def is_unsegmented(language: str) -> bool:
 
 
 def units(line: str, language: str) -> list[str]:
-    """The words of a line; of Chinese and Japanese the characters, and words of other letters.
+    """The words of a line; for Chinese and Japanese its characters, and words in other scripts.
 
     >>> units("IPv4 或 IPv6。", "zh")
     ['IPv4', '或', 'IPv6', '。']
@@ -75,7 +75,7 @@ def units(line: str, language: str) -> list[str]:
 
 
 def length(line: str, language: str) -> float:
-    """Length of a line in words; characters of Chinese and Japanese over `CHARACTERS_PER_WORD`, at least 1.
+    """Length of a line in words; for Chinese and Japanese characters over `CHARACTERS_PER_WORD`, at least 1.
 
     >>> length("two words", "en"), length("一二三四五六七八九", "zh"), length("一二三 names 四五六 names 七八九", "zh")
     (2.0, 5.0, 7.0)
@@ -88,7 +88,7 @@ def length(line: str, language: str) -> float:
 
 
 def without_code(line: str) -> str:
-    """A line without what is in no language: placeholders of programs, tags, addresses of pages and mail.
+    """A line without placeholders, tags, URLs and mail addresses.
 
     >>> without_code("%(count)s von {all} <b>Seiten</b>: https://a.b/c").split()
     ['von', 'Seiten', ':']
@@ -102,7 +102,7 @@ def compose(line: str) -> str:
 
 
 def unescape_entities(line: str) -> str:
-    """A line with characters in the place of HTML's entities; those without a semicolon stay, as in addresses.
+    """A line with HTML's entities replaced by characters; those without a semicolon are kept, as in addresses.
 
     >>> unescape_entities("Q&amp;A &copy=2 &#8220;")
     'Q&A &copy=2 “'
@@ -111,15 +111,15 @@ def unescape_entities(line: str) -> str:
 
 
 def normalize_punctuation(line: str, language: str) -> str:
-    r"""A line with the punctuation that its language needs and no other, as Moses' two scripts do it.
+    r"""A line with normalised punctuation, as Moses' two scripts do it.
 
-    Chinese and Japanese: full-width letters and digits become ASCII, half-width 。「」、・ full-width; all else stays.
-    Half-width punctuation costs 4.9 BLEU into Chinese. Other languages: full-width forms and ideographic punctuation
-    become ASCII, quotes " or ', dashes and ellipses ASCII, and spaces before , . ; : ! ? go (French keeps them before
-    ; : ! ?).
+    Chinese and Japanese: full-width letters and digits become ASCII, half-width 。「」、・ become full-width; the rest
+    is unchanged (half-width punctuation costs 4.9 BLEU into Chinese). Other languages: full-width forms, ideographic
+    punctuation, dashes and ellipses become ASCII, quotes become " or ', and spaces before , . ; : ! ? are removed
+    (French keeps them before ; : ! ?).
 
-    Unlike Moses' normalize-punctuation.perl it leaves alone what changes more than form: the order of quotes and
-    commas, decimal signs, spaces inside numbers and around brackets.
+    Unlike Moses' normalize-punctuation.perl it does not change the order of quotes and commas, decimal signs, and
+    spaces inside numbers and around brackets.
 
     Args:
       line: without control characters.
@@ -140,7 +140,7 @@ def normalize_punctuation(line: str, language: str) -> str:
 
 
 class _WithoutPunctuation(dict[int, int | None]):
-    """A table for `str.translate` that drops punctuation and spaces, made as far as it is asked for."""
+    """A table for `str.translate` that drops punctuation and spaces, filled on demand."""
 
     def __missing__(self, code: int) -> int | None:
         self[code] = None if unicodedata.category(chr(code))[0] in "PZ" else code
@@ -151,9 +151,9 @@ _WITHOUT_PUNCTUATION = _WithoutPunctuation()
 
 
 def duplicate_key(line: str) -> str:
-    """What two lines have in common that differ in letter case, width and compatibility forms (NFKC) only.
+    """A key that is equal for lines that differ only in letter case, width and compatibility forms (NFKC).
 
-    A key and never text: NFKC would turn full-width Chinese punctuation into ASCII.
+    It is a key, not text: NFKC turns full-width Chinese punctuation into ASCII.
 
     >>> duplicate_key("ＯＫ，好") == duplicate_key("ok,好")
     True
@@ -162,7 +162,7 @@ def duplicate_key(line: str) -> str:
 
 
 def letters_key(line: str) -> str:
-    """`duplicate_key` without punctuation and spaces; with them where there is nothing else.
+    """`duplicate_key` without punctuation and spaces; with them if there is nothing else.
 
     >>> letters_key("他 说：“ＯＫ”。"), letters_key("Don't!") == letters_key("don’t"), letters_key("...")
     ('他说ok', True, '...')

@@ -1,4 +1,4 @@
-"""What is done to every line before rules look at it: named changes, again and again until nothing changes."""
+"""Normalisation of lines before the rules: named transforms, repeated until nothing changes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from t5x_ext.corpora.filters.config import FilterConfig
 from t5x_ext.corpora.filters.text import compose, normalize_punctuation, unescape_entities
 
 TRANSFORMS = ("spaces", "unicode", "entities", "punctuation")
-"""Names of what changes lines, in this order, again and again until nothing changes."""
+"""Names of the transforms, in the order in which they are applied."""
 
 
 class LineTransform:
-    """The changes that a configuration asks for in text of one language."""
+    """The transforms that a configuration asks for, for text of one language."""
 
     def __init__(self, config: FilterConfig, language: str):
         """For lines of one language."""
@@ -26,9 +26,9 @@ class LineTransform:
             self._transforms["punctuation"] = functools.partial(normalize_punctuation, language=language)
 
     def __call__(self, line: str, changed: Counter[str]) -> str:
-        """The line as it is kept; what has changed it is counted by name."""
+        """The normalised line; the transforms that changed it are counted in `changed`."""
         changes = set()
-        # One may make work for another, as an entity that stands for an odd space: what comes out has none left.
+        # A transform may enable another, as an entity that is an unusual space does.
         before = None
         while line != before:
             before = line

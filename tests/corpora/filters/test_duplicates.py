@@ -12,8 +12,8 @@ from t5x_ext.corpora.filters import FilterConfig, duplicates, near_duplicate_pro
 from t5x_ext.corpora.filters.duplicates import (
     BANDS,
     KeyMaker,
-    cut_part,
     find_later,
+    keys_of_partition,
     partition_bits,
     rows_per_band,
     shingles,
@@ -33,7 +33,7 @@ def test_later_lines_are_those_that_a_set_has_seen(chunks, bits, dice):
     found: set[tuple[int, int]] = set()
     for partition in range(1 << bits):
         sorted_keys = [sort_keys(chunk[np.newaxis]) for chunk in chunks]
-        parts = [cut_part(n, keys[0], rows[0], partition, bits) for n, (keys, rows) in enumerate(sorted_keys)]
+        parts = [keys_of_partition(n, keys[0], rows[0], partition, bits) for n, (keys, rows) in enumerate(sorted_keys)]
         dice.shuffle(parts)
         found |= {(chunk, int(row)) for chunk, rows in find_later(parts).items() for row in rows}
     seen: set[int] = set()

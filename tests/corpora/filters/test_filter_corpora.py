@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,8 +154,7 @@ class Killed(BaseException):
 
 def test_a_restart_anywhere_ends_with_the_same_bytes(corpora, held_out, tmp_path, small_pieces, monkeypatch):
     filter_corpora(corpora, str(tmp_path / "whole"), CONFIG, held_out=held_out)
-    place = type(epath.Path(tmp_path))
-    replace, left = place.replace, 0
+    replace, left = os.replace, 0
 
     def limited(*arguments):
         nonlocal left
@@ -165,7 +163,7 @@ def test_a_restart_anywhere_ends_with_the_same_bytes(corpora, held_out, tmp_path
             raise Killed
         return replace(*arguments)
 
-    monkeypatch.setattr(place, "replace", limited)
+    monkeypatch.setattr(os, "replace", limited)
     kills = 0
     while True:
         # A chunk is three files: every try gets further by one, if it finds what earlier ones have finished.
@@ -187,13 +185,13 @@ import os, signal, sys
 from t5x_ext.corpora import ParallelText
 from t5x_ext.corpora.filters import FilterConfig, chunks, filter_corpora
 chunks.CHUNK_PAIRS = 16
-write_whole, left = chunks.write_whole, [8]
+write_bytes, left = chunks.write_bytes, [8]
 def write(path, content):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-    write_whole(path, content)
-chunks.write_whole = write
+    write_bytes(path, content)
+chunks.write_bytes = write
 source, target, output = sys.argv[1:]
 config = FilterConfig(duplicates=("pair", "target"), min_language_probability=None)
 filter_corpora([ParallelText(source, target, "en", "de")], output, config)
@@ -217,7 +215,7 @@ def test_a_process_that_is_killed_is_gone_on_with(corpora, tmp_path, small_piece
         (b"a\nb\n", b"c\n", "2 lines but"),
         (b"a\n\xe4\n", b"c\nd\n", "a.en, line 2: not UTF-8"),
         (b"", b"c\n", "a.en: the file is empty"),
-        (b"same\nsame\n", b"same\nsame\n", "a.en-de: no pair is left after filtering (copy 2)"),
+        (b"same\nsame\n", b"same\nsame\n", "a.en-de: filtering keeps no pair (copy 2)"),
     ],
 )
 def test_mistakes_leave_nothing(write, tmp_path, source, target, message):
@@ -239,7 +237,7 @@ def test_other_mistakes(list_corpus, make_corpus, corpora, tmp_path, monkeypatch
     refused("it becomes a file name", [list_corpus(one.lines, name="../x")])
     refused("the corpus is empty", [list_corpus(())])
     refused("the corpus is empty", [one], held_out=[list_corpus(())])
-    refused("no pair is left after filtering .held_out 5", [one], held_out=[one])
+    refused("filtering keeps no pair .held_out 5", [one], held_out=[one])
     refused("Beam has no pipeline option --no_such", [one], beam=BeamRunner(options=("--no_such=1",)))
     with pytest.raises(UserError, match="a remote folder is for filtering on a runner"):
         filter_corpora([one], "gs://bucket/out", CONFIG)

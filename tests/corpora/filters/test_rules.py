@@ -117,7 +117,7 @@ def test_what_people_have_written_is_kept():
         languages = ("en", language) if language != "en" else ("en",)
         lines = list(zip(*(texts[code] for code in languages)))
         for rule in pair_rules(FilterConfig(), languages):
-            dropped = [line for line in lines if rule.speaks_against(line)]
+            dropped = [line for line in lines if rule.drops(line)]
             assert len(dropped) <= 0.005 * len(lines), (rule.name, language, dropped)
         # Of sentences that do not belong together much more is found.
         if language != "en":
@@ -176,7 +176,7 @@ def test_mistakes_in_the_configuration(arguments, message):
 @pytest.mark.parametrize(
     ("language", "message"),
     [
-        ("qaa", "FilterConfig.min_script_share: the script of 'qaa' is unknown; write it as qaa_Latn"),
+        ("qaa", "min_script_share: the script of 'qaa' is unknown; write it as qaa_Latn"),
         ("en_Abcd", "Unicode has no script Abcd"),
         ("qaa_Latn", "language identification does not know 'qaa_Latn'; set it to None"),
     ],
@@ -197,7 +197,7 @@ def test_languages_that_a_rule_does_not_know(language, message):
 def test_a_rule_without_its_library_says_what_to_install(library, rule, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     identification._identifier.cache_clear()
-    message = rf"FilterConfig.{rule} needs \w+: pip install 't5x_ext\[clean\]', or set it to None"
+    message = rf"{rule} needs \w+: pip install 't5x_ext\[clean\]', or set it to None"
     with pytest.raises(UserError, match=message):
         ChunkFilter(FilterConfig(), ("en", "de"))
     assert verdict(FilterConfig(**{rule: None}), ("en", "de"), "a house", "ein Haus") == "kept"

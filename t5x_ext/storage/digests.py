@@ -1,63 +1,62 @@
-"""Small files written atomically, and digests that prove that a folder is whole."""
+"""SHA-256 of files, of folders, and of parameters."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import IO, Any
 
+import jax
+import numpy as np
 from etils import epath
+
+from t5x_ext.contracts import Params, path_name
+from t5x_ext.storage.files import write_json
 
 DIGESTS = "digests.json"
 """Name of the file that holds size and SHA-256 of every other file of a folder; a folder without it is not whole."""
 
-# As `write_text` names them, of the kinds of files that are ours in a folder which others may use, too.
-_DRAFT = re.compile(r"\..+\.(json|txt|gin)\.[0-9]+\.tmp")
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a local or remote file, in hexadecimal.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def params_digest(params: Params) -> str:
+    """SHA-256 of parameters, in hexadecimal: of their names, dtypes, shapes and numbers, whatever devices hold them.
 
+    The leaves are taken in the order of their names. Each adds `/name dtype shape` in UTF-8, then its bytes in C order.
+    The manifests of pipelines record this digest, so it must not change.
 
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes UTF-8 so that a reader finds the old file or the new one, never a part of it, even after a power cut."""
-    path = epath.Path(path)
-    if "://" in str(path):
-        path.write_text(text)  # an object in a bucket appears whole or not at all
-        return
-    draft = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        with draft.open("wb") as file:
-            file.write(text.encode())
-            to_disk(file)
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    Args:
+      params: a tree of JAX or NumPy arrays, each of which this process can read as a whole.
 
-
-def delete_drafts(folder: Path) -> None:
-    """Deletes the drafts of records that killed processes have left in `write_text` to a local folder."""
-    for path in folder.glob(".*.tmp"):
-        if _DRAFT.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
-
-
-def to_disk(file: IO[Any]) -> None:
-    """Waits until what was written is on the disk: else a power cut could leave a new name on an empty file."""
-    file.flush()
-    os.fsync(file.fileno())
+    >>> import numpy as np
+    >>> params_digest({"w": np.zeros((2, 3), np.float32)})[:16]
+    '86c7cf09104dd201'
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for name, leaf in sorted(((f"/{path_name(path)}", leaf) for path, leaf in leaves), key=lambda named: named[0]):
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def write_part_of_digests(folder: epath.Path, index: int, count: int) -> None:
     """Records the digests of every `count`-th file below `folder`, so that many processes share the reading."""
     names = _file_names(folder)[index::count]
-    write_json(_part(folder, index), {name: _digest(folder / name) for name in names})
+    write_json(_part(folder, index), {name: _size_and_digest(folder / name) for name in names})
 
 
 def write_digests(folder: epath.Path, parts: int = 0) -> None:
@@ -72,14 +71,14 @@ def write_digests(folder: epath.Path, parts: int = 0) -> None:
         known |= json.loads(_part(folder, index).read_text())
         _part(folder, index).unlink()
     # A file that a process did not see yet, as may happen on a network file system, is in no part.
-    files = {name: known.get(name) or _digest(folder / name) for name in _file_names(folder)}
+    files = {name: known.get(name) or _size_and_digest(folder / name) for name in _file_names(folder)}
     write_json(folder / DIGESTS, {"format": 1, "files": files})
 
 
 def find_damage(
     folder: epath.Path, wanted: Callable[[str], bool] = lambda name: True, index: int = 0, count: int = 1
 ) -> str | None:
-    """Why `folder` cannot be trusted, in a few words; None when every wanted file has its recorded digest.
+    """Why `folder` cannot be trusted, in a few words; None if every wanted file has its recorded digest.
 
     Of the files it reads every `count`-th only, beginning with number `index`: the others are for other processes.
     """
@@ -87,11 +86,7 @@ def find_damage(
         return "it is not a folder"
     if not (folder / DIGESTS).exists():
         return f"it has no {DIGESTS}, so its save has not finished"
-    try:
-        files = json.loads((folder / DIGESTS).read_text())["files"]
-        expected = {name: (int(length), str(digest)) for name, (length, digest) in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{DIGESTS} is damaged"
+    expected = _recorded(folder)
     if not expected:
         return f"{DIGESTS} is damaged"
     for name in sorted(filter(wanted, expected))[index::count]:
@@ -100,12 +95,25 @@ def find_damage(
     return None
 
 
+def recorded_files(folder: epath.Path) -> frozenset[str]:
+    """The files below `folder` whose digests are recorded; none if the record is missing or damaged."""
+    return frozenset(_recorded(folder))
+
+
+def _recorded(folder: epath.Path) -> dict[str, tuple[int, str]]:
+    try:
+        files = json.loads((folder / DIGESTS).read_text())["files"]
+        return {name: (int(length), str(digest)) for name, (length, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def _file_damage(path: epath.Path, length: int, digest: str) -> str | None:
     try:
         actual = path.stat().length
         if actual != length:
             return f"has {actual} bytes instead of {length}"
-        return None if _sha256(path) == digest else "has changed (its SHA-256 differs)"
+        return None if file_digest(path) == digest else "has changed (its SHA-256 differs)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -128,13 +136,5 @@ def _part(folder: epath.Path, index: int) -> epath.Path:
     return folder / f"{DIGESTS}.{index}"
 
 
-def _digest(path: epath.Path) -> list[int | str]:
-    return [path.stat().length, _sha256(path)]
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _size_and_digest(path: epath.Path) -> list[int | str]:
+    return [path.stat().length, file_digest(path)]
