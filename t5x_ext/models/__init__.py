@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.encoder_decoder import EncoderDecoder, init_params, logical_axes
-from t5x_ext.models.layers import KeyValue, sinusoidal_positions
+from t5x_ext.models.layers import Layer
+from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.presets import PRESETS, Base, Big, Vega4B7, VegaTiny
-from t5x_ext.models.sharing import LayerSharing, Run
+from t5x_ext.models.sharing import LayerRun, LayerSharing
 from t5x_ext.models.stack import Stack
+from t5x_ext.models.sublayers import Aux, KeyValue, sinusoidal_positions
 
 __all__ = [
     "PRESETS",
     "UNPLACED",
+    "Aux",
     "Base",
     "Big",
     "EncoderDecoder",
     "KeyValue",
+    "Layer",
+    "LayerParts",
+    "LayerRun",
     "LayerSharing",
     "Placement",
-    "Run",
     "Stack",
     "TransformerConfig",
     "Vega4B7",

@@ -16,11 +16,13 @@ NormPlacement = Literal["pre", "post"]
 NormKind = Literal["layernorm", "rmsnorm"]
 TiedEmbeddings = Literal["all", "decoder", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
+ActivationName = Literal["relu", "gelu"]
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm_placement": get_args(NormPlacement),
     "norm": get_args(NormKind),
+    "activation": get_args(ActivationName),
     "tied_embeddings": get_args(TiedEmbeddings),
     "compute_dtype": get_args(ComputeDtype),
     "remat": get_args(Remat),
@@ -51,6 +53,7 @@ class TransformerConfig:
       norm: `layernorm` (scale, and bias when `use_bias`) or `rmsnorm` (scale only, no mean).
       norm_epsilon: added to the variance.
       use_bias: biases in projections and in LayerNorm. The output projection never has one.
+      activation: of the feed-forward sub-layers.
       tied_embeddings: `all` is one table for source, target and output; `decoder` one for source and one for target
         and output; `none` three. A language model has no table for the source.
       scale_embedding: multiply embeddings by sqrt(embed_dim).
@@ -80,6 +83,7 @@ class TransformerConfig:
     norm: NormKind = "layernorm"
     norm_epsilon: float = 1e-5
     use_bias: bool = True
+    activation: ActivationName = "relu"
     tied_embeddings: TiedEmbeddings = "all"
     scale_embedding: bool = True
     dropout: float = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.linen as nn
@@ -12,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.contracts import Batch, Params, PyTree, TranslationBatch, UserError
 from t5x_ext.models.config import TransformerConfig
-from t5x_ext.models.layers import (
-    Activation,
-    DecoderLayer,
+from t5x_ext.models.layers import Layer
+from t5x_ext.models.parts import LayerParts
+from t5x_ext.models.placement import UNPLACED, Placement
+from t5x_ext.models.stack import Materialise, Stack, as_stored
+from t5x_ext.models.sublayers import (
+    Aux,
     Dropout,
-    EncoderLayer,
     KeyValue,
     Positions,
     compute_dtype,
@@ -24,8 +27,6 @@ from t5x_ext.models.layers import (
     named_axes,
     sinusoidal_positions,
 )
-from t5x_ext.models.placement import UNPLACED, Placement
-from t5x_ext.models.stack import Stack
 
 
 class Embedding(nn.Module):
@@ -64,15 +65,17 @@ class EncoderDecoder(nn.Module):
 
     Attributes:
       config: sizes and switches.
-      activation: of the feed-forward sub-layers.
       positions: `(positions int [...], embed_dim) -> float [..., embed_dim]`, added to the embeddings.
-      placement: where arrays lie on a mesh of devices.
+      placement: where arrays are stored on a mesh of devices.
+      parts: what the layers are made of.
+      materialise: turns the stored parameters of one layer into arrays, see `Stack`.
     """
 
     config: TransformerConfig
-    activation: Activation = nn.relu
     positions: Positions = sinusoidal_positions
     placement: Placement = UNPLACED
+    parts: LayerParts = LayerParts()
+    materialise: Materialise = as_stored
 
     def setup(self) -> None:
         """Creates tables and stacks."""
@@ -81,15 +84,11 @@ class EncoderDecoder(nn.Module):
         tables = {name: Embedding(config, self.placement, name=name) for name in dict.fromkeys(names)}
         self.source_table, self.target_table, self.output_table = (tables[name] for name in names)
         self.dropout = Dropout(config.dropout)
+        common = (self.parts, self.placement, self.materialise)
         if config.has_encoder:
-            self.encoder = Stack(
-                config, EncoderLayer, self.activation, config.encoder_layers, config.encoder_sharing, self.placement
-            )
-        # A layer of a language model is one of an encoder that sees no later position.
-        decoder_layer = DecoderLayer if config.has_encoder else EncoderLayer
-        self.decoder = Stack(
-            config, decoder_layer, self.activation, config.decoder_layers, config.decoder_sharing, self.placement
-        )
+            self.encoder = Stack(config, config.encoder_layers, config.encoder_sharing, Layer, *common)
+        layer_type = functools.partial(Layer, with_cross_attention=config.has_encoder)
+        self.decoder = Stack(config, config.decoder_layers, config.decoder_sharing, layer_type, *common)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length vocab"]:
         """Scores of every label given the labels before it, float32."""
@@ -97,17 +96,31 @@ class EncoderDecoder(nn.Module):
 
     def hidden(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length embed"]:
         """The decoder's output, after its final norm, in the compute dtype; `project` turns it into scores."""
+        return self.hidden_and_aux(batch, deterministic)[0]
+
+    def hidden_and_aux(
+        self, batch: Batch, deterministic: bool = True
+    ) -> tuple[Float[Array, "batch length embed"], Aux]:
+        """As `hidden`, and the side outputs of all layers by name, stacked over the N positions of a stack.
+
+        A layer's part that gives `{"balance_loss": array}` as a decoder's feed-forward sub-layer is found as
+        `decoder/feed_forward/balance_loss` [N, ...]. The parts of `LayerParts()` give none.
+        """
         source_ids, target_ids = batch["source_segment_ids"], batch["target_segment_ids"]
         length = target_ids.shape[1]
         self_mask = _segment_mask(target_ids, target_ids) & jnp.tril(jnp.ones((length, length), bool))
-        reads: tuple[Array, ...] = (self_mask,)
+        reads: tuple[Array, ...] = ()
+        encoder_aux: Aux = {}
         if self.config.has_encoder:
-            encoded = self.encode(batch["source_tokens"], source_ids, batch["source_positions"], deterministic)
-            reads = (encoded, self_mask, _segment_mask(target_ids, source_ids))
+            source = (batch["source_tokens"], source_ids, batch["source_positions"])
+            encoded, encoder_aux = self._encode(*source, deterministic)
+            reads = (encoded, _segment_mask(target_ids, source_ids))
         deterministic = self._deterministic(deterministic)
         x = self._embed(self.target_table, batch["target_inputs"], batch["target_positions"], deterministic)
-        x, _ = self.decoder(lambda layer, x, _: (layer(x, *reads, deterministic), None), x, deterministic=deterministic)
-        return self.decoder.normalize(x)
+        call = lambda layer, x, _: layer(x, self_mask, deterministic, *reads)
+        x, decoder_aux = self.decoder(call, x, deterministic=deterministic)
+        aux = {f"encoder/{name}": value for name, value in encoder_aux.items()}
+        return self.decoder.normalize(x), aux | {f"decoder/{name}": value for name, value in decoder_aux.items()}
 
     def project(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Scores of every token of the vocabulary, float32."""
@@ -126,11 +139,7 @@ class EncoderDecoder(nn.Module):
                 "encoder_layers is 0: this is a language model, which scores texts and translates none; where a run "
                 "decodes, set EvaluationConfig.max_lines = 0 and give no test corpora"
             )
-        deterministic = self._deterministic(deterministic)
-        x = self._embed(self.source_table, source_tokens, source_positions, deterministic)
-        mask = _segment_mask(source_segment_ids, source_segment_ids)
-        x, _ = self.encoder(lambda layer, x, _: (layer(x, mask, deterministic), None), x, deterministic=deterministic)
-        return self.encoder.normalize(x)
+        return self._encode(source_tokens, source_segment_ids, source_positions, deterministic)[0]
 
     def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> KeyValue:
         """Keys and values of cross-attention, [layers, batch, source_length, heads, head_dim] with N layers."""
@@ -171,10 +180,19 @@ class EncoderDecoder(nn.Module):
         positions = jnp.broadcast_to(position, (tokens.shape[0], 1))
         x = self._embed(self.target_table, tokens[:, None], positions, deterministic=True)
         x, new = self.decoder(
-            lambda layer, x, own: layer(x, *own, position, source_mask[:, None], method="step"), x, (cache, memory)
+            lambda layer, x, own: layer(x, own[0], position, own[1], source_mask[:, None], method="step"),
+            x,
+            (cache, memory),
         )
         cache = jax.tree.map(lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, position, 2), cache, new)
         return self.project(self.decoder.normalize(x)[:, 0]), cache
+
+    def _encode(self, tokens: Array, segment_ids: Array, positions: Array, deterministic: bool) -> tuple[Array, Aux]:
+        deterministic = self._deterministic(deterministic)
+        x = self._embed(self.source_table, tokens, positions, deterministic)
+        mask = _segment_mask(segment_ids, segment_ids)
+        x, aux = self.encoder(lambda layer, x, _: layer(x, mask, deterministic), x, deterministic=deterministic)
+        return self.encoder.normalize(x), aux
 
     def _deterministic(self, deterministic: bool) -> bool:
         return deterministic or not self.has_rng("dropout")
