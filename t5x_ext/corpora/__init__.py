@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from t5x_ext.corpora.beam import BeamRunner
 from t5x_ext.corpora.cleaning import clean_line
 from t5x_ext.corpora.filters.config import PairRules
+from t5x_ext.corpora.labelled_text import LabelledText
 from t5x_ext.corpora.parallel_text import ParallelText, aligned_files, monolingual_text, read_lines
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "BeamRunner",
     "CldrCorpus",
     "PairRules",
+    "LabelledText",
     "ParallelText",
     "SeqioMixture",
     "aligned_files",

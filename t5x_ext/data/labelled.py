@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,7 +130,15 @@ class LabelledBatches(SkippingPlan):
       description: what decides the batches, as JSON.
     """
 
-    def __init__(self, examples: Examples, config: RowConfig, seed: int, description: Mapping[str, Any]):
+    def __init__(
+        self,
+        examples: Examples,
+        config: RowConfig,
+        seed: int,
+        description: Mapping[str, Any],
+        work: Callable[[Int[np.ndarray, " examples"]], float] | None = None,
+        names: Collection[str] | None = None,
+    ):
         """Prepares batches.
 
         Args:
@@ -138,10 +146,13 @@ class LabelledBatches(SkippingPlan):
           config: shape of a batch.
           seed: of the order.
           description: see the attribute.
+          work: from the lengths of a batch's examples to model FLOPs of an update; None: not known.
+          names: arrays that the model reads; None: all of `batch_arrays`.
         """
         super().__init__()
         self.rows, self.description = config.rows, dict(description)
         self._examples, self._config, self._seed = examples, config, seed
+        self._work, self._names = work, tuple(names or batch_arrays(config))
         self._lengths = examples.lengths
         self._sizes: list[int] = []  # batches of each epoch planned so far
         self._latest: tuple[int, list[_Planned]] = (-1, [])
@@ -149,7 +160,8 @@ class LabelledBatches(SkippingPlan):
 
     def read(self, index: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows `start` to `stop` of batch `index`, see `batch_arrays`."""
-        return filled(self._examples, self._planned(index), self._config, start, stop)
+        arrays = filled(self._examples, self._planned(index), self._config, start, stop)
+        return {name: arrays[name] for name in self._names}
 
     def examples(self, index: int) -> list[int]:
         """Numbers of the examples of batch `index`, in the order of the file."""
@@ -161,8 +173,8 @@ class LabelledBatches(SkippingPlan):
         return self._lengths[self._planned(index).examples]
 
     def work(self, index: int) -> float | None:
-        """Not known here: the task knows the model."""
-        del index
+        """Model FLOPs of an update on batch `index`; None if they are not known."""
+        return None if self._work is None else self._work(self.example_lengths(index))
 
     def memory(self) -> list[int]:
         """Batches of each epoch planned so far."""

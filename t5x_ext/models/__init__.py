@@ -6,6 +6,8 @@ parameters, `logical_axes` names their axes, `LayerSharing` says which layers of
 
 from __future__ import annotations
 
+from t5x_ext.models.adapter_presets import houlsby, lora, mam, parallel, pfeiffer
+from t5x_ext.models.adapters import AdapterResidual, LoraProjection, PrefixAttention, merged_lora
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.encoder_decoder import EncoderDecoder, init_params, logical_axes
 from t5x_ext.models.layers import Layer
@@ -19,6 +21,7 @@ from t5x_ext.models.sublayers import Aux, KeyValue, sinusoidal_positions
 __all__ = [
     "PRESETS",
     "UNPLACED",
+    "AdapterResidual",
     "Aux",
     "Base",
     "Big",
@@ -28,12 +31,20 @@ __all__ = [
     "LayerParts",
     "LayerRun",
     "LayerSharing",
+    "LoraProjection",
     "Placement",
+    "PrefixAttention",
     "Stack",
     "TransformerConfig",
     "Vega4B7",
     "VegaTiny",
+    "houlsby",
     "init_params",
     "logical_axes",
+    "lora",
+    "mam",
+    "merged_lora",
+    "parallel",
+    "pfeiffer",
     "sinusoidal_positions",
 ]
