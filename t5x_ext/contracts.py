@@ -176,6 +176,22 @@ class BatchSource(Protocol):
         ...
 
 
+class Direction(NamedTuple):
+    """Language codes of a direction of translation; the same code twice is a language model's."""
+
+    source_language: str
+    target_language: str
+
+    @property
+    def name(self) -> str:
+        """Both codes.
+
+        >>> Direction("en", "de").name
+        'en-de'
+        """
+        return f"{self.source_language}-{self.target_language}"
+
+
 class Accumulator(NamedTuple):
     """How gradients of microbatches become one gradient.
 

@@ -15,6 +15,7 @@ from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
+from t5x_ext.decode import Beam
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.pipeline import Pipeline, Stage, Train
 from t5x_ext.train import Run
@@ -123,8 +124,7 @@ def test_the_large_pipeline_is_the_tiny_one_with_other_sizes_and_texts(names):
         assert run.task.data.batch.rows % (LARGE[names] * run.num_microbatches) == 0
     sizes = {name: dataclasses.replace(run.task.model, vocab_size=128_009).num_params() for name, run in runs.items()}
     assert {name for name, size in sizes.items() if size == 4_693_321_728} == runs.keys() - {"lm", "past_lm"}
-    decode = by_name["best_test"].decode
-    assert (decode.strategy, decode.beam_size, decode.length_penalty, decode.alpha) == ("beam", 5, "fairseq", 1.0)
+    assert by_name["best_test"].decode.search == Beam(beam_size=5, length_penalty="fairseq", alpha=1.0)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)

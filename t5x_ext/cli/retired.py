@@ -42,5 +42,7 @@ def retired_setting(target: str, parameter: str) -> str:
     >>> retired_setting("EvaluationConfig", "max_lines")
     '; use tasks.Translation.max_lines'
     """
-    new = SETTINGS.get(f"{target}.{parameter}")
+    from t5x_ext.decode.config import RETIRED
+
+    new = {**SETTINGS, **RETIRED}.get(f"{target}.{parameter}")
     return f"; use {new}" if new else ""

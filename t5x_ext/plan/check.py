@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ext.contracts import PyTree, UserError
 from t5x_ext.decode import DecodeConfig, Ensemble
-from t5x_ext.decode.programs import decode_batch
+from t5x_ext.decode.programs import decode_batch, without_seed
 from t5x_ext.models import TransformerConfig
 from t5x_ext.parallel import make_mesh
 from t5x_ext.parallel.batches import batch_sharding
@@ -148,11 +148,6 @@ def training_flops(config: TransformerConfig, run: Run, mean_length: int) -> tup
     return flops, round(shape.rows * examples * source_length), round(shape.rows * examples * length)
 
 
-def num_hypotheses(decode: DecodeConfig) -> int:
-    """Hypotheses of a sentence that are searched side by side."""
-    return {"beam": decode.beam_size, "greedy": 1, "sample": decode.n_best}[decode.strategy]
-
-
 def decoding_flops(config: TransformerConfig, rows: int, hypotheses: int, source_length: int, length: int) -> float:
     """Model FLOPs of searching `rows` sentences: one encoder pass and one decoder pass for each hypothesis.
 
@@ -194,14 +189,15 @@ def _decoding_work(
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated),
         eos_id=1,
         max_length=max_length,
-        config=decode,
+        search=without_seed(decode.search),
+        constraints=decode.constraints,
     )
-    hypotheses = num_hypotheses(decode)
+    hypotheses = decode.search.rows_per_source
     flops = members * decoding_flops(program.model.config, rows, hypotheses, source_length, max_length)
     stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
     models = f"{members} models together, " if members > 1 else ""
     assumption = (
-        f"{models}{decode.strategy}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
+        f"{models}{type(decode.search).__name__}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
         f"{source_length}"
     )
     work = _Work(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from t5x_ext.checkpoints import RunFolder
 from t5x_ext.contracts import FamilyCorpus, Frozen, Params, PyTree, TranslationBatch, UserError
 from t5x_ext.data import DataConfig, PreparedData, TextDirection, prepare
-from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
 from t5x_ext.models import EncoderDecoder, Placement, TransformerConfig, init_params, logical_axes
 from t5x_ext.parallel import is_primary
@@ -47,7 +47,7 @@ class Translation:
     data: DataConfig
     model: TransformerConfig
     max_lines: int = 200
-    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(strategy="greedy"))
+    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(Greedy()))
     decode_every: Interval | None = None
     test_decode: DecodeConfig = field(default_factory=DecodeConfig)
 

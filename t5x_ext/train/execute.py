@@ -8,7 +8,8 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from t5x_ext.contracts import Batch, BatchSource, UserError
 from t5x_ext.data import batch_iterator
 from t5x_ext.parallel import global_batch, hardware_of, host_rows, is_primary, make_mesh, primary_first
 from t5x_ext.storage.files import write_json
+from t5x_ext.storage.locks import Lock
 from t5x_ext.storage.remote import is_remote
 from t5x_ext.train import hooks
 from t5x_ext.train.compilation import compiling
@@ -73,13 +75,36 @@ def execute(
         print(f"{run_dir} is finished, with {done['steps']:,} updates; {hint}", file=sys.stderr)
         return done
     try:
-        return _Execution(run, folder, config_text, cache_dir, init_from).result()
+        with _locked(folder):
+            return _Execution(run, folder, config_text, cache_dir, init_from).result()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{error.filename or run_dir}: {error.strerror}; make room, then rerun the same command to resume"
         ) from error
+
+
+@contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """Keeps other runs out of the folder; one that this call has made and left empty is removed again.
+
+    Raises:
+      UserError: if another process trains there, naming it.
+    """
+    if is_remote(folder.path) or not is_primary():
+        yield
+        return
+    path = Path(folder.path)
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lock.of_folder(path):
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                path.rmdir()
 
 
 class _Execution:

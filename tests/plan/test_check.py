@@ -12,7 +12,7 @@ import pytest
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import BatchConfig
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import Beam, DecodeConfig
 from t5x_ext.models import TransformerConfig
 from t5x_ext.parallel import HARDWARE, MeshConfig, data_parallel, fsdp, fsdp_tensor, make_mesh
 from t5x_ext.plan.advice import scaled, training_advice
@@ -147,7 +147,7 @@ def test_nodes_are_replicas_that_exchange_gradients(make_run):
 def test_decoding_on_a_gpu_node_by_formula(make_run, layout):
     """One beam of 4 over 8 devices that hold the whole model, or gather it: every figure in closed form."""
     run = make_run(mesh=layout[0], axis_rules=layout[1], model={"compute_dtype": "bfloat16"})
-    decode = DecodeConfig(beam_size=4, max_length_ratio=1.0, max_length_extra=0)
+    decode = DecodeConfig(Beam(beam_size=4), max_length_ratio=1.0, max_length_extra=0)
     report = check_decoding(run, VOCAB_SIZE, find_target("h100:8"), decode, rows=16, source_length=10)
     config = dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE)
     d, f = 64, 128
@@ -325,7 +325,7 @@ class TestTpu:
     def test_decoding_keeps_caches_with_their_rows(self, make_run):
         run = make_run(mesh=MeshConfig(), axis_rules=data_parallel())
         target = find_target("v5e:2x2")
-        decode = DecodeConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
+        decode = DecodeConfig(Beam(beam_size=2), max_length_ratio=1.0, max_length_extra=0)
         report = check_decoding(run, VOCAB_SIZE, target, decode, rows=8, source_length=16)
         assert report.program == "decode"
         assert report.memory.optimizer == 0
@@ -337,7 +337,7 @@ class TestTpu:
 
     def test_an_ensemble_has_the_weights_and_operations_of_its_members(self, make_run):
         run = make_run(mesh=MeshConfig(data=2, tensor=2), axis_rules=fsdp_tensor())
-        decode = DecodeConfig(beam_size=2, max_length_ratio=1.0, max_length_extra=0)
+        decode = DecodeConfig(Beam(beam_size=2), max_length_ratio=1.0, max_length_extra=0)
         one, two = (
             check_decoding(run, VOCAB_SIZE, find_target("v5e:2x2"), decode, rows=8, source_length=16, members=members)
             for members in (1, 2)

@@ -21,7 +21,7 @@ from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.checkpoints.store import SaveError
 from t5x_ext.contracts import UserError
 from t5x_ext.data import PackedBatches, prepare
-from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.decode import Beam, DecodeConfig, Greedy, Translator
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import adam
@@ -73,8 +73,8 @@ def whole(place):
         "ema_decay": 0.5,
         "evaluation": EvaluationConfig(every=3),
         "max_lines": 2,
-        "decode": DecodeConfig(strategy="greedy", **SHORT),
-        "test_decode": DecodeConfig(beam_size=2, **SHORT),
+        "decode": DecodeConfig(Greedy(), **SHORT),
+        "test_decode": DecodeConfig(Beam(beam_size=2), **SHORT),
     }
 
 
