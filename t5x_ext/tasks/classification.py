@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from t5x_ext.checkpoints import RunFolder, run_params
 from t5x_ext.contracts import Batch, Frozen, Params, PyTree, UserError
@@ -161,17 +161,12 @@ class PreparedClassification:
 
     def evaluators(self, program: Program) -> Sequence[Evaluator]:
         """Loss and scores on the validation examples; nothing without any."""
-        if self._valid is None:
-            return ()
-        valid = self._valid
-        loss = HeldOutLoss(program, lambda start, stop: self._batches(valid, start, stop), rows=self.task.rows)
-        return (loss, ClassScores(program, self, valid))
+        return () if self._valid is None else (HeldOutClasses(program, self, self._valid),)
 
     def test(self, program: Program, params: Params) -> dict[str, Any]:
         """Scores on the test examples."""
         assert self._test is not None
-        scores = ClassScores(program, self, self._test, "test")(params, {}, (), 0)
-        return {"examples": len(self._test.labels), **{name.split("/")[-1]: value for name, value in scores.items()}}
+        return {"examples": len(self._test.labels), **self.scores(program, params, self._test)}
 
     def record(self) -> dict[str, Any]:
         """Model, classes and shape of the input."""
@@ -186,16 +181,17 @@ class PreparedClassification:
             "tokenizer": self.tokenizer.fingerprint(),
         }
 
-    def confusion(self, program: Program, params: Params, examples: Examples) -> Int[np.ndarray, "classes classes"]:
-        """How many examples of each class were taken for each class; all processes get the same."""
+    def scores(self, program: Program, params: Params, examples: Examples) -> dict[str, float]:
+        """See `evaluate.classification_scores`; all processes get the same."""
         counts = np.zeros((len(self.classes),) * 2, np.int64)
-        for batch in self._batches(examples, *host_rows(program.mesh, self.task.rows)):
+        for batch in self.held_out(examples, *host_rows(program.mesh, self.task.rows)):
             program.check_interrupt()
             placed = global_batch(program.mesh, batch, set(self._wanted))
             counts += np.asarray(_confusion(program.model, params, placed)).astype(np.int64)
-        return counts
+        return classification_scores(counts)
 
-    def _batches(self, examples: Examples, start: int, stop: int) -> list[dict[str, np.ndarray]]:
+    def held_out(self, examples: Examples, start: int, stop: int) -> list[dict[str, np.ndarray]]:
+        """All examples in their order, as rows `start` to `stop` of batches."""
         batches = in_order(examples, self.task.batch, start, stop)
         return [{name: batch[name] for name in self._wanted} for batch in batches]
 
@@ -207,23 +203,23 @@ class PreparedClassification:
         return Examples(self.tokenizer.encode([example.texts for example in read], self.task.batch.length), labels)
 
 
-class ClassScores:
-    """Accuracy, F1 and Matthews' correlation on held-out examples: `valid/accuracy`, ... (`train.Evaluator`)."""
+class HeldOutClasses:
+    """Loss, accuracy, F1 and Matthews' correlation on held-out examples: `valid/f1`, ... (`train.Evaluator`)."""
 
-    name = "scores of classes"
+    name = "held-out classes"
     every = None
 
-    def __init__(
-        self, program: Program, prepared: PreparedClassification, examples: Examples, prefix: str = "valid"
-    ):
+    def __init__(self, program: Program, prepared: PreparedClassification, examples: Examples):
         """Prepares the measurement of some examples."""
-        self._program, self._prepared, self._examples, self._prefix = program, prepared, examples, prefix
+        self._program, self._prepared, self._examples = program, prepared, examples
+        batches = lambda start, stop: prepared.held_out(examples, start, stop)
+        self._loss = HeldOutLoss(program, batches, rows=prepared.task.rows)
 
     def __call__(self, params: Params, frozen: Frozen, mutable: PyTree, step: int) -> dict[str, float]:
         """Measures."""
-        del frozen, mutable, step
-        confusion = self._prepared.confusion(self._program, params, self._examples)
-        return {f"{self._prefix}/{name}": value for name, value in classification_scores(confusion).items()}
+        scores = self._prepared.scores(self._program, params, self._examples)
+        named = {f"valid/{name}": value for name, value in scores.items()}
+        return self._loss(params, frozen, mutable, step) | named
 
 
 class TextClassifier:
