@@ -172,14 +172,18 @@ class _Tensors:
             raise UserError(f"{self._files.source}: model.safetensors has no tensor {name}, which its config asks for")
         tensor = np.asarray(self._left.pop(found), np.float32)
         if tensor.shape != shape:
-            raise UserError(f"{self._files.source}: {name} has the shape {tensor.shape}, not {shape} as config.json says")
+            raise UserError(
+                f"{self._files.source}: {name} has the shape {tensor.shape}, not {shape} as config.json says"
+            )
         return tensor
 
     def check_all(self) -> None:
         """Refuses tensors that nothing has taken, but for those of heads of pretraining."""
         unknown = sorted(name for name in self._left if not name.startswith(_UNUSED))
         if unknown:
-            raise UserError(f"{self._files.source}: the tensor {unknown[0]} is of no BERT encoder ({len(unknown)} such)")
+            raise UserError(
+                f"{self._files.source}: the tensor {unknown[0]} is of no BERT encoder ({len(unknown)} such)"
+            )
         if self._left:
             logger.info("%s: not read: %s", self._files.source, ", ".join(sorted(self._left)))
 

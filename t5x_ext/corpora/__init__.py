@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BeamRunner",
     "CldrCorpus",
-    "PairRules",
     "LabelledText",
+    "PairRules",
     "ParallelText",
     "SeqioMixture",
     "aligned_files",
@@ -29,13 +29,6 @@ __all__ = [
     "monolingual_text",
     "read_lines",
 ]
-
-RETIRED = {
-    "CleaningConfig": "PairRules",
-    "CleaningConfig.drop_copies": "PairRules.drop_copies",
-    "CleaningConfig.max_length_ratio": "PairRules.max_ratio",
-}
-"""Names that gin files used, and what to write instead. `max_ratio` counts words; the old one counted characters."""
 
 # Imported on first use: these need babel, or seqio with TensorFlow.
 _LAZY = {"CldrCorpus": "t5x_ext.corpora.cldr", "SeqioMixture": "t5x_ext.corpora.seqio_mixture"}

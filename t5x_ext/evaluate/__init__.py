@@ -1,9 +1,9 @@
-"""Floor 3: text in, scores out, all of it through sacreBLEU so that a number can be compared with a paper's.
+"""Scores of translations, all computed by sacreBLEU so that they can be compared with published ones.
 
-Every score carries sacreBLEU's signature (tokenizer, case, smoothing, references, version). `evaluate_texts` gives the
-scores of one system in one direction, `evaluate_domains` the same by domain, `paired_test` says whether two systems
-differ by more than chance, `format_table` prints what a terminal shows. `read_directions` and `score_directions` do so
-for a folder of many systems in many directions, as WMT publishes them.
+Every score has sacreBLEU's signature (tokenizer, case, smoothing, references, version). `evaluate_texts` scores one
+system in one direction, `evaluate_domains` does so by domain, `paired_test` tests whether two systems differ
+significantly, `format_table` makes a text table. `read_directions` and `score_directions` do so for a folder of many
+systems in many directions, as WMT publishes them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from t5x_ext.contracts import Params, UserError, path_predicate
-from t5x_ext.models.config import TransformerConfig
+from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.sublayers import (
     Attention,
@@ -95,7 +95,7 @@ class AdapterResidual:
         if not 0 <= self.dropout < 1:
             raise UserError(f"AdapterResidual.dropout is {self.dropout}; it must be in [0, 1)")
 
-    def __call__(self, config: TransformerConfig, make_norm: Factory, placement: Placement = UNPLACED) -> Residual:
+    def __call__(self, config: LayerConfig, make_norm: Factory, placement: Placement = UNPLACED) -> Residual:
         """Makes the residual connection of a sub-layer."""
         return AdaptedResidual(config, make_norm, placement, self)
 
@@ -129,7 +129,7 @@ class LoraProjection:
 
     def __call__(
         self,
-        config: TransformerConfig,
+        config: LayerConfig,
         features: tuple[int, ...],
         axes: tuple[str, ...],
         gain: float = 1.0,
@@ -162,9 +162,7 @@ class PrefixAttention:
         _check_width("PrefixAttention.length", self.length)
         _check_sublayers("PrefixAttention", self.sublayers)
 
-    def __call__(
-        self, config: TransformerConfig, make_projection: Factory, placement: Placement = UNPLACED
-    ) -> Attention:
+    def __call__(self, config: LayerConfig, make_projection: Factory, placement: Placement = UNPLACED) -> Attention:
         """Makes the attention of a sub-layer."""
         return PrefixedAttention(config, make_projection, placement, self)
 
@@ -181,7 +179,7 @@ class Factor(nn.Module):
       placement: where the kernel is stored while it is used.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     features: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: nn.initializers.Initializer
@@ -207,7 +205,7 @@ class Factor(nn.Module):
 class Bottleneck(nn.Module):
     """The network of an adapter, see `AdapterResidual`."""
 
-    config: TransformerConfig
+    config: LayerConfig
     settings: AdapterResidual
     make_norm: Factory
     placement: Placement = UNPLACED
@@ -279,7 +277,7 @@ class AdaptedProjection(Projection):
 class LowRank(nn.Module):
     """The two matrices of `LoraProjection`."""
 
-    config: TransformerConfig
+    config: LayerConfig
     settings: LoraProjection
     features: tuple[int, ...]
     axes: tuple[str, ...]
@@ -302,7 +300,7 @@ class LowRank(nn.Module):
 class Prefix(nn.Module):
     """Keys and values of `PrefixAttention`."""
 
-    config: TransformerConfig
+    config: LayerConfig
     length: int
 
     @nn.compact

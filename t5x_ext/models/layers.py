@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.models.config import TransformerConfig
+from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.sublayers import Aux, KeyValue
@@ -30,7 +30,7 @@ class Layer(nn.Module):
       with_cross_attention: True in the decoder of an encoder-decoder.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     parts: LayerParts = LayerParts()
     placement: Placement = UNPLACED
     with_cross_attention: bool = False

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from t5x_ext.contracts import Params, PyTree, path_predicate
-from t5x_ext.models.config import TransformerConfig
+from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.layers import Layer
 from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
@@ -58,7 +58,7 @@ class Stack(nn.Module):
       materialise: turns the stored parameters of one layer into arrays.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     num_layers: int
     sharing: LayerSharing
     layer_type: Callable[..., nn.Module] = Layer
@@ -190,7 +190,7 @@ def _unstack(sets: Params, count: int) -> list[Params]:
     return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(count)]
 
 
-def _rematerialised(step: Step, config: TransformerConfig) -> Step:
+def _rematerialised(step: Step, config: LayerConfig) -> Step:
     if config.remat == "none":
         return step
     policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from t5x_ext.models.config import TransformerConfig
+from t5x_ext.contracts import Axes
+from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.placement import UNPLACED, Placement
 
 Positions = Callable[[Int[Array, "..."], int], Float[Array, "... embed"]]
@@ -56,7 +57,7 @@ def sinusoidal_positions(positions: Int[Array, "..."], embed_dim: int) -> Float[
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def compute_dtype(config: TransformerConfig) -> jnp.dtype:
+def compute_dtype(config: LayerConfig) -> jnp.dtype:
     """The dtype of activations and matrix products."""
     return jnp.dtype(config.compute_dtype)
 
@@ -90,7 +91,7 @@ def _einsum_backward(subscripts: str, operands: tuple[Array, Array], gradient: A
 _einsum_widened.defvjp(_einsum_forward, _einsum_backward)
 
 
-def named_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Callable[..., Any]:
+def named_axes(init: Callable[..., Array], axes: Axes) -> Callable[..., Any]:
     """The initialiser `init`, its result boxed with the logical names of its axes."""
     return nn.with_logical_partitioning(init, axes)
 
@@ -125,7 +126,7 @@ def random_bytes(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last axis, computed in float32, returned in the dtype of its input."""
 
-    config: TransformerConfig
+    config: LayerConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
@@ -153,7 +154,7 @@ class Projection(nn.Module):
       placement: where the kernel lies while it is used.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     features: tuple[int, ...]
     axes: tuple[str, ...]
     gain: float = 1.0
@@ -190,7 +191,7 @@ class Attention(nn.Module):
       placement: where arrays are stored on a mesh of devices.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     make_projection: Factory = Projection
     placement: Placement = UNPLACED
 
@@ -232,7 +233,7 @@ class FeedForward(nn.Module):
       placement: where arrays are stored on a mesh of devices.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     make_projection: Factory = Projection
     placement: Placement = UNPLACED
 
@@ -263,7 +264,7 @@ class Residual(nn.Module):
       placement: where arrays are stored on a mesh of devices.
     """
 
-    config: TransformerConfig
+    config: LayerConfig
     make_norm: Factory = Norm
     placement: Placement = UNPLACED
 

@@ -138,7 +138,9 @@ class PreparedClassification:
         read = task.train.read()
         self.classes = task.classes or class_names(read)
         if len(self.classes) < 2:
-            raise UserError(f"{task.train.path}: all labels are {self.classes[0]!r}; a classification needs two or more")
+            raise UserError(
+                f"{task.train.path}: all labels are {self.classes[0]!r}; a classification needs two or more"
+            )
         self.sizes = {"vocab_size": tokenizer.size, "classes": len(self.classes)}
         self._wanted = [name for name in batch_arrays(task.batch) if name != "token_types" or task.model.token_types]
         description = {
@@ -231,7 +233,13 @@ class TextClassifier:
     """
 
     def __init__(
-        self, model: Classifier, params: Params, tokenizer: WordPiece, classes: Sequence[str], length: int, texts: int = 1
+        self,
+        model: Classifier,
+        params: Params,
+        tokenizer: WordPiece,
+        classes: Sequence[str],
+        length: int,
+        texts: int = 1,
     ):
         """Joins a model with what its texts go through.
 

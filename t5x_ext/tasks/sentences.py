@@ -64,7 +64,9 @@ class SentenceEncoder:
         config = RowConfig(rows=min(rows, len(lines)), length=-(-longest // 32) * 32)
         examples = Examples(tokenized, np.zeros(len(lines), np.int32))
         found = np.zeros((len(lines), self._model.config.embed_dim), np.float32)
-        for batch, (inside, numbers) in zip(in_order(examples, config), where_examples_are(examples, config), strict=True):
+        for batch, (inside, numbers) in zip(
+            in_order(examples, config), where_examples_are(examples, config), strict=True
+        ):
             found[numbers] = np.asarray(_vectors(self._model, self._params, batch, self._pooling))[inside]
         return found
 

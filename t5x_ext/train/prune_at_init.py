@@ -14,10 +14,10 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from t5x_ext import compress
-from t5x_ext.storage.files import write_json
 from t5x_ext.contracts import Batch, Context, Frozen, Params, PyTree, UserError, path_name, select
 from t5x_ext.optim import StaticMaskState, with_masks
 from t5x_ext.parallel import global_batch, host_rows, is_primary
+from t5x_ext.storage.files import write_json
 from t5x_ext.train.log import say
 from t5x_ext.train.loop import Hook, Loop, Session
 from t5x_ext.train.subset import SubsetObjective, totals_of
