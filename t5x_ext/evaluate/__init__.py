@@ -8,6 +8,7 @@ systems in many directions, as WMT publishes them.
 
 from __future__ import annotations
 
+from t5x_ext.evaluate.classification import classification_scores
 from t5x_ext.evaluate.comet_scores import CometTexts, comet_scores
 from t5x_ext.evaluate.metrics import TOKENIZERS, MetricScore, bleu, chrf, exact_match, ter, tokenizer_for
 from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts, scores_from_json
@@ -38,6 +39,7 @@ __all__ = [
     "SystemResult",
     "bleu",
     "chrf",
+    "classification_scores",
     "comet_scores",
     "compare_systems",
     "evaluate_domains",

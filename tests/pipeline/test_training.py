@@ -15,7 +15,7 @@ from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, VocabularyConfig
 from t5x_ext.models import DecoderConfig, TransformerConfig
 from t5x_ext.pipeline import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
-from t5x_ext.tasks import Translation
+from t5x_ext.tasks import LanguageModeling, Translation, with_data
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
 from t5x_ext.vega_mt import NoisyDev
 
@@ -83,9 +83,9 @@ def test_texts_take_the_place_of_the_run_s_own(run, asked, tmp_path):
     artefacts = made(tmp_path, TEXTS, Train("p1", run, corpora=("texts",), upsample={"texts": 2}))
     (done, folder, init_from), *_ = asked
     assert (folder, init_from) == ("p1/run", None)
-    assert names(done.data) == [("a", "en-de", None), ("b", "en-cs", None)] * 2
-    assert done.data.bidirectional
-    assert replace(done, data=run.task.data) == run
+    assert names(done.task.data) == [("a", "en-de", None), ("b", "en-cs", None)] * 2
+    assert done.task.data.bidirectional
+    assert with_data(done, run.task.data) == run
     assert artefacts["p1"].models == (Model(("en-de", "de-en", "en-cs", "cs-en"), (Weights("p1/run", 2),)),)
 
 
@@ -167,7 +167,7 @@ def test_texts_for_one_direction_are_not_read_in_the_other(run, asked, tmp_path)
     assert [corpus.languages for corpus in data.valid] == [("en", "de"), ("de", "en")]
     made(tmp_path / "plain", TEXTS, written, replace(stage, provenance=False))
     assert {marked for _, _, marked in names(asked[1][0].task.data)} == {None}
-    switching = replace(run, data=replace(run.task.data, bidirectional_steps=1))
+    switching = with_data(run, replace(run.task.data, bidirectional_steps=1))
     with pytest.raises(UserError, match="stage 'p3': bidirectional_steps changes the direction of every corpus"):
         made(tmp_path / "switching", TEXTS, written, replace(stage, run=switching))
 
