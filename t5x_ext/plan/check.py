@@ -198,7 +198,7 @@ def _decoding_work(
     stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
     models = f"{members} models together, " if members > 1 else ""
     assumption = (
-        f"{models}{type(decode.search).__name__}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
+        f"{models}{type(decode.search).__name__.lower()}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
         f"{source_length}"
     )
     work = _Work(
