@@ -17,10 +17,10 @@ from t5x_ext.contracts import FamilyCorpus, Frozen, Params, PyTree, TranslationB
 from t5x_ext.data import DataConfig, PreparedData, TextDirection, prepare
 from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
-from t5x_ext.models import EncoderDecoder, Placement, TransformerConfig, init_params, logical_axes
+from t5x_ext.models import DecoderConfig, Placement, TransformerConfig, init_params, logical_axes, model_of
 from t5x_ext.parallel import is_primary
 from t5x_ext.tasks.held_out import HeldOutLoss
-from t5x_ext.tasks.text import TextBatches, packed_arrays, text_record, with_vocabulary_of
+from t5x_ext.tasks.text import TextBatches, packed_arrays, pair_flops, text_record, with_vocabulary_of
 from t5x_ext.train.intervals import Interval, check_interval
 from t5x_ext.train.program import Program
 from t5x_ext.train.task import Definition, Evaluator
@@ -45,7 +45,7 @@ class Translation:
     """
 
     data: DataConfig
-    model: TransformerConfig
+    model: TransformerConfig | DecoderConfig
     max_lines: int = 200
     decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(Greedy()))
     decode_every: Interval | None = None
@@ -61,11 +61,16 @@ class Translation:
         return self.data.batch.rows
 
     def check(self, run: Run) -> None:
-        """Refuses a metric that nothing will measure.
+        """Refuses a metric that nothing will measure, and decoding with a language model.
 
         Raises:
           UserError: if it needs decoded text, and none is decoded.
         """
+        if isinstance(self.model, DecoderConfig) and (self.max_lines or self.data.test):
+            raise UserError(
+                "Translation.model is a DecoderConfig: a language model translates nothing; set "
+                "Translation.max_lines = 0 and give no test corpora"
+            )
         metric = run.evaluation.metric
         if self.max_lines == 0 and metric.startswith(_DECODED_METRICS):
             raise UserError(
@@ -80,11 +85,11 @@ class Translation:
     def define(self, sizes: Mapping[str, int], placement: Placement) -> Definition:
         """An encoder-decoder over packed pairs; `sizes` gives `vocab_size`."""
         config = self.sized(sizes)
-        model = EncoderDecoder(config, placement=placement)
+        model = model_of(config, placement=placement)
         batch = packed_arrays(self.data.batch, TranslationBatch.__annotations__)
-        return Definition(model, partial(init_params, config), logical_axes(config), batch)
+        return Definition(model, partial(init_params, model), logical_axes(model), batch)
 
-    def sized(self, sizes: Mapping[str, int]) -> TransformerConfig:
+    def sized(self, sizes: Mapping[str, int]) -> TransformerConfig | DecoderConfig:
         """The model's config with the size of the vocabulary in use."""
         return dataclasses.replace(self.model, vocab_size=sizes["vocab_size"])
 
@@ -107,7 +112,7 @@ class PreparedTranslation:
         """Joins a task and its data."""
         self.task, self.data = task, data
         self.sizes = {"vocab_size": data.vocabulary.size}
-        self.batches = TextBatches(data.batches, data.description, task.sized(self.sizes).flops)
+        self.batches = TextBatches(data.batches, data.description, pair_flops(task.sized(self.sizes)))
 
     @property
     def has_test(self) -> bool:

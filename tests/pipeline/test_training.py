@@ -13,7 +13,7 @@ from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, VocabularyConfig
-from t5x_ext.models import TransformerConfig
+from t5x_ext.models import DecoderConfig, TransformerConfig
 from t5x_ext.pipeline import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
 from t5x_ext.tasks import Translation
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
@@ -120,8 +120,14 @@ def test_each_direction_gets_a_model_from_that_of_all(run, asked, tmp_path):
 
 
 def test_a_language_model_reads_each_side_by_itself(run, asked, tmp_path):
-    model = replace(run.task.model, encoder_layers=0)
-    lm = Train("lm", replace(run, model=model), corpora=("texts", "mono"), languages=("de",), vocabulary="p1")
+    model = DecoderConfig(embed_dim=8, mlp_dim=16, num_heads=2, layers=1)
+    lm = Train(
+        "lm",
+        replace(run, task=replace(run.task, model=model)),
+        corpora=("texts", "mono"),
+        languages=("de",),
+        vocabulary="p1",
+    )
     made(tmp_path, TEXTS, MONO, Train("p1", run, corpora=("texts",)), lm)
     data = asked[1][0].data
     assert [(corpus.name, corpus.languages) for corpus in data.train] == [
