@@ -304,7 +304,7 @@ def compare_systems(
     return [Comparison(*name, metrics) for name, metrics in zip(names, _in_processes(_compare, tasks, jobs))]
 
 
-def main_reference(direction: Direction, references: Mapping[str, str] | None = None) -> str:
+def main_reference(direction: DirectionTexts, references: Mapping[str, str] | None = None) -> str:
     """The reference to use: the one given for the direction if it exists, else the first by name."""
     named = (references or {}).get(direction.name, "")
     return named if named in direction.references else min(direction.references)
