@@ -21,6 +21,7 @@ from t5x_ext.data.labelled import Examples, LabelledBatches, RowConfig, batch_ar
 from t5x_ext.data.wordpiece import FILE, WordPiece
 from t5x_ext.evaluate import classification_scores
 from t5x_ext.models import (
+    UNPLACED,
     Classifier,
     EncoderConfig,
     LayerParts,
@@ -93,12 +94,11 @@ class Classification:
             del arrays["token_types"]
         return Definition(model, partial(init_params, model), logical_axes(model), arrays)
 
-    def classifier(self, sizes: Mapping[str, int], placement: Placement | None = None) -> Classifier:
+    def classifier(self, sizes: Mapping[str, int], placement: Placement = UNPLACED) -> Classifier:
         """The model with the sizes that the data gives."""
         config = dataclasses.replace(self.model, vocab_size=sizes["vocab_size"])
         classes = sizes.get("classes", len(self.classes or ()) or 2)
-        more = {} if placement is None else {"placement": placement}
-        return Classifier(config, parts=self.parts, classes=classes, pooling=self.pooling, **more)
+        return Classifier(config, parts=self.parts, classes=classes, pooling=self.pooling, placement=placement)
 
     def prepare(self, folder: RunFolder, cache_dir: str | None, seed: int) -> PreparedClassification:
         """Reads and tokenizes all examples; the tokenizer is kept in the run folder."""
@@ -106,8 +106,8 @@ class Classification:
         own = (folder.path / FILE).exists()
         if self.tokenizer is None and not own:
             raise UserError(
-                "Classification.tokenizer is missing: give a folder with tokenizer.json, or start from the run folder of "
-                "an encoder (Run.init_from)"
+                "Classification.tokenizer is missing: give a folder with tokenizer.json, or start from the run folder "
+                "of an encoder (Run.init_from)"
             )
         tokenizer = WordPiece.from_folder(self.tokenizer or folder.path)
         if is_primary():
