@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from t5x_ext.tasks.classification import Classification, TextClassifier
 from t5x_ext.tasks.held_out import HeldOutLoss
+from t5x_ext.tasks.language_model import LanguageModeling
 from t5x_ext.tasks.of_run import text_task, with_data, with_model
 from t5x_ext.tasks.opening import open_run
 from t5x_ext.tasks.sentences import SentenceEncoder
@@ -16,6 +17,7 @@ from t5x_ext.tasks.translation import Translation
 __all__ = [
     "Classification",
     "HeldOutLoss",
+    "LanguageModeling",
     "SentenceEncoder",
     "TextClassifier",
     "Translation",

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from t5x_ext.models.sublayers import Norm, Residual
 
 from t5x_ext.contracts import UserError, path_name
 from t5x_ext.models import EncoderDecoder, LayerParts, LayerSharing, houlsby, lora, mam, parallel, pfeiffer
 from t5x_ext.models.adapters import AdapterResidual, LoraProjection, PrefixAttention, merged_lora
+from t5x_ext.models.sublayers import Norm, Residual
 
 PRESETS = {
     "houlsby": functools.partial(houlsby, 3),
