@@ -10,7 +10,7 @@ PIECES = [
     "[UNK]",
     "[CLS]",
     "[SEP]",
-    *"the a cat dog sat ran well badly very not good bad fine poor film".split(),
+    *["the", "a", "cat", "dog", "sat", "ran", "well", "badly", "very", "not", "good", "bad", "fine", "poor", "film"],
 ]
 CONFIG = {
     "model_type": "bert",
