@@ -64,9 +64,8 @@ def batch_arrays(config: RowConfig) -> dict[str, tuple[int, ...]]:
     example) and `token_types` are [rows, length]; `starts` (index of each example's first token), `target_labels` (the
     class) and `target_segment_ids` (1 where there is an example, else 0) are [rows, examples_per_row].
     """
-    tokens: tuple[int, ...] = (config.rows, config.length)
-    examples: tuple[int, ...] = (config.rows, config.examples_per_row)
-    names = dict.fromkeys(("tokens", "segment_ids", "positions", "token_types"), tokens)
+    tokens, examples = (config.rows, config.length), (config.rows, config.examples_per_row)
+    names: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "segment_ids", "positions", "token_types"), tokens)
     return names | dict.fromkeys(("starts", "target_labels", "target_segment_ids"), examples)
 
 

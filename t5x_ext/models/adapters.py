@@ -174,7 +174,7 @@ class Factor(nn.Module):
       config: gives dtype and whether there may be biases.
       features: sizes of the new axes.
       axes: logical names of the kernel's axes, the contracted ones first; None for the bottleneck.
-      kernel_init: of the kernel.
+      initializer: of the kernel.
       use_bias: whether there is a bias, where the config has biases.
       placement: where the kernel is stored while it is used.
     """
@@ -182,7 +182,7 @@ class Factor(nn.Module):
     config: LayerConfig
     features: tuple[int, ...]
     axes: tuple[str | None, ...]
-    kernel_init: nn.initializers.Initializer
+    initializer: nn.initializers.Initializer
     use_bias: bool = True
     placement: Placement = UNPLACED
 
@@ -191,7 +191,7 @@ class Factor(nn.Module):
         """Returns the map of `x` in the compute dtype."""
         contracted = len(self.axes) - len(self.features)
         leading, reduced = x.shape[:-contracted], x.shape[-contracted:]
-        init = lambda key, shape, dtype=jnp.float32: self.kernel_init(key, _matrix(shape, contracted), dtype).reshape(
+        init = lambda key, shape, dtype=jnp.float32: self.initializer(key, _matrix(shape, contracted), dtype).reshape(
             shape
         )
         kernel = self.param("kernel", named_axes(init, self.axes), reduced + self.features)

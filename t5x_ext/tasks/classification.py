@@ -94,11 +94,10 @@ class Classification:
             del arrays["token_types"]
         return Definition(model, partial(init_params, model), logical_axes(model), arrays)
 
-    def classifier(self, sizes: Mapping[str, int], placement: Placement | None = None) -> Classifier:
+    def classifier(self, sizes: Mapping[str, int], placement: Placement = UNPLACED) -> Classifier:
         """The model with the sizes that the data gives."""
         config = dataclasses.replace(self.model, vocab_size=sizes["vocab_size"])
         classes = sizes.get("classes", len(self.classes or ()) or 2)
-        placement = UNPLACED if placement is None else placement
         return Classifier(config, parts=self.parts, classes=classes, pooling=self.pooling, placement=placement)
 
     def prepare(self, folder: RunFolder, cache_dir: str | None, seed: int) -> PreparedClassification:

@@ -114,7 +114,8 @@ class PruneAtInit(Hook):
         program, source = session.program, session.prepared.batches
         sharded = {name for name, spec in program.definition.batch.items() if spec.sharded}
         rows = host_rows(program.mesh, source.rows) if sharded else (0, source.rows)
-        found, count = list[Batch](), 0
+        found: list[Batch] = []
+        count = 0
         while count < self.examples:
             index = len(found)
             found.append(global_batch(program.mesh, source.read(index, *rows), sharded))
