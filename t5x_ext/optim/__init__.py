@@ -1,4 +1,4 @@
-"""How weights move: Adam, Adafactor, SAM, FSAM, Flora, Ginger, gradual pruning, schedules, rules by path; plain Optax."""
+"""How weights move: Adam, Adafactor, SAM, FSAM, Flora, Ginger, gradual pruning, schedules, rules by path; in Optax."""
 
 from t5x_ext.optim.accumulation import mean_accumulator
 from t5x_ext.optim.adafactor import adafactor
