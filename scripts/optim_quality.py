@@ -25,7 +25,7 @@ from optim_arms import Arm
 from t5x_ext.contracts import Batch, Context, Objective, Params, UserError
 from t5x_ext.corpora import aligned_files, read_lines
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, Vocabulary, VocabularyConfig, prepare, train_vocabulary
-from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import bleu
 from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params, logical_axes
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
@@ -533,7 +533,7 @@ def _translate(name: str, size: TranslationSizes, task: Translation, rate: float
         EncoderDecoder(task.config), params, Vocabulary.load(task.vocabulary), TagPolicy(), ("en-de",)
     )
     sources, references = task.lines
-    hypotheses = translator.translate(sources, "en", "de", DecodeConfig(strategy="greedy", beam_size=1))
+    hypotheses = translator.translate(sources, "en", "de", DecodeConfig(Greedy()))
     found = {
         "loss": _valid_loss(training, params, task),
         "bleu": bleu(hypotheses, references, "13a").value,

@@ -4,7 +4,7 @@
   scripts/score_wmt.py --data_dir=wmt23 --json_out=wmt23.json
   scripts/score_wmt.py --data_dir=mt-metrics-eval-v2/wmt21.news --direction=en-de \\
     --systems='system-outputs/{source}-{target}/{system}.txt' --sources='sources/{source}-{target}.txt' \\
-    --references='references/{source}-{target}.{reference}.txt' --leave_out='ref*' \\
+    --references='references/{source}-{target}.{reference}.txt' --exclude='ref*' \\
     --domains='documents/{source}-{target}.docs'
 
 Texts are UTF-8, plain or gzipped, line i the same segment everywhere. A direction without a reference is left out, and
@@ -45,7 +45,7 @@ from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import (
     CometTexts,
     Comparison,
-    Direction,
+    DirectionTexts,
     Layout,
     comet_scores,
     compare_systems,
@@ -89,7 +89,7 @@ def define(values: flags.FlagValues, defaults: Defaults) -> None:
     flags.DEFINE_string("sources", layout.sources, "pattern of the sources; empty for none", **own)
     flags.DEFINE_string("domains", layout.domains, "pattern of files with a domain for each line, or WMT's XML", **own)
     flags.DEFINE_list("direction", [], "directions to score, as en-de,de-en; all by default", **own)
-    flags.DEFINE_multi_string("leave_out", [], "systems to leave out, as 'ref*'", **own)
+    flags.DEFINE_multi_string("exclude", [], "systems to skip, as 'ref*'", **own)
     flags.DEFINE_multi_string(
         "tokenizer", list(defaults.tokenizers), "BLEU's tokenizer for a target language, as ja=char; by default "
         "that of the language: zh, ja-mecab, or 13a", **own)  # fmt: skip
@@ -123,7 +123,7 @@ def score(values: flags.FlagValues) -> int:
     if (claims or values.against) and not values.system:
         raise UsageError("--system is missing: the system that --claim and --against are about")
     layout = Layout(values.systems, values.references, values.sources, values.domains)
-    directions = read_directions(values.data_dir, layout, only=values.direction, leave_out=values.leave_out)
+    directions = read_directions(values.data_dir, layout, only=values.direction, exclude=values.exclude)
     official = _read_official(values)
     scorable = _with_references(directions, values)
 
@@ -170,12 +170,12 @@ def _tokenizers(texts: Sequence[str]) -> dict[str, str]:
     return {language: name for language, _, name in pairs}
 
 
-def _with_references(directions: Sequence[Direction], values: flags.FlagValues) -> list[Direction]:
+def _with_references(directions: Sequence[DirectionTexts], values: flags.FlagValues) -> list[DirectionTexts]:
     """The directions that can be scored; the others are named on standard error."""
     scorable = [direction for direction in directions if direction.references]
     if not scorable:
         raise UserError(
-            f"{values.data_dir}: no file fits {values.references}, the pattern of references, for any output"
+            f"{values.data_dir}: no file matches {values.references}, the pattern of references, for any output"
         )
     for direction in directions:
         if not direction.references:
@@ -185,14 +185,14 @@ def _with_references(directions: Sequence[Direction], values: flags.FlagValues) 
     return scorable
 
 
-def _comet(values: flags.FlagValues, directions: Sequence[Direction]) -> dict[Key, float]:
+def _comet(values: flags.FlagValues, directions: Sequence[DirectionTexts]) -> dict[Key, float]:
     """COMET of every system by each single reference."""
     if not values.comet_model:
         return {}
     texts: dict[Key, CometTexts] = {}
     for direction in directions:
         if direction.sources is None:
-            raise UserError(f"COMET needs the sources of {direction.name}: no file fits --sources={values.sources}")
+            raise UserError(f"COMET needs the sources of {direction.name}: no file matches --sources={values.sources}")
         for reference, lines in direction.references.items():
             for system, outputs in direction.systems.items():
                 texts[direction.name, system, reference] = CometTexts(direction.sources, outputs, lines)
@@ -207,7 +207,10 @@ def _comet(values: flags.FlagValues, directions: Sequence[Direction]) -> dict[Ke
 
 
 def _comparisons(
-    values: flags.FlagValues, directions: Sequence[Direction], claims: Sequence[Claim], tokenizers: Mapping[str, str]
+    values: flags.FlagValues,
+    directions: Sequence[DirectionTexts],
+    claims: Sequence[Claim],
+    tokenizers: Mapping[str, str],
 ) -> list[Comparison]:
     if not values.against:
         return []

@@ -63,7 +63,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_integer("decode_length", 64, "source tokens of a sentence", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
-        "beam_size", None, "hypotheses of a sentence; by default those of the stage, or of the run's final test",
+        "beam_size", None, "of beam search; by default that of the stage, or of the run's final test",
         lower_bound=1, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_boolean(
@@ -90,9 +90,12 @@ def main(values: flags.FlagValues) -> int:
     values["vocab_size"].value = None
     work = _work_of_stage(values) if values.stage else _work_of_run(values)
     if values.program == "decode" and work.decode is None:
-        from t5x_ext.tasks import text_task
+        from t5x_ext.tasks import Translation, text_task
 
-        work = work._replace(decode=text_task(work.run).test_decode)
+        task = text_task(work.run)
+        if not isinstance(task, Translation):
+            raise UsageError("--program=decode goes with a translation; a language model decodes nothing")
+        work = work._replace(decode=task.test_decode)
 
     from t5x_ext.plan.topology import find_target
 
@@ -145,19 +148,21 @@ def _check(values: flags.FlagValues, work: StageWork, vocab_size: int, target: T
     if decode is None:
         return check(run, vocab_size, target, values.mean_length)
     if values.beam_size:
-        decode = dataclasses.replace(decode, beam_size=values.beam_size)
+        if not hasattr(decode.search, "beam_size"):
+            raise UsageError(f"--beam_size: the search is {type(decode.search).__name__}, which has no beam")
+        search = dataclasses.replace(decode.search, beam_size=values.beam_size)  # type: ignore[type-var]
+        decode = dataclasses.replace(decode, search=search)
     rows = values.decode_rows or _decode_rows(on_slices(run, target), decode, len(target.devices), values.decode_length)
     return check_decoding(run, vocab_size, target, decode, rows, values.decode_length, work.members)
 
 
 def _decode_rows(run: Run, decode: DecodeConfig, devices: int, length: int) -> int:
     """The rows of the batch that `t5x_ext translate` makes of sentences of one length."""
-    from t5x_ext.decode.batching import ACCELERATOR_BATCH_TOKENS
+    from t5x_ext.decode.batching import ACCELERATOR_BATCH_TOKENS, batch_rows
 
     slices, data, fsdp, _ = run.mesh.sizes(devices)
-    pieces = slices * data * fsdp
-    rows = max(1, (decode.batch_tokens or ACCELERATOR_BATCH_TOKENS) * slices * data // length)
-    return -(-rows // pieces) * pieces
+    copies = slices * data
+    return batch_rows(length, decode.batch_tokens or ACCELERATOR_BATCH_TOKENS, copies, shards=copies * fsdp)
 
 
 def _search(values: flags.FlagValues, run: Run, vocab_size: int, target: Target) -> int:

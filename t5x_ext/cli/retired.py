@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _TO_CORPORA = (
-    *("BeamRunner", "CldrCorpus", "CleaningConfig", "ParallelText", "SeqioMixture", "aligned_files"),
+    *("BeamRunner", "CldrCorpus", "ParallelText", "SeqioMixture", "aligned_files"),
     *("monolingual_text", "cldr", "filters", "noise", "parallel_text", "seqio_mixture"),
 )
 _TO_PIPELINE = (
@@ -15,6 +15,13 @@ MOVED_TO_ROOM: dict[tuple[str, str], str] = {
     **{("t5x_ext.vega_mt", name): "pipeline" for name in _TO_PIPELINE},
 }
 """From a module and a name that it no longer has to the room that has it."""
+
+RENAMED: dict[tuple[str, str], str] = {
+    (module, "CleaningConfig"): "corpora.PairRules (from t5x_ext import corpora); max_length_ratio, in characters, is"
+    " now max_ratio, in words"
+    for module in ("t5x_ext.data", "t5x_ext.corpora", "t5x_ext.corpora.cleaning")
+}
+"""From a module and a name that it no longer has to the new name, as the end of a message."""
 
 SETTINGS: dict[str, str] = {
     "Run.data": "tasks.Translation.data, with train.Run.task = @tasks.Translation()",
@@ -32,6 +39,8 @@ def moved_name(module: str, name: str) -> str:
     >>> moved_name("t5x_ext.data", "ParallelText")
     '; it is now corpora.ParallelText (from t5x_ext import corpora)'
     """
+    if (module, name) in RENAMED:
+        return f"; it is now {RENAMED[module, name]}"
     room = MOVED_TO_ROOM.get((module, name))
     return f"; it is now {room}.{name} (from t5x_ext import {room})" if room else ""
 
@@ -42,5 +51,7 @@ def retired_setting(target: str, parameter: str) -> str:
     >>> retired_setting("EvaluationConfig", "max_lines")
     '; use tasks.Translation.max_lines'
     """
-    new = SETTINGS.get(f"{target}.{parameter}")
+    from t5x_ext.decode.config import RETIRED
+
+    new = {**SETTINGS, **RETIRED}.get(f"{target}.{parameter}")
     return f"; use {new}" if new else ""

@@ -1,34 +1,45 @@
-"""Model to text: greedy and beam search, sampling, forced scoring, and translation of lines and files.
+"""Model to text: beam and greedy search, sampling, forced scoring, and translation of lines and files.
 
-The searches (`beam_search`, `greedy`, `sample`) work on any `tokens_to_logits` callable; `Translator` joins them with a
-model and its vocabulary; `translate_file`, `score_file` and `translate_stream` add files. All options are in
-`DecodeConfig`.
+A `Search` (`Beam`, `Greedy`, `Sample`, or any other) finds hypotheses with a model; `Constraint`s forbid what it may
+not say; `Translator` joins model and vocabulary; `translate_file`, `score_file` and `translate_stream` add files. All
+options are in `DecodeConfig`.
 """
 
 from __future__ import annotations
 
+from t5x_ext.decode.beam import Beam
 from t5x_ext.decode.config import DecodeConfig
+from t5x_ext.decode.constraints import ForbidTokens, MinimumLength, NoRepeatNgrams
 from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.files import FileReport, score_file, translate_file, translate_stream
-from t5x_ext.decode.sampling import sample
+from t5x_ext.decode.greedy import Greedy
+from t5x_ext.decode.sampling import Sample
 from t5x_ext.decode.scoring import Score, perplexity
-from t5x_ext.decode.search import Hypotheses, beam_search, fairseq_penalty, gnmt_penalty, greedy
+from t5x_ext.decode.search import Constraint, Hypotheses, Search, SearchInputs
+from t5x_ext.decode.steps import decoding_steps, require_methods, rollout
 from t5x_ext.decode.translator import Hypothesis, Translator
 
 __all__ = [
+    "Beam",
+    "Constraint",
     "DecodeConfig",
     "Ensemble",
     "FileReport",
+    "ForbidTokens",
+    "Greedy",
     "Hypotheses",
     "Hypothesis",
+    "MinimumLength",
+    "NoRepeatNgrams",
+    "Sample",
     "Score",
+    "Search",
+    "SearchInputs",
     "Translator",
-    "beam_search",
-    "fairseq_penalty",
-    "gnmt_penalty",
-    "greedy",
+    "decoding_steps",
     "perplexity",
-    "sample",
+    "require_methods",
+    "rollout",
     "score_file",
     "translate_file",
     "translate_stream",

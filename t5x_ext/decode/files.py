@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -33,16 +32,11 @@ _Make: TypeAlias = Callable[[Sequence[str], int, Progress], tuple[Iterable[str],
 class FileReport(NamedTuple):
     """What a translation or scoring of a file did, all its processes together."""
 
-    lines: int
-    """Lines translated, or scored."""
-    resumed_lines: int
-    """Lines that earlier, interrupted processes had done."""
-    target_tokens: int
-    """Tokens of the best translations, or those scored, ends of sentence and forced prefixes included."""
-    seconds: float
-    """Wall time of the slowest process, compilation included."""
-    processes: int
-    """How many processes took part."""
+    lines: int  # translated, or scored
+    resumed_lines: int  # that earlier, interrupted processes had done
+    target_tokens: int  # of the first translations, or those scored; ends of sentence and forced prefixes included
+    seconds: float  # wall time of the slowest process, compilation included
+    processes: int  # that took part
 
     @property
     def sentences_per_second(self) -> float:
@@ -81,13 +75,13 @@ def translate_file(
     a translator on devices of its own (`make_mesh(config, jax.local_devices())`), and all of them one file system. They
     exchange nothing while they translate, and may be more or fewer than those that were killed.
 
-    Chunks depend on `chunk_lines` and the input alone, and sampling draws by line numbers: neither the number of
-    processes nor restarts change the output. Another mesh, or other devices, may round scores differently.
+    Chunks depend on `chunk_lines` and the input alone, and sampling on line numbers: neither the number of processes
+    nor restarts change the output. Another mesh, or other devices, may round scores differently.
 
     Args:
       translator: opened model.
       input_path: UTF-8 text with one sentence a line, plain or gzipped.
-      output_path: where the translations go. With `config.n_best` above 1 each line of input gives its hypotheses as
+      output_path: where the translations go. With an `n_best` above 1 each line of input gives its hypotheses as
         `line number ||| text ||| score`, line numbers from 0 (Moses' n-best format).
       source_language: as in `Translator.translate`.
       target_language: see there.
@@ -105,11 +99,11 @@ def translate_file(
     def translate(lines: Sequence[str], first: int, progress: Progress) -> tuple[Iterable[str], int]:
         results = translator.translate_n_best(lines, *direction, config, progress, first_line=first)
         tokens = sum(hypotheses[0].num_tokens for hypotheses in results)
-        return format_results(results, first, config.n_best), tokens
+        return format_results(results, first, config.search.n_best), tokens
 
     work = {
-        "options": dataclasses.asdict(config),
-        "direction": "-".join(direction),
+        "options": config.to_json(),
+        "direction": direction.name,
         "model": translator.fingerprint(),
     }
     return _make_file(translate, input_path, output_path, work, chunk_lines, show_progress)
@@ -149,7 +143,7 @@ def score_file(
 
     work = {
         "scores": [config.max_source_length, config.batch_tokens],
-        "direction": "-".join(direction),
+        "direction": direction.name,
         "model": translator.fingerprint(),
     }
     return _make_file(score, input_path, output_path, work, chunk_lines, show_progress=False)
@@ -204,7 +198,7 @@ def translate_stream(
     iterator, finished = iter(lines), 0
     while chunk := [line.rstrip("\r\n") for line in itertools.islice(iterator, chunk_lines)]:
         results = translator.translate_n_best(chunk, source_language, target_language, config, first_line=finished)
-        yield from format_results(results, finished, config.n_best)
+        yield from format_results(results, finished, config.search.n_best)
         finished += len(chunk)
 
 

@@ -1,74 +1,90 @@
-"""Sampling with temperature, top-k and top-p over a `tokens_to_logits` callable."""
+"""Sampling with temperature, top-k and top-p."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Cache, TokensToLogits, UserError
-from t5x_ext.decode.search import Hypotheses, LengthPenalty, TopK, rollout
+from t5x_ext.contracts import Params, UserError
+from t5x_ext.decode.checks import at_least
+from t5x_ext.decode.penalties import length_penalty
+from t5x_ext.decode.search import Hypotheses, SearchInputs
+from t5x_ext.decode.steps import TopK, decoding_steps, rollout, row_top_k
 
 
-def sample(
-    tokens_to_logits: TokensToLogits,
-    cache: Cache,
-    rows: int,
-    *,
-    key: Array,
-    row_ids: Int[Array, " rows"],
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    max_length: int,
-    eos_id: int,
-    prefix: Int[Array, "rows prefix"] | None = None,
-    length_penalty: LengthPenalty | None = None,
-    max_lengths: Int[Array, " rows"] | None = None,
-    find_top: TopK = jax.lax.top_k,
-) -> Hypotheses:
-    """Draws one sequence a row from the model's truncated distribution.
+@dataclass(frozen=True)
+class Sample:
+    """Independent samples from the model's truncated distribution.
 
-    The token at a position depends on the key, the row's id, the position and the row's own logits, so that a
-    sentence's sample does not change with its neighbours in the batch.
+    Sample i of a row depends on the seed, the row's id, i and the row's own logits, so that it changes neither with
+    its neighbours in the batch nor with the number of samples. Samples are in the order in which they are drawn, and
+    several may be equal. Scores are log-probabilities of the whole model, at temperature 1 and untruncated, over the
+    length penalty.
 
-    Args:
-      tokens_to_logits: one decoding step over `rows` rows.
-      cache: leaves [layers, rows, ...].
-      rows: sentences sampled side by side.
-      key: a random key.
-      row_ids: an integer for each row, the line's number for example; equal ids draw equal noise.
+    Attributes:
+      n_best: samples of each source.
       temperature: divides the logits, before truncation; above 0.
-      top_k: keeps the k most probable tokens; 0 keeps all (arXiv 1805.04833).
-      top_p: keeps the fewest most probable tokens that reach this probability; 1 keeps all (arXiv 1904.09751).
-      max_length: as in `beam_search`, like all that follows.
-      eos_id: the end-of-sentence token.
-      prefix: forced tokens.
-      length_penalty: divides the score.
-      max_lengths: a maximum for each row.
-      find_top: how the best are found, see `TopK`.
+      top_k: sample from the k most probable tokens; 0 is all (arXiv 1805.04833).
+      top_p: sample from the fewest most probable tokens that reach this probability; 1 is all (arXiv 1904.09751).
+      seed: of the random numbers.
+      length_penalty: what a score is divided by, see `Beam`.
+      alpha: exponent of the length penalty.
 
-    Returns:
-      `Hypotheses` with n_best 1; scores are log-probabilities of the whole model, at temperature 1 and untruncated.
+    Raises:
+      UserError: for values that no distribution follows from, at construction.
     """
-    check_sampling(temperature, top_k, top_p)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
 
-    def choose(logits: Float[Array, "rows vocab"], position: Int[Array, ""]) -> Int[Array, " rows"]:
-        kept = truncate_logits(logits.astype(jnp.float32) / temperature, top_k, top_p, find_top)
-        return jax.vmap(lambda k, row: jax.random.categorical(jax.random.fold_in(k, position), row))(keys, kept)
+    n_best: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    length_penalty: Literal["fairseq", "gnmt"] = "fairseq"
+    alpha: float = 1.0
 
-    return rollout(
-        choose,
-        tokens_to_logits,
-        cache,
-        rows,
-        max_length=max_length,
-        eos_id=eos_id,
-        prefix=prefix,
-        length_penalty=length_penalty,
-        max_lengths=max_lengths,
-    )
+    def __post_init__(self) -> None:
+        at_least("n_best", self.n_best, 1)
+        if not self.temperature > 0:
+            raise UserError(
+                f"temperature = {self.temperature}: must be above 0; for the most probable token use Greedy"
+            )
+        if self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k}: must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1")
+        length_penalty(self.length_penalty, self.alpha)
+
+    @property
+    def rows_per_source(self) -> int:
+        """One for each sample."""
+        return self.n_best
+
+    def __call__(self, model: Any, params: Params, inputs: SearchInputs) -> Hypotheses:
+        """Samples, see `Search`."""
+        step, cache = decoding_steps(self, model, params, inputs)
+        keys = self._keys(inputs)
+        find_top = row_top_k(model)
+
+        def choose(logits: Float[Array, "rows vocab"], position: Int[Array, ""]) -> Int[Array, " rows"]:
+            kept = truncate_logits(logits.astype(jnp.float32) / self.temperature, self.top_k, self.top_p, find_top)
+            return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row))(keys, kept)
+
+        repeat = partial(jnp.repeat, repeats=self.n_best, axis=0)
+        each = inputs._replace(prefix=repeat(inputs.prefix), max_lengths=repeat(inputs.max_lengths))
+        samples = rollout(choose, step, cache, each, length_penalty(self.length_penalty, self.alpha))
+        rows = inputs.prefix.shape[0]
+        return jax.tree.map(lambda leaf: leaf.reshape(rows, self.n_best, *leaf.shape[2:]), samples)
+
+    def _keys(self, inputs: SearchInputs) -> Array:
+        """A random key for each sample, [rows * n_best]."""
+        fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        of_rows = fold_in(inputs.key, inputs.row_ids)
+        return jax.vmap(fold_in, in_axes=(0, None))(of_rows, jnp.arange(self.n_best)).reshape(-1)
 
 
 def truncate_logits(
@@ -88,13 +104,3 @@ def truncate_logits(
         worst = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < worst, -jnp.inf, logits)
     return logits
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises `UserError` for values that no distribution follows from."""
-    if not temperature > 0:
-        raise UserError(f"temperature = {temperature}: must be above 0; for the most probable token use greedy search")
-    if top_k < 0:
-        raise UserError(f"top_k = {top_k}: must be 0 (all tokens) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p = {top_p}: must lie above 0 and at most at 1")

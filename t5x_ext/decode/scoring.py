@@ -13,17 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Params, TranslationBatch
-from t5x_ext.decode.batching import mesh_of
+from t5x_ext.decode.batching import encoder_inputs, mesh_of
 from t5x_ext.decode.ensemble import Ensemble
-from t5x_ext.decode.search import log_prob_of
+from t5x_ext.decode.steps import log_prob_of
 from t5x_ext.parallel import batch_devices
 
 
 class Score(NamedTuple):
     """The log-probability of one translation, natural logarithm."""
 
-    token_log_probs: tuple[float, ...]
-    """One for each label: the forced prefix, the tokens, and the end of sentence."""
+    token_log_probs: tuple[float, ...]  # one for each label: the forced prefix, the tokens, and the end of sentence
 
     @property
     def log_prob(self) -> float:
@@ -50,14 +49,6 @@ def perplexity(scores: Sequence[Score]) -> float:
     tokens = sum(score.num_tokens for score in scores)
     total = math.fsum(score.log_prob for score in scores)
     return math.exp(-total / tokens) if tokens else math.nan
-
-
-def encoder_inputs(
-    tokens: Int[Array, "rows length"], lengths: Int[Array, " rows"]
-) -> tuple[Int[Array, "rows length"], Int[Array, "rows length"]]:
-    """Segment ids (1 for a row's own tokens, 0 beyond) and positions of unpacked rows."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return (positions < lengths[:, None]).astype(jnp.int32), positions
 
 
 @partial(jax.jit, static_argnames=("model", "eos_id"))
@@ -100,7 +91,7 @@ def label_log_probs(
     def row_log_probs(row: tuple[Float[Array, "length embed"], Int[Array, " length"]]) -> Float[Array, " length"]:
         return log_prob_of(jnp.asarray(model.apply({"params": params}, row[0], method="project")), row[1])
 
-    # What is mapped over must not be what the devices cut.
+    # What is mapped over must not be what is sharded over devices.
     mesh = mesh_of(model)
     devices = 1 if mesh is None else batch_devices(mesh)
     split = lambda leaf: jnp.swapaxes(leaf.reshape(devices, -1, *leaf.shape[1:]), 0, 1)

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from t5x_ext.checkpoints import RunFolder, check_structure, run_params
-from t5x_ext.contracts import Params, UserError
+from t5x_ext.contracts import Direction, Params, UserError
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 from t5x_ext.decode.batching import LengthBatch, mesh_of, pad, plan_batches
 from t5x_ext.decode.config import DecodeConfig
-from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
-from t5x_ext.decode.programs import decode_batch
+from t5x_ext.decode.ensemble import Combine, Ensemble
+from t5x_ext.decode.open import Opened, fingerprint, join_members, open_run, place
+from t5x_ext.decode.programs import decode_batch, random_key, without_seed
 from t5x_ext.decode.scoring import Score, label_log_probs
-from t5x_ext.models import UNPLACED, EncoderDecoder, TransformerConfig, init_params, logical_axes
-from t5x_ext.parallel import AxisRules, MeshPlacement, tree_shardings
+from t5x_ext.models import Transformer
+from t5x_ext.parallel import AxisRules
 from t5x_ext.parallel.batches import batch_sharding
-from t5x_ext.storage.digests import params_digest
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], object]
 """Told the number of lines that are done since the last call."""
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+"""Control characters of ASCII and Latin-1, and Unicode's separators of lines and paragraphs."""
+
 
 class Hypothesis(NamedTuple):
     """One translation of a line."""
 
-    text: str
-    score: float
-    """Log-probability divided by the length penalty (`search.Hypotheses`)."""
-    num_tokens: int
-    """Tokens, forced prefix and end of sentence included; 0 for an empty line."""
-
-
-class Direction(NamedTuple):
-    """Language codes of a direction of translation."""
-
-    source_language: str
-    target_language: str
+    text: str  # one line without control characters
+    score: float  # log-probability over the length penalty, see `Hypotheses`
+    num_tokens: int  # forced prefix and end of sentence included; 0 for an empty line
 
 
 class Translator:
@@ -59,13 +51,13 @@ class Translator:
     Lines are sorted by length into batches of few shapes, and come back in their order, one for one. A line without
     tokens (empty, or white space) is not given to the model: its translation is the empty line.
 
-    Where the model has a `MeshPlacement`, rows of a batch are cut over `BATCH_AXES` of its mesh. Devices decide the
+    Where the model has a `MeshPlacement`, rows of a batch are sharded over `BATCH_AXES` of its mesh. Devices decide the
     rounding of scores, and nothing else.
     """
 
     def __init__(
         self,
-        model: EncoderDecoder | Ensemble,
+        model: Transformer | Ensemble,
         params: Params,
         vocabulary: Vocabulary,
         tags: TagPolicy,
@@ -84,18 +76,8 @@ class Translator:
         Raises:
           UserError: where vocabulary or parameters do not fit the model.
         """
-        if vocabulary.size != model.config.vocab_size:
-            raise UserError(
-                f"the vocabulary has {vocabulary.size} pieces, the model {model.config.vocab_size}: "
-                "they are not of the same run"
-            )
-        one = jax.eval_shape(lambda: init_params(model.config, jax.random.key(0)))
-        check_structure(params, member_shapes(model, one), where="the checkpoint")
-        self.model = model
-        self.params = _placed(model, params)
-        self.vocabulary = vocabulary
-        self.tags = tags
-        self.directions = tuple(directions)
+        opened = place(Opened(model, params, vocabulary, tags, tuple(directions)))
+        self.model, self.params, self.vocabulary, self.tags, self.directions = opened
 
     @classmethod
     def from_run(
@@ -105,61 +87,25 @@ class Translator:
         mesh: Mesh | None = None,
         axis_rules: AxisRules | None = None,
     ) -> Translator:
-        """Opens a run folder; reads its JSON, its vocabulary and the weights of one checkpoint, nothing else.
-
-        The moving average of the weights is taken where the run kept one.
-
-        Args:
-          run_dir: local or remote folder.
-          checkpoint: `best`, `last` or a step.
-          mesh: the devices to decode on, which may be others than those of the training; None: the default device.
-          axis_rules: how the weights are cut over the mesh; None: every device has all of them.
+        """Opens a run folder, see `open_run`.
 
         Raises:
           UserError: where the folder is not that of a run, has no such checkpoint, or its parts do not fit.
         """
-        run = RunFolder(run_dir)
-        record = run.read_model()
-        placement = UNPLACED if mesh is None else MeshPlacement(mesh, axis_rules or AxisRules())
-        model = EncoderDecoder(TransformerConfig.from_json(record.model), placement=placement)
-        vocabulary = Vocabulary.load(str(run.vocabulary))
-        if vocabulary.fingerprint() != record.vocabulary:
-            raise UserError(f"{run.vocabulary} is not the vocabulary that this model was trained with; restore it")
-        try:
-            tags = TagPolicy(**record.tags)
-        except TypeError:
-            raise UserError(f"{run.model_json}: tags {record.tags} are not those of a TagPolicy") from None
-        params = restore_weights(run, checkpoint)
-        return cls(model, params, vocabulary, tags, record.directions)
+        return cls(*open_run(run_dir, checkpoint, mesh, axis_rules))
 
     @classmethod
     def ensemble(cls, members: Sequence[Translator], combine: Combine = "log_prob") -> Translator:
-        """Several models of one shape, vocabulary and tag policy as one, see `Ensemble`.
-
-        Args:
-          members: at least one; none of them an ensemble.
-          combine: average log-probabilities (`log_prob`) or probabilities.
+        """Several models of one shape, vocabulary and tag policy as one, see `join_members`.
 
         Raises:
           UserError: where the members do not fit each other.
         """
-        first = members[0]
-        for number, other in enumerate(members[1:], start=2):
-            for what, differs in (
-                ("vocabulary", other.vocabulary.fingerprint() != first.vocabulary.fingerprint()),
-                ("model", other.model != first.model),
-                ("tag policy", other.tags != first.tags),
-            ):
-                if differs:
-                    raise UserError(f"ensemble: model {number} has another {what} than the first; members must agree")
-        shared = [name for name in first.directions if all(name in member.directions for member in members)]
-        if not shared:
-            raise UserError("ensemble: the models have no direction in common")
-        if isinstance(first.model, Ensemble):
-            raise UserError("ensemble: a member is an ensemble itself; give its models instead")
-        model = Ensemble(first.model, len(members), combine)
-        params = stack_members([member.params for member in members])
-        return cls(model, params, first.vocabulary, first.tags, shared)
+        return cls(*join_members([member._opened for member in members], combine))
+
+    @property
+    def _opened(self) -> Opened:
+        return Opened(self.model, self.params, self.vocabulary, self.tags, self.directions)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides a translation but the options: weights, model, vocabulary, tags."""
@@ -167,9 +113,7 @@ class Translator:
 
     @cached_property
     def _fingerprint(self) -> str:
-        # Where arrays lie decides nothing.
-        parts = (repr(_unplaced(self.model)), self.vocabulary.fingerprint(), repr(self.tags), repr(self.directions))
-        return hashlib.sha256("\n".join((*parts, params_digest(self.params))).encode()).hexdigest()
+        return fingerprint(self._opened)
 
     def translate(
         self,
@@ -183,9 +127,9 @@ class Translator:
 
         Args:
           lines: text without line ends.
-          source_language: may be left out where it follows from the other language and the model's directions.
+          source_language: None: the one that follows from the other language and the model's directions.
           target_language: likewise.
-          config: how to decode; `DecodeConfig()`, beam search, where left out.
+          config: how to decode; None: `DecodeConfig()`, beam search.
           progress: told how many more lines are done.
 
         Raises:
@@ -203,9 +147,9 @@ class Translator:
         progress: Progress | None = None,
         first_line: int = 0,
     ) -> list[list[Hypothesis]]:
-        """The `config.n_best` best translations of each line, best first.
+        """The translations of each line that the search returns, best first; texts of several may agree.
 
-        An empty line has one empty hypothesis of score 0. Hypotheses are distinct as tokens; their texts may agree.
+        An empty line has one empty hypothesis of score 0; a line for which nothing is found has one of score -inf.
 
         Args:
           lines: as in `translate`, like all but the last.
@@ -213,8 +157,8 @@ class Translator:
           target_language: see there.
           config: see there.
           progress: see there.
-          first_line: number of the first line; sampling draws by line numbers, so that the parts of a text are sampled
-            like the whole.
+          first_line: number of the first line; sampling depends on line numbers, so that the parts of a text are
+            sampled like the whole.
         """
         config = config or DecodeConfig()
         direction = self.resolve(source_language, target_language)
@@ -244,8 +188,8 @@ class Translator:
     ) -> list[Score]:
         """How probable the model finds given translations: forced log-probabilities of all tokens.
 
-        The forced prefix and the end of sentence count, as in training. Sources are cut as in `translate`, targets
-        never; empty lines are scored like any other.
+        The forced prefix and the end of sentence count, as in training. Sources are truncated as in `translate`,
+        targets never; empty lines are scored like any other.
 
         Args:
           sources: lines to translate.
@@ -289,7 +233,7 @@ class Translator:
                 label_log_probs(
                     self.model,
                     self.params,
-                    *self._cut(source, source_lengths, target, target_lengths),
+                    *self._sharded(source, source_lengths, target, target_lengths),
                     self.vocabulary.eos_id,
                 )
             )
@@ -317,21 +261,24 @@ class Translator:
         max_lengths[: len(limits)] = limits
         row_ids = np.zeros(batch.rows, np.int32)
         row_ids[: len(line_ids)] = line_ids
+        search = config.search
         found = decode_batch(
             self.model,
             self.params,
-            *self._cut(tokens, lengths, np.tile(np.asarray(prefix, np.int32), (batch.rows, 1)), max_lengths, row_ids),
-            jax.random.key(config.seed),
+            *self._sharded(
+                tokens, lengths, np.tile(np.asarray(prefix, np.int32), (batch.rows, 1)), max_lengths, row_ids
+            ),
+            random_key(search),
             eos_id=self.vocabulary.eos_id,
             max_length=len(prefix) + config.max_target_length(batch.length),
-            # Neither takes part in the program: another seed must not compile it again.
-            config=dataclasses.replace(config, seed=0, batch_tokens=None),
+            search=without_seed(search),
+            constraints=config.constraints,
         )
         token_ids, ends, scores = (_fetch(leaf)[: len(sources)] for leaf in found)
         return [self._hypotheses(token_ids[row], ends[row], scores[row], len(prefix)) for row in range(len(sources))]
 
-    def _cut(self, *arrays: np.ndarray) -> Sequence[Any]:
-        """Arrays of a batch, rows first, with their rows cut over the mesh, if there is one."""
+    def _sharded(self, *arrays: np.ndarray) -> Sequence[Any]:
+        """Arrays of a batch, rows first, with their rows sharded over the mesh, if there is one."""
         if self._mesh is None:
             return arrays
         sharding = batch_sharding(self._mesh)
@@ -345,19 +292,19 @@ class Translator:
         found = [rank for rank in range(len(lengths)) if lengths[rank] > 0]
         texts = self.vocabulary.decode([tokens[rank, prefix : lengths[rank]] for rank in found])
         return [
-            # Byte pieces can spell a line end; one line in is one line out.
-            Hypothesis(" ".join(text.splitlines()), float(scores[rank]), int(lengths[rank]))
-            for rank, text in zip(found, texts)
-        ]
+            Hypothesis(_one_line(text), float(scores[rank]), int(lengths[rank])) for rank, text in zip(found, texts)
+        ] or [Hypothesis("", -math.inf, 0)]
 
     def _sources(self, lines: Sequence[str], direction: Direction, max_length: int) -> list[list[int]]:
-        """Encoder inputs, cut to `max_length`; none for a line without tokens."""
+        """Encoder inputs, truncated to `max_length`; none for a line without tokens."""
         _check_lines(lines)
         room = max_length - len(self._source((), direction))
         encoded = self.vocabulary.encode(lines)
-        cut = sum(len(tokens) > room for tokens in encoded)
-        if cut:
-            logger.warning("%d of %d lines are longer than %d tokens and were cut", cut, len(lines), max_length)
+        longer = sum(len(tokens) > room for tokens in encoded)
+        if longer:
+            logger.warning(
+                "%d of %d lines are longer than %d tokens and were truncated", longer, len(lines), max_length
+            )
         return [self._source(tokens[:room].tolist(), direction) if len(tokens) else [] for tokens in encoded]
 
     def _source(self, tokens: Iterable[int], direction: Direction) -> list[int]:
@@ -392,25 +339,6 @@ class Translator:
         return splits[0] if len(splits) == 1 else known[0]
 
 
-def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:
-    """Parameters as JAX arrays, NumPy arrays placed as the model wants them."""
-    placement = model.placement
-    if not isinstance(placement, MeshPlacement):
-        return jax.tree.map(jnp.asarray, params)
-    axes = logical_axes(model.config)
-    if isinstance(model, Ensemble):
-        axes = jax.tree.map(lambda names: (None, *names), axes, is_leaf=lambda node: isinstance(node, tuple))
-    shardings = tree_shardings(placement.mesh, placement.rules, axes, params)
-    place = lambda leaf, sharding: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf, sharding)
-    return jax.tree.map(place, params, shardings)
-
-
-def _unplaced(model: EncoderDecoder | Ensemble) -> EncoderDecoder | Ensemble:
-    if isinstance(model, Ensemble):
-        return dataclasses.replace(model, model=model.model.clone(placement=UNPLACED))
-    return model.clone(placement=UNPLACED)
-
-
 def _fetch(array: jax.Array) -> np.ndarray:
     """An array on this host, also where other hosts hold parts of it; all of them call it."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
@@ -418,17 +346,11 @@ def _fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def restore_weights(run: RunFolder, checkpoint: str | int) -> Params:
-    """The weights that a run folder decodes with, as NumPy arrays: their moving average where the run kept one.
-
-    Args:
-      run: the folder.
-      checkpoint: `best`, `last` or a step.
-
-    Raises:
-      UserError: where there is no such checkpoint.
-    """
-    return run_params(run, checkpoint)
+def _one_line(text: str) -> str:
+    """The text with a space for control characters, which byte pieces can spell: one line in is one line out."""
+    if not _CONTROL.search(text):
+        return text
+    return " ".join(filter(None, (part.strip(" ") for part in _CONTROL.split(text))))
 
 
 def _check_lines(lines: Sequence[str]) -> None:

@@ -1,13 +1,14 @@
-"""Floor 3: text in, scores out, all of it through sacreBLEU so that a number can be compared with a paper's.
+"""Scores of translations, all computed by sacreBLEU so that they can be compared with published ones.
 
-Every score carries sacreBLEU's signature (tokenizer, case, smoothing, references, version). `evaluate_texts` gives the
-scores of one system in one direction, `evaluate_domains` the same by domain, `paired_test` says whether two systems
-differ by more than chance, `format_table` prints what a terminal shows. `read_directions` and `score_directions` do so
-for a folder of many systems in many directions, as WMT publishes them.
+Every score has sacreBLEU's signature (tokenizer, case, smoothing, references, version). `evaluate_texts` scores one
+system in one direction, `evaluate_domains` does so by domain, `paired_test` tests whether two systems differ
+significantly, `format_table` makes a text table. `read_directions` and `score_directions` do so for a folder of many
+systems in many directions, as WMT publishes them.
 """
 
 from __future__ import annotations
 
+from t5x_ext.evaluate.classification import classification_scores
 from t5x_ext.evaluate.comet_scores import CometTexts, comet_scores
 from t5x_ext.evaluate.metrics import TOKENIZERS, MetricScore, bleu, chrf, exact_match, ter, tokenizer_for
 from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts, scores_from_json
@@ -16,7 +17,7 @@ from t5x_ext.evaluate.table import format_table
 from t5x_ext.evaluate.wmt import (
     ALL_REFERENCES,
     Comparison,
-    Direction,
+    DirectionTexts,
     Layout,
     SystemResult,
     compare_systems,
@@ -30,7 +31,7 @@ __all__ = [
     "TOKENIZERS",
     "CometTexts",
     "Comparison",
-    "Direction",
+    "DirectionTexts",
     "Layout",
     "MetricScore",
     "PairedResult",
@@ -38,6 +39,7 @@ __all__ = [
     "SystemResult",
     "bleu",
     "chrf",
+    "classification_scores",
     "comet_scores",
     "compare_systems",
     "evaluate_domains",

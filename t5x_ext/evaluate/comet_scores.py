@@ -1,7 +1,7 @@
-"""COMET (Rei et al. 2020), a learned metric, by a model file at a given path, in a Python that has `unbabel-comet`.
+"""COMET (Rei et al. 2020), a learned metric, from a model file, computed by a Python that has `unbabel-comet`.
 
-`unbabel-comet` 2.2 asks for NumPy 1 and protobuf 4, which do not go together with JAX and Apache Beam. So its own
-environment computes, in a process of its own (`comet_worker.py`), and nothing of it is imported here.
+`unbabel-comet` 2.2 needs NumPy 1 and protobuf 4, which conflict with JAX and Apache Beam. So it runs in another
+environment and process (`comet_worker.py`), and nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOT_INSTALLED = 3
 
 
 class CometTexts(NamedTuple):
-    """The texts of one system, line i the same segment in each."""
+    """The texts of one system; line i is the same segment in each."""
 
     sources: Sequence[str]
     hypotheses: Sequence[str]
@@ -41,20 +41,20 @@ def comet_scores(
     The worker's progress and messages go to standard error.
 
     Args:
-      model: checkpoint file of a model as downloaded: `checkpoints/model.ckpt`, beside whose folder `hparams.yaml` is.
+      model: checkpoint file of a downloaded model, `checkpoints/model.ckpt`; `hparams.yaml` is in the folder above.
       systems: the texts of each system; a model that needs no references ignores them.
       python: Python interpreter with `unbabel-comet`; this one by default.
       gpus: GPUs to compute on; 0 for the CPU.
       batch_size: segments a batch.
 
     Raises:
-      UserError: no such model or interpreter, no `unbabel-comet` there, or COMET failed.
+      UserError: if there is no such model or interpreter, it has no `unbabel-comet`, or COMET failed.
     """
     if not Path(model).is_file():
         raise UserError(f"{model}: there is no such COMET model; give the file checkpoints/model.ckpt of a download")
     python = python or sys.executable
     if "/" in python:
-        # The worker runs in another folder; links stay, since an environment's interpreter is one.
+        # Absolute, because the worker runs in another folder. Links are kept: an environment's interpreter is one.
         python = str(Path(python).absolute())
     with tempfile.TemporaryDirectory() as folder:
         texts, scores = Path(folder, "texts.jsonl"), Path(folder, "scores.json")
@@ -67,10 +67,10 @@ def comet_scores(
             raise UserError(f"{python}: cannot be run ({error.strerror}); name a Python interpreter") from None
         if done.returncode == _NOT_INSTALLED:
             raise UserError(
-                f"COMET needs unbabel-comet, which {python} does not have; it goes into an environment of its own: "
+                f"COMET needs unbabel-comet, which {python} does not have; install it in another environment: "
                 "python -m venv comet && comet/bin/pip install unbabel-comet, then name comet/bin/python"
             )
         if done.returncode != 0:
-            raise UserError(f"COMET failed with exit code {done.returncode}; what it said stands above")
+            raise UserError(f"COMET failed with exit code {done.returncode}; see its output above")
         result: list[float] = json.loads(scores.read_text(encoding="utf-8"))
     return result

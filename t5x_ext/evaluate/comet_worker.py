@@ -1,7 +1,7 @@
-"""Computes COMET scores; run as a script by a Python that has `unbabel-comet`, and needs nothing else of this package.
+"""Computes COMET scores; a script for a Python that has `unbabel-comet`, independent of the rest of this package.
 
 arguments: model, file with `[sources, hypotheses, references]` of one system a line, file for the list of scores,
-GPUs, batch size. Exit code 3 says that `unbabel-comet` is not installed.
+GPUs, batch size. Exit code 3: `unbabel-comet` is not installed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 def main(model_path: str, texts_path: str, scores_path: str, gpus: str, batch_size: str) -> int:
     """Scores every system of a file."""
-    # The folder of a script comes first on its path, and modules of this package would hide others of their name.
+    # The script's folder is first on the path: modules of this package would hide others of the same name.
     del sys.path[0]
     try:
         from comet import load_from_checkpoint

@@ -1,4 +1,4 @@
-"""BLEU, chrF and TER with their signatures, and exact match; sacreBLEU computes, nothing is reimplemented."""
+"""BLEU, chrF and TER with their signatures, computed by sacreBLEU, and exact match."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetricScore:
     Attributes:
       name: `BLEU`, `chrF2` or `TER`.
       value: on the scale of 0 to 100 (TER may exceed it).
-      signature: sacreBLEU's own, to be printed wherever the value is.
+      signature: sacreBLEU's, to be printed with the value.
     """
 
     name: str
@@ -51,7 +51,7 @@ def tokenizer_for(language: str, override: str | None = None) -> str:
       override: one of `TOKENIZERS`. WMT22 scored Japanese with `char`.
 
     Raises:
-      UserError: an override that is no tokenizer here.
+      UserError: if `override` is no known tokenizer.
 
     >>> tokenizer_for("de"), tokenizer_for("zh-CN"), tokenizer_for("ja"), tokenizer_for("ja", "char")
     ('13a', 'zh', 'ja-mecab', 'char')
@@ -74,7 +74,7 @@ def bleu(hypotheses: Sequence[str], references: References, tokenizer: str = "13
       tokenizer: one of `TOKENIZERS`; `tokenizer_for` picks by language.
 
     Raises:
-      UserError: line counts differ, no lines, unknown tokenizer.
+      UserError: if line counts differ, there are no lines, or the tokenizer is unknown.
     """
     return _score(bleu_metric(tokenizer), hypotheses, references)
 
@@ -87,17 +87,17 @@ def chrf(hypotheses: Sequence[str], references: References) -> MetricScore:
 def ter(hypotheses: Sequence[str], references: References, target_language: str = "") -> MetricScore:
     """Translation edit rate (Snover et al. 2006): edits per 100 reference words, lower is better; slow on long lines.
 
-    Arguments are those of `bleu`. Lower-cased and tercom-tokenized as sacreBLEU does by default; for Chinese and
-    Japanese with its Asian support, without which a line is a single word.
+    Arguments are those of `bleu`. Lower-cased and tercom-tokenized, sacreBLEU's defaults, with its Asian support for
+    Chinese and Japanese, without which a line is a single word.
     """
     return _score(ter_metric(target_language), hypotheses, references)
 
 
 def exact_match(hypotheses: Sequence[str], references: References) -> float:
-    """Per cent of the hypotheses that equal one of their references, spaces at the ends aside.
+    """Per cent of the hypotheses that equal one of their references, up to spaces at the ends.
 
     Raises:
-      UserError: line counts differ, or no lines.
+      UserError: if line counts differ, or there are no lines.
     """
     sets = checked_references(hypotheses, references)
     matches = (
@@ -108,25 +108,25 @@ def exact_match(hypotheses: Sequence[str], references: References) -> float:
 
 
 def bleu_metric(tokenizer: str) -> Metric:
-    """A fresh sacreBLEU BLEU."""
+    """A new BLEU metric of sacreBLEU."""
     from sacrebleu.metrics.bleu import BLEU
 
     name = tokenizer_for("", tokenizer)
     try:
         return BLEU(tokenize=name)
-    except RuntimeError as error:  # sacreBLEU's word for a missing dictionary package
+    except RuntimeError as error:  # sacreBLEU raises it for a missing dictionary package
         raise UserError(f"tokenizer={name!r} lacks its packages: pip install 'sacrebleu[ja]'") from error
 
 
 def chrf_metric() -> Metric:
-    """A fresh sacreBLEU chrF2."""
+    """A new chrF2 metric of sacreBLEU."""
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()
 
 
 def ter_metric(target_language: str) -> Metric:
-    """A fresh sacreBLEU TER."""
+    """A new TER metric of sacreBLEU."""
     from sacrebleu.metrics.ter import TER
 
     asian = _primary(target_language) in _BY_LANGUAGE
@@ -134,10 +134,10 @@ def ter_metric(target_language: str) -> Metric:
 
 
 def checked_references(hypotheses: Sequence[str], references: References) -> list[list[str | None]]:
-    """References as sacreBLEU wants them, a list of sets, each as long as the hypotheses.
+    """References in sacreBLEU's form: a list of sets, each as long as the hypotheses.
 
     Raises:
-      UserError: line counts differ, no lines, a line without any reference, or a string where lines belong.
+      UserError: if line counts differ, there are no lines, a line has no reference, or a string is given for lines.
     """
     if isinstance(hypotheses, str) or isinstance(references, str):
         raise UserError("hypotheses and references are lists of lines, not one string: split them on line ends")

@@ -1,4 +1,4 @@
-"""All scores of one system in one direction, over everything or by domain."""
+"""All scores of one system in one direction, over all lines or by domain."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from t5x_ext.evaluate.metrics import (
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of translations is worth.
+    """Scores of a set of translations.
 
     Attributes:
       bleu: corpus BLEU with the tokenizer of the target language.
       chrf: corpus chrF2.
       exact_match: per cent of lines equal to a reference.
-      num_lines: how many lines were scored.
-      ter: translation edit rate, where it was asked for.
+      num_lines: number of scored lines.
+      ter: translation edit rate, if asked for.
     """
 
     bleu: MetricScore
@@ -38,7 +38,7 @@ class Scores:
     ter: MetricScore | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and the signatures; `signature` is that of BLEU."""
+        """Numbers and signatures; `signature` is that of BLEU."""
         fields: dict[str, Any] = {
             "bleu": self.bleu.value,
             "chrf": self.chrf.value,
@@ -53,7 +53,7 @@ class Scores:
 
 
 def scores_from_json(fields: Mapping[str, Any]) -> Scores:
-    """The scores that `Scores.to_json` wrote."""
+    """The inverse of `Scores.to_json`."""
     ter_score = MetricScore("TER", fields["ter"], fields["ter_signature"]) if "ter" in fields else None
     return Scores(
         bleu=MetricScore("BLEU", fields["bleu"], fields["signature"]),
@@ -79,10 +79,10 @@ def evaluate_texts(
       references: one line a hypothesis, or several sets of them.
       target_language: its code picks the BLEU tokenizer.
       tokenizer: a BLEU tokenizer instead of the language's own, one of `TOKENIZERS`.
-      with_ter: also the translation edit rate, which takes long on long lines.
+      with_ter: also the translation edit rate, which is slow on long lines.
 
     Raises:
-      UserError: line counts differ, no lines, or an unknown tokenizer.
+      UserError: if line counts differ, there are no lines, or the tokenizer is unknown.
     """
     sets = checked_references(hypotheses, references)
     return Scores(
@@ -103,18 +103,18 @@ def evaluate_domains(
     tokenizer: str | None = None,
     with_ter: bool = False,
 ) -> dict[str, Scores]:
-    """Scores each domain apart, in the order of first appearance.
+    """Scores each domain separately, in the order of first appearance.
 
     Args:
-      hypotheses: as for `evaluate_texts`, also the other arguments.
-      references: as for `evaluate_texts`.
+      hypotheses: see `evaluate_texts`.
+      references: see `evaluate_texts`.
       domains: a label for each hypothesis (a corpus's name, a phrase's family).
-      target_language: as for `evaluate_texts`.
-      tokenizer: as for `evaluate_texts`.
-      with_ter: as for `evaluate_texts`.
+      target_language: see `evaluate_texts`.
+      tokenizer: see `evaluate_texts`.
+      with_ter: see `evaluate_texts`.
 
     Raises:
-      UserError: as for `evaluate_texts`, and when there is not one label a line.
+      UserError: as `evaluate_texts`, and if there is not one label a line.
     """
     sets = checked_references(hypotheses, references)
     if len(domains) != len(hypotheses):

@@ -1,4 +1,4 @@
-"""Whether two systems differ by more than the choice of test lines explains; sacreBLEU's paired tests, seeded."""
+"""Whether two systems differ significantly: sacreBLEU's paired tests, with a seed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PairedResult:
       metric: `BLEU`, `chrF2` or `TER`.
       baseline: the baseline's score.
       system: the other system's score.
-      p_value: how likely a difference at least as large would be if the systems were equally good; two-sided, 1 where
-        the scores are equal.
+      p_value: probability of a difference at least as large if the systems were equally good; two-sided, 1 if the
+        scores are equal.
       signature: sacreBLEU's, with kind, number of samples and seed of the test.
     """
 
@@ -70,8 +70,8 @@ def paired_test(
       references: one line a segment, or several sets of them.
       target_language: its code picks the BLEU tokenizer.
       kind: paired bootstrap resampling (Koehn 2004) or paired approximate randomization (Riezler and Maxwell 2005).
-      num_samples: resamples or trials; None takes sacreBLEU's 1,000 or 10,000.
-      seed: of the resampling, at least 1 (sacreBLEU takes 0 for no seed); its own default.
+      num_samples: resamples or trials; None: sacreBLEU's 1,000 or 10,000.
+      seed: of the resampling, at least 1 (for sacreBLEU 0 means no seed); the default is sacreBLEU's.
       tokenizer: a BLEU tokenizer instead of the language's own.
       with_ter: also test the translation edit rate.
 
@@ -79,7 +79,8 @@ def paired_test(
       A result by metric name: `BLEU`, `chrF2` and, if asked for, `TER`.
 
     Raises:
-      UserError: line counts differ, no lines, unknown kind or tokenizer, a seed or number of samples below 1.
+      UserError: if line counts differ, there are no lines, kind or tokenizer are unknown, or seed or number of samples
+        are below 1.
     """
     if kind not in _KINDS:
         raise UserError(f"kind={kind!r}: one of {', '.join(_KINDS)}")
@@ -106,15 +107,15 @@ def paired_test(
 
 def _result(name: str, column: Sequence[Any], signature: str) -> PairedResult:
     baseline, system = column
-    # sacreBLEU counts the samples whose difference is strictly larger, so that two equal systems, whose samples never
-    # differ, come out with the smallest p there is.
+    # sacreBLEU counts samples whose difference is strictly larger. Equal systems have no such samples and would get the
+    # smallest possible p.
     p_value = 1.0 if system.score == baseline.score else float(system.p_value)
     return PairedResult(name, float(baseline.score), float(system.score), p_value, signature)
 
 
 @contextlib.contextmanager
 def _sacrebleu_seed(seed: int) -> Iterator[None]:
-    """SacreBLEU takes its seed from the environment only."""
+    """Sets sacreBLEU's seed, which it reads from the environment only."""
     before = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)
     try:

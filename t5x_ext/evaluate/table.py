@@ -14,17 +14,17 @@ _FORMAT = TableFormat(None, Line("", "-", "--", ""), None, None, _ROW, _ROW, pad
 
 
 def format_table(scores: Mapping[str, Scores], label: str = "direction") -> str:
-    """Scores by direction (or by domain), a row each, a mean where there are several, and the signatures below.
+    """A table with a row for each direction (or domain), their mean if there are several, and signatures below.
 
-    A signature that all rows share is printed once; where rows differ (another tokenizer for another language) each
-    signature names its rows.
+    A signature that all rows share is printed once. If rows differ (in the tokenizer of the language, say), each
+    signature lists its rows.
 
     Args:
       scores: by the name of the row; the order is kept.
       label: heading of the first column.
 
     Raises:
-      UserError: nothing to print.
+      UserError: if there are no scores.
     """
     if not scores:
         raise UserError("no scores to print: evaluate something first")
@@ -58,7 +58,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def align_rows(head: Sequence[str], body: Sequence[Sequence[str]], foot: Sequence[Sequence[str]] = ()) -> list[str]:
     """Lines of a table whose first column is text and whose others are numbers, with rules around the body."""
-    # The head as a row like the others: tabulate makes columns wider than their heads.
+    # The head is a row like the others, because tabulate pads the columns of headers.
     rows = [head, SEPARATING_LINE, *body, *([SEPARATING_LINE, *foot] if foot else [])]
     columns = ("left", *["right"] * (len(head) - 1))
     table = tabulate(rows, tablefmt=_FORMAT, disable_numparse=True, colalign=columns, preserve_whitespace=True)

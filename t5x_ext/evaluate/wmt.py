@@ -1,4 +1,4 @@
-"""Test sets of WMT and the like: the outputs of many systems in many directions, found by pattern and scored alike.
+"""Test sets like WMT's: the outputs of many systems in many directions, found by pattern and scored alike.
 
 `read_directions` reads a folder by its `Layout`, `score_directions` scores every system against every reference and
 ranks them, `compare_systems` tests differences for significance.
@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import Direction, UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate.metrics import tokenizer_for
 from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts
@@ -39,14 +39,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a test set are: patterns relative to its folder, of plain or gzipped text, a segment a line.
+    """File name patterns of a test set, relative to its folder; files are text, plain or gzipped, a segment a line.
 
-    `{source}` and `{target}` stand for language codes, `{system}` and `{reference}` for names, `*` and `?` for whatever
-    does not matter. The defaults are WMT22's.
+    `{source}` and `{target}` match language codes, `{system}` and `{reference}` names, `*` and `?` any characters. The
+    defaults are WMT22's.
 
     Attributes:
       systems: translations; `{system}`, `{source}` and `{target}` must occur.
-      references: reference translations; a pattern without `{reference}` has one for a direction, named `ref`.
+      references: reference translations; a pattern without `{reference}` has one a direction, named `ref`.
       sources: source texts; empty for none.
       domains: a label for each line, in the first of tab-separated columns, or WMT's XML (`.xml`) with the domain of
         each document; empty for none.
@@ -59,16 +59,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Direction:
-    """All texts of one direction, line i the same segment in each.
+class DirectionTexts:
+    """All texts of one direction; line i is the same segment in each.
 
     Attributes:
       source: code of the source language.
       target: code of the target language.
       systems: translations by name of the system, names sorted.
       references: reference translations by name, names sorted; may be empty.
-      sources: the text that was translated, where it is there.
-      domains: a label for each segment, where they are known.
+      sources: source text, if there is any.
+      domains: a label for each segment, if they are known.
     """
 
     source: str
@@ -81,10 +81,10 @@ class Direction:
     @property
     def name(self) -> str:
         """Both languages, as in `en-de`."""
-        return f"{self.source}-{self.target}"
+        return Direction(self.source, self.target).name
 
     def reference_sets(self) -> dict[str, list[Sequence[str]]]:
-        """What systems are scored against, by name: each reference, then all of them where there are several."""
+        """What systems are scored against, by name: each reference, then all together if there are several."""
         sets = {name: [lines] for name, lines in self.references.items()}
         if len(sets) > 1:
             sets.setdefault(ALL_REFERENCES, list(self.references.values()))
@@ -93,15 +93,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class SystemResult:
-    """What one system is worth in one direction, by one reference or all of them.
+    """Scores of one system in one direction against one reference or all of them.
 
     Attributes:
       direction: as in `en-de`.
       system: its name.
-      reference: name of the reference, `ALL_REFERENCES` for all at once.
+      reference: name of the reference, `ALL_REFERENCES` for all together.
       scores: over all segments.
-      rank: by BLEU among the systems given for this direction and reference, 1 the best; equal scores share a rank.
-      domains: scores by domain; empty where domains are not known and for several references.
+      rank: by BLEU among the systems of this direction and reference, from 1, the best; equal scores share a rank.
+      domains: scores by domain; empty if domains are not known, and for several references.
     """
 
     direction: str
@@ -112,7 +112,7 @@ class SystemResult:
     domains: Mapping[str, Scores]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `signature` is that of BLEU, and `domains` is there only where they are known."""
+        """As JSON; `signature` is that of BLEU, and `domains` is absent if they are not known."""
         fields: dict[str, Any] = {
             "direction": self.direction,
             "system": self.system,
@@ -132,7 +132,7 @@ class SystemResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One system against another in one direction: a `PairedResult` by metric, the other being the baseline."""
+    """One system compared with another, the baseline, in one direction: a `PairedResult` by metric."""
 
     direction: str
     system: str
@@ -162,15 +162,15 @@ class _Pair(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A file that fits a pattern, and what stands where the placeholders are."""
+    """A file that matches a pattern, and the values of the placeholders."""
 
     fields: dict[str, str]
     path: str
 
     @property
-    def direction(self) -> tuple[str, str]:
+    def direction(self) -> Direction:
         """Source and target language."""
-        return self.fields["source"], self.fields["target"]
+        return Direction(self.fields["source"], self.fields["target"])
 
 
 def read_directions(
@@ -178,37 +178,37 @@ def read_directions(
     layout: Layout,
     *,
     only: Collection[str] = (),
-    leave_out: Collection[str] = (),
-) -> list[Direction]:
-    """Everything that a folder holds, sorted by direction.
+    exclude: Collection[str] = (),
+) -> list[DirectionTexts]:
+    """The texts in a folder, sorted by direction.
 
     Args:
       folder: folder of the test set.
-      layout: where files are in it.
-      only: directions to read, as `en-de`; all where none is named.
-      leave_out: systems to leave out, `*` and `?` allowed: some collections hold references among the systems, too.
+      layout: file name patterns.
+      only: directions to read, as `en-de`; all if empty.
+      exclude: systems to skip, `*` and `?` allowed; some collections have references among the systems.
 
     Returns:
-      The directions that any system translated, also those without a reference, which nothing can be scored by.
+      The directions that any system translated, also those without a reference, which cannot be scored.
 
     Raises:
-      UserError: a pattern with an unknown or missing placeholder, two files for one thing, no outputs at all or none
-        in a direction of `only`; a file that is empty, damaged or not UTF-8, or whose number of lines differs from
-        that of the others.
+      UserError: if a pattern has an unknown placeholder or lacks one, two files match for one text, there are no
+        outputs (or none in a direction of `only`), or a file is empty, damaged, not UTF-8, or differs from the others
+        in the number of lines.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: there is no such folder")
     systems = [
         found
         for found in _find(folder, layout.systems, "source", "target", "system")
-        if not any(fnmatch.fnmatchcase(found.fields["system"], name) for name in leave_out)
+        if not any(fnmatch.fnmatchcase(found.fields["system"], name) for name in exclude)
     ]
     if not systems:
-        raise UserError(f"{folder}: no file fits {layout.systems}, the pattern of system outputs")
-    known = {"-".join(found.direction): found.direction for found in systems}
+        raise UserError(f"{folder}: no file matches {layout.systems}, the pattern of system outputs")
+    known = {found.direction.name: found.direction for found in systems}
     for name in only:
         if name not in known:
-            raise UserError(f"{folder}: no system outputs for {name}; there are {', '.join(sorted(known))}")
+            raise UserError(f"{folder}: no system outputs for {name}; there are outputs for {', '.join(sorted(known))}")
     references = _find(folder, layout.references, "source", "target")
     sources = {found.direction: found.path for found in _find(folder, layout.sources, "source", "target")}
     domains = {found.direction: found.path for found in _find(folder, layout.domains, "source", "target")}
@@ -230,20 +230,20 @@ def read_directions(
 
 
 def score_directions(
-    directions: Iterable[Direction], tokenizers: Mapping[str, str] | None = None, jobs: int = 1
+    directions: Iterable[DirectionTexts], tokenizers: Mapping[str, str] | None = None, jobs: int = 1
 ) -> list[SystemResult]:
-    """Scores every system of every direction against each of its references, and against all of them at once.
+    """Scores every system of every direction against each of its references, and against all of them together.
 
     Args:
-      directions: what `read_directions` read; those without references yield nothing.
-      tokenizers: BLEU tokenizers by target language, for languages where it is not to be the usual one.
-      jobs: how many processes share the work; the results are the same.
+      directions: from `read_directions`; those without references have no results.
+      tokenizers: BLEU tokenizers by target language; other languages have the default one.
+      jobs: number of processes; the results do not depend on it.
 
     Returns:
       Results in the order of direction, reference and rank; systems of one rank by name.
 
     Raises:
-      UserError: an unknown tokenizer.
+      UserError: if a tokenizer is unknown.
     """
     names: list[tuple[str, str, str]] = []
     tasks: list[_Texts] = []
@@ -259,7 +259,7 @@ def score_directions(
 
 
 def compare_systems(
-    directions: Iterable[Direction],
+    directions: Iterable[DirectionTexts],
     system: str,
     others: Sequence[str],
     *,
@@ -272,20 +272,20 @@ def compare_systems(
     """Tests the differences between one system and others, in every direction that both translated.
 
     Args:
-      directions: what `read_directions` read.
-      system: the system that matters.
-      others: the systems to test it against.
-      references: name of the reference by direction; the first where none is named.
-      kind: as for `paired_test`.
-      seed: as for `paired_test`.
-      tokenizers: as for `score_directions`.
-      jobs: as for `score_directions`.
+      directions: from `read_directions`.
+      system: the system to compare.
+      others: the baselines.
+      references: name of the reference by direction; by default the first.
+      kind: see `paired_test`.
+      seed: see `paired_test`.
+      tokenizers: see `score_directions`.
+      jobs: see `score_directions`.
 
     Returns:
       Comparisons in the order of direction and then of `others`.
 
     Raises:
-      UserError: systems that have no direction in common, an unknown tokenizer, or a seed below 1.
+      UserError: if two systems have no direction in common, a tokenizer is unknown, or the seed is below 1.
     """
     scorable = [direction for direction in directions if direction.references]
     for other in others:
@@ -304,8 +304,8 @@ def compare_systems(
     return [Comparison(*name, metrics) for name, metrics in zip(names, _in_processes(_compare, tasks, jobs))]
 
 
-def main_reference(direction: Direction, references: Mapping[str, str] | None = None) -> str:
-    """The reference that counts: the one named for the direction, if it is there, or the first by name."""
+def main_reference(direction: DirectionTexts, references: Mapping[str, str] | None = None) -> str:
+    """The reference to use: the one given for the direction if it exists, else the first by name."""
     named = (references or {}).get(direction.name, "")
     return named if named in direction.references else min(direction.references)
 
@@ -359,7 +359,7 @@ def _read_direction(
     references: Mapping[str, str],
     source_path: str | None,
     domains_path: str | None,
-) -> Direction:
+) -> DirectionTexts:
     lengths: dict[str, int] = {}
 
     def checked(path: str, lines: list[str]) -> list[str]:
@@ -371,12 +371,12 @@ def _read_direction(
             )
         return lines
 
-    # The source is the measure, or the first reference: an output is what has most likely gone wrong.
+    # Lines are compared with those of the source or the first reference: an output is most likely to be wrong.
     sources = checked(source_path, list(read_lines(source_path))) if source_path else None
     reference_lines = {name: checked(path, list(read_lines(path))) for name, path in sorted(references.items())}
     system_lines = {name: checked(path, list(read_lines(path))) for name, path in sorted(systems.items())}
     domains = checked(domains_path, list(_domain_labels(domains_path))) if domains_path else None
-    return Direction(source, target, system_lines, reference_lines, sources, domains)
+    return DirectionTexts(source, target, system_lines, reference_lines, sources, domains)
 
 
 def _domain_labels(path: str) -> Iterator[str]:
@@ -388,7 +388,7 @@ def _domain_labels(path: str) -> Iterator[str]:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a whole XML file ({error})") from None
+        raise UserError(f"{path}: not a complete XML file ({error})") from None
     for document in root.iter("doc"):
         # Some documents of WMT22 name their domain only as the first word of their id: `social_ru_197`.
         label = document.get("domain") or document.get("id", "").partition("_")[0] or "unknown"
@@ -396,7 +396,7 @@ def _domain_labels(path: str) -> Iterator[str]:
 
 
 def _find(folder: str | Path, pattern: str, *required: str) -> list[_Found]:
-    """The files that fit a pattern, sorted by path; none for an empty pattern."""
+    """The files that match a pattern, sorted by path; none for an empty pattern."""
     if not pattern:
         return []
     expression = re.compile(_regex(pattern, required))
@@ -410,18 +410,20 @@ def _find(folder: str | Path, pattern: str, *required: str) -> list[_Found]:
         this = _Found(match.groupdict(), str(Path(folder, path)))
         before = found.setdefault(tuple(this.fields.items()), this)
         if before is not this:
-            raise UserError(f"{before.path} and {this.path} are one thing by the pattern {pattern}: keep one of them")
+            raise UserError(
+                f"{before.path} and {this.path} match the pattern {pattern} as the same text: keep one of them"
+            )
     return list(found.values())
 
 
 def _regex(pattern: str, required: Sequence[str]) -> str:
-    """A regular expression with a group for each placeholder; the same placeholder twice is the same text twice."""
+    """A regular expression with a group for each placeholder; a repeated placeholder must match the same text."""
     seen: set[str] = set()
     parts = []
     for part in re.split(r"(\{\w*\}|\*|\?)", pattern):
         name = part[1:-1]
         if part in ("*", "?"):
-            parts.append("[^/]*?" if part == "*" else "[^/]")  # lazy: names get what there is to have
+            parts.append("[^/]*?" if part == "*" else "[^/]")  # lazy, so that placeholders match as much as possible
         elif not part.startswith("{"):
             parts.append(re.escape(part))
         elif name not in _PLACEHOLDERS:

@@ -1,4 +1,4 @@
-"""Gradients of microbatches become one gradient: the exact mean over labels, in float32."""
+"""Accumulation of microbatches' gradients: the exact mean over labels, in float32."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def mean_accumulator() -> Accumulator:
     .. math::
       g = \frac{\sum_i \nabla S_i}{\sum_i n_i}
 
-    with :math:`S_i` the loss summed over microbatch i and :math:`n_i` its number of labels, so a microbatch counts by
-    its labels and the split into microbatches does not matter. Without any label the gradient is zero, not NaN.
+    with :math:`S_i` the loss summed over microbatch i and :math:`n_i` its number of labels, so the result does not
+    depend on the split into microbatches. Without any label the gradient is zero, not NaN.
 
     Returns:
       A `contracts.Accumulator`; `finish` gives float32 gradients.

@@ -36,22 +36,22 @@ def adafactor(
       w \leftarrow w - \eta_t \max(\text{rms}(w), 10^{-3}) \,
         \left(\frac{u}{\max(1, \text{rms}(u) / \text{clipping\_threshold})} + \text{weight\_decay} \cdot w\right)
 
-    This is `flora` with momentum that is not compressed, or without any. Every layer of a stack is factored, clipped
-    and scaled by itself. Without momentum and decay, and for parameters of one or two axes, this is `optax.adafactor`,
-    which has momentum last instead, takes decay without the learning rate and sees a stack as one block.
+    This is `flora` with momentum that is not compressed, or without momentum. Every layer of a stack is factored,
+    clipped and scaled by itself. Without momentum and decay, and for parameters of one or two axes, this is
+    `optax.adafactor`, which applies momentum last, decays without the learning rate and treats a stack as one block.
 
     Args:
       learning_rate: a constant or an `optax.Schedule`, relative to the size of the weights: 1e-2 is a common peak.
       b1: decay of the momentum, which takes as much memory as the parameters; None: no momentum and no memory.
       mu_dtype: dtype of the momentum, None is float32; second moments are float32.
-      min_dim_size_to_factor: matrices with a shorter side keep the whole second moment.
+      min_dim_size_to_factor: matrices with a shorter side below this keep the full second moment.
       axes: tree of axis names, such as `models.logical_axes` gives. None: the last two axes are the matrix.
       decay_rate: of the second moment, see `factored.scale_by_factored_rms`.
       eps: added to squared gradients.
       clipping_threshold: largest root mean square of an update before scaling; None clips nothing.
       multiply_by_parameter_scale: False makes learning rates absolute.
       weight_decay: decoupled; multiplied by the learning rate and, as updates are, by the scale of the weights.
-      no_decay: regular expressions on parameter paths that are spared from decay.
+      no_decay: regular expressions on paths of parameters without decay.
 
     Returns:
       An `optax.GradientTransformation` whose `update` needs `params`. Under `optax.inject_hyperparams` all arguments
@@ -70,8 +70,8 @@ def adafactor(
       (-0.01, 769)
 
     References:
-      Shazeer and Stern, Adafactor (arXiv 1804.04235). Momentum comes before clipping, as in the code of Flora (arXiv
-      2402.03293), so that both optimizers differ in its compression only.
+      Shazeer and Stern, Adafactor (arXiv 1804.04235). Momentum is applied before clipping, as in Flora's code (arXiv
+      2402.03293), so that the two optimizers differ in compression only.
     """
     if b1 is not None:
         check_number("adafactor", "b1", b1, at_least=0, below=1)
@@ -105,7 +105,7 @@ def factored_chain(
     weight_decay: float,
     no_decay: Sequence[str],
 ) -> optax.GradientTransformation:
-    """What `adafactor` and `flora` share: `momentum` is what they put between second moments and clipping.
+    """The chain that `adafactor` and `flora` share, with `momentum` between second moments and clipping.
 
     Errors name the optimizer `owner`; the other arguments are those of `adafactor`.
 
@@ -138,7 +138,7 @@ class MomentumState(NamedTuple):
 
 
 def _momentum(b1: float, mu_dtype: Any) -> optax.GradientTransformation:
-    """An average without bias correction; `optax.ema` would compute in the dtype that it stores."""
+    """An EMA without bias correction; `optax.ema` would compute in the dtype that it stores."""
 
     def init(params: Params) -> MomentumState:
         return MomentumState(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, mu_dtype or jnp.float32), params))

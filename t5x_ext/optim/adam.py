@@ -34,7 +34,7 @@ def adam(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled decay, multiplied by the learning rate.
-      no_decay: regular expressions on parameter paths that are spared from decay, for example `["bias$", "norm/"]`.
+      no_decay: regular expressions on paths of parameters without decay, for example `["bias$", "norm/"]`.
       clip_norm: gradients with a larger global norm are scaled down to it; None clips nothing.
 
     Returns:
@@ -71,7 +71,7 @@ def adam(
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Optax keeps moments in the dtype of the parameters; in bfloat16 a decay of 0.98 would hardly move them."""
+    """Keeps moments in float32: Optax stores them in the parameters' dtype, where bfloat16 would hardly change them."""
     wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
     def init(params: Params) -> PyTree:
@@ -86,7 +86,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 def _check(
     learning_rate: float | optax.Schedule, b1: float, b2: float, eps: float, decay: float, clip_norm: float | None
 ) -> None:
-    # Under optax.inject_hyperparams it is an array, and traced.
+    # Under optax.inject_hyperparams it is a traced array.
     if isinstance(learning_rate, int | float) and learning_rate < 0:
         raise UserError(f"adam: learning_rate = {learning_rate} must not be negative")
     for name, value in (("b1", b1), ("b2", b2)):

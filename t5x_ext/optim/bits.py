@@ -1,4 +1,4 @@
-"""Masks of parameters at one bit an entry, laid out so that they can be cut over devices as the parameters are."""
+"""Masks of parameters with one bit an entry, in shapes that can be sharded like the parameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ BYTE = 8
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a packed mask: one axis of the parameter is an eighth as long, rounded up, the others stay.
+    """The shape of a packed mask: that of the parameter with one axis divided by 8, rounded up.
 
-    The axis is the one along which rounding up wastes least, of equal ones the longest: where a mesh cuts it into
-    pieces of whole bytes, as it does with all but tiny arrays, the mask is cut as the parameter, and no bit leaves its
-    device.
+    The axis is the one for which rounding wastes least, of equal ones the longest. If a mesh divides it into whole
+    bytes, as it does for all but tiny arrays, the mask is sharded like the parameter, and no bit leaves its device.
 
     >>> packed_shape((6, 512, 2048)), packed_shape((64, 3)), packed_shape(())
     ((6, 512, 256), (8, 3), (1,))
@@ -24,13 +23,13 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pack(mask: Bool[Array, "..."]) -> UInt8[Array, "..."]:
-    """Eight neighbours along one axis in a byte, the first in its lowest bit; see `packed_shape`."""
+    """Packs eight neighbours along one axis into a byte, the first in its lowest bit; see `packed_shape`."""
     mask = jnp.atleast_1d(mask)
     return jnp.packbits(mask, axis=_packed_axis(mask.shape), bitorder="little")
 
 
 def unpack(words: UInt8[Array, "..."], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """The mask of the given shape that `pack` made bytes of."""
+    """The inverse of `pack` for a mask of this shape."""
     axis = _packed_axis(shape or (1,))
     count = (shape or (1,))[axis]
     return jnp.unpackbits(words, axis=axis, count=count, bitorder="little").astype(bool).reshape(shape)

@@ -1,4 +1,4 @@
-"""Mistakes in the use of an optimizer, each said in one line: numbers out of range, callables it was not given."""
+"""Checks of an optimizer's arguments, with errors of one line: numbers out of range, missing callables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_number(
     at_most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Checks the range of a hyperparameter; schedules and arrays (`optax.inject_hyperparams`) are taken as they are.
+    """Checks the range of a hyperparameter; schedules and arrays (`optax.inject_hyperparams`) are not checked.
 
     Raises:
       UserError: if it is outside, or not a number.
@@ -53,7 +53,7 @@ def check_number(
 
 
 def check_integer(owner: str, name: str, value: Any, *, at_least: int) -> None:
-    """Checks a count, such as steps or a rank; arrays are taken as they are.
+    """Checks a count, such as steps or a rank; arrays are not checked.
 
     Raises:
       UserError: if it is too small or no integer.
@@ -64,23 +64,23 @@ def check_integer(owner: str, name: str, value: Any, *, at_least: int) -> None:
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    """Checks an option that is one of a few words.
+    """Checks an option with a few allowed values.
 
     Raises:
-      UserError: if it is none of them.
+      UserError: if it has none of them.
     """
     if value not in choices:
         raise UserError(f"{owner}: {name} = {value!r} is none of {', '.join(map(repr, choices))}")
 
 
 def check_given(owner: str, name: str, value: Pulled | None, what: str) -> Pulled:
-    """The callable that an optimizer pulls, which must have been given.
+    """The callable that an optimizer needs, checked to be given.
 
     Args:
       owner: the optimizer.
       name: the keyword of its `update`.
-      value: what came.
-      what: the callable in words.
+      value: the callable.
+      what: its description for the message.
 
     Raises:
       UserError: if it is None.

@@ -1,8 +1,8 @@
-"""The body of Adafactor for stacked layers and attention kernels: every layer is a matrix of its own.
+"""The parts of Adafactor for stacked layers and attention kernels: every layer is one matrix.
 
-With names of axes a stack of layers gives what its layers would give as parameters of their own, and attention kernels
-are factored as matrices embed x (heads * head_dim). Optax sees one block of the two largest axes instead: of a kernel
-[layers, embed, heads, 64] it keeps the whole second moment, because 64 is too short a side to factor.
+With names of axes, stacked layers get the updates that they would get as separate parameters, and attention kernels are
+factored as matrices embed x (heads * head_dim). Optax factors the two largest axes instead: for a kernel
+[layers, embed, heads, 64] it keeps the full second moment, because 64 is too short a side to factor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from t5x_ext.optim.matrices import Axes, MatrixShape, matrix_shape, named_axes
 
 
 class FactoredState(NamedTuple):
-    """Second moments; where a tree does not apply to a parameter it holds an empty `optax.MaskedNode`."""
+    """Second moments; a tree that does not apply to a parameter has an empty `optax.MaskedNode` for it."""
 
     count: Int[Array, ""]  # type: ignore[assignment]  # updates done, int32
     v_row: PyTree  # float32, batch + rows: mean square over the columns
@@ -41,14 +41,14 @@ class _Scaled(NamedTuple):
 def scale_by_factored_rms(
     decay_rate: float = 0.8, eps: float = 1e-30, min_dim_size_to_factor: int = 128, axes: PyTree = None
 ) -> optax.GradientTransformation:
-    r"""Divides by the root of a second moment that is kept as row and column means only.
+    r"""Divides by the root of a second moment that is stored as row and column means only.
 
     .. math::
       \beta_t = 1 - t^{-\text{decay\_rate}}, \quad
       r_t = \beta_t r_{t-1} + (1 - \beta_t) \, \text{mean}_\text{cols}(g^2 + \epsilon), \quad
       y = g \, \left(\frac{r \, c^T}{\text{mean}(r)}\right)^{-1/2}
 
-    and c likewise over rows. Vectors and matrices with a short side keep the whole moment.
+    and c is the mean over rows. Vectors and matrices with a short side keep the full moment.
 
     Args:
       decay_rate: exponent of the decay; updates count from 1.
@@ -119,7 +119,7 @@ def scale_by_factored_rms(
 
 
 def clip_by_matrix_rms(threshold: float, axes: PyTree = None) -> optax.GradientTransformation:
-    """Scales the update of every matrix (or vector) down to this root mean square; the layers of a stack apart.
+    """Scales the update of every matrix (or vector) down to this root mean square, layers of a stack separately.
 
     Args:
       threshold: largest root mean square.
@@ -143,7 +143,7 @@ def clip_by_matrix_rms(threshold: float, axes: PyTree = None) -> optax.GradientT
 
 
 def scale_by_param_rms(min_scale: float = 1e-3, axes: PyTree = None) -> optax.GradientTransformation:
-    """Multiplies updates by the root mean square of their weights, every matrix (or vector) apart.
+    """Multiplies updates by the root mean square of their weights, every matrix (or vector) separately.
 
     Args:
       min_scale: smallest factor, so that weights of zero can move.
@@ -174,6 +174,6 @@ def _rms(x: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
 
 
 def _sides(matrix: MatrixShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions of the axes of rows and of columns."""
+    """Indices of the axes of rows and of columns."""
     first, second = len(matrix.batch), len(matrix.batch) + len(matrix.rows)
     return tuple(range(first, second)), tuple(range(second, second + len(matrix.cols)))

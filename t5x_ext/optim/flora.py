@@ -1,4 +1,4 @@
-"""Flora: momentum and gradient accumulation kept as random projections that are drawn anew and never stored."""
+"""Flora: momentum and accumulated gradients stored as random projections, which are regenerated and never stored."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Output = Literal["mixed", "projected", "nesterov"]
 Transfer = Literal["project", "reset"]
 
 _TOGETHER = 2**24
-"""Entries of the matrices that are worked on at the same time."""
+"""Entries of the matrices that are processed at the same time."""
 
 
 class FloraState(NamedTuple):
-    """Momentum; the projections follow from `key` and `count`."""
+    """Momentum; the projections are functions of `key` and `count`."""
 
     count: Int[Array, ""]  # type: ignore[assignment]  # updates done, int32
     key: Array  # typed random key, never changed
@@ -50,52 +50,52 @@ def scale_by_flora(
     compressible: Callable[[str], bool] | None = None,
     projection: Projection = gaussian,
 ) -> optax.GradientTransformation:
-    r"""Momentum of what it receives, kept as a random projection of rank `rank`.
+    r"""Momentum of the incoming updates, stored as a random projection of rank `rank`.
 
-    The shorter side of a matrix is compressed. With y the incoming update (rows the shorter side; columns likewise),
-    P the projection [rank, rows] in use and M [rank, cols] the state:
+    The shorter side of a matrix is compressed. If rows are (columns are alike), with y the incoming update, P the
+    current projection [rank, rows] and M [rank, cols] the state:
 
     .. math::
       M_t = b_1 M_{t-1} + (1 - b_1) P y_t, \qquad
       u_t = \begin{cases}
         b_1 P^T M_{t-1} + (1 - b_1) y_t & \text{mixed: the gradient of this step is exact} \\
-        P^T M_t & \text{projected: as the paper has it} \\
-        b_1 P^T M_t + (1 - b_1) y_t & \text{nesterov: as the authors' JAX code has it}
+        P^T M_t & \text{projected: the paper's rule} \\
+        b_1 P^T M_t + (1 - b_1) y_t & \text{nesterov: the authors' JAX code}
       \end{cases}
 
-    Every `resample_every` updates a new projection is drawn, before the gradient of that update is added:
+    Every `resample_every` updates a new projection is sampled, before the gradient of that update is added:
     :math:`M \leftarrow P_\text{new} P_\text{old}^T M` (project), or :math:`M \leftarrow 0` (reset). There is no bias
-    correction. Parameters that are not compressed (vectors, matrices whose shorter side is below
-    `min_dim_size_to_compress` or not above `rank`, and those that `compressible` spares) have ordinary momentum.
+    correction. Parameters that are not compressed have ordinary momentum: vectors, matrices whose shorter side is below
+    `min_dim_size_to_compress` or not above `rank`, and those for which `compressible` is False.
 
-    A transfer grows the norm of M by about :math:`\sqrt{1 + (d + 1) / \text{rank}}`, d being the compressed side, and
-    momentum must forget that before the next one: :math:`b_1^\text{resample\_every}` times that factor must be below 1.
+    A transfer grows the norm of M by about :math:`\sqrt{1 + (d + 1) / \text{rank}}` for a compressed side of size d.
+    Momentum must decay by more before the next: :math:`b_1^\text{resample\_every}` times that factor must be below 1.
 
     Args:
       rank: rows of a projection.
       b1: decay of the momentum. The rule above is not checked for an array or a schedule.
       resample_every: updates between new projections.
-      output: what is passed on, see above. For matrices that are not compressed `mixed` and `projected` are the same.
-      transfer: what becomes of the momentum when the projection changes.
-      mu_dtype: dtype of the state; None is float32. bfloat16 loses additions below 2^-8 of an entry: not for b1 of
-        0.99 or more.
-      key: random key or seed of the projections. That of a matrix is drawn with the key folded with the CRC-32 of its
-        path, with `count // resample_every` and, in a batch of matrices, with its number.
-      min_dim_size_to_compress: matrices with a shorter side are left as they are.
-      axes: tree of axis names, such as `models.logical_axes` gives: every layer of a stack has a projection of its
-        own and attention kernels are matrices embed x (heads * head_dim). None: the last two axes are the matrix.
+      output: the formula of the update, see above. Without compression `mixed` and `projected` are the same.
+      transfer: what happens to the momentum when the projection changes.
+      mu_dtype: dtype of the state; None is float32. bfloat16 loses additions below 2^-8 of an entry: do not use it with
+        b1 of 0.99 or more.
+      key: random key or seed of the projections. The key of a matrix is folded with the CRC-32 of its path, with
+        `count // resample_every` and, in a batch of matrices, with its index.
+      min_dim_size_to_compress: matrices with a shorter side below this are not compressed.
+      axes: tree of axis names, such as `models.logical_axes` gives: every layer of a stack has its own projection, and
+        attention kernels are matrices embed x (heads * head_dim). None: the last two axes are the matrix.
       compressible: whether the parameter of this path may be compressed; None: all.
-      projection: `(key, (rank, dim), dtype) -> [rank, dim]`. An update calls it once for each matrix that is
-        compressed, in the order of the tree, and at a change once more for the new projection; the same key must give
-        the same array. Outside of compiled functions keys are concrete, so that an array may be looked up by its key;
-        in compiled ones it is traced, under `vmap` for batches of matrices.
+      projection: `(key, (rank, dim), dtype) -> [rank, dim]`. An update calls it once for each compressed matrix, in
+        the order of the tree, and once more for the new projection when it changes; the same key must give the same
+        array. Outside compiled functions keys are concrete, so that an array may be looked up by its key; in compiled
+        ones it is traced, under `vmap` for batches of matrices.
 
     Returns:
       An `optax.GradientTransformation`. Under `optax.inject_hyperparams` all arguments but `b1` are static.
 
     Raises:
-      UserError: for numbers out of range, and where momentum could not forget a transfer: at construction if no
-        matrix at all would be stable, at `init` if one of the parameters is not.
+      UserError: if numbers are out of range, or momentum would grow without bound: at construction if it would for any
+        matrix, at `init` if it would for one of the parameters.
 
     Example:
       >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.ones(512)}
@@ -104,8 +104,8 @@ def scale_by_flora(
       ((16, 512), (512,))
 
     References:
-      Hao, Cao and Mou, Flora: Low-Rank Adapters Are Secretly Gradient Compressors (arXiv 2402.03293). The released
-      JAX code decodes with another projection than it encoded with after a change; here both changes follow the paper.
+      Hao, Cao and Mou, Flora: Low-Rank Adapters Are Secretly Gradient Compressors (arXiv 2402.03293). After a change
+      the released JAX code decodes with another projection than it encoded with; here the paper is followed.
     """
     name = "scale_by_flora"
     compression = _Compression(name, rank, min_dim_size_to_compress, named_axes(axes), compressible, projection)
@@ -204,19 +204,19 @@ def flora(
       w \leftarrow w - \eta_t \max(\text{rms}(w), 10^{-3}) \,
         \left(\frac{u}{\max(1, \text{rms}(u) / \text{clipping\_threshold})} + \text{weight\_decay} \cdot w\right)
 
-    Momentum comes before clipping and scaling, as in the authors' code; `optax.adafactor` has it last. Every layer of a
-    stack is clipped and scaled by itself. With b1 = 0 and matrices of two axes this is `optax.adafactor`.
+    Momentum is applied before clipping and scaling, as in the authors' code; `optax.adafactor` applies it last. Every
+    layer of a stack is clipped and scaled by itself. With b1 = 0 and matrices of two axes this is `optax.adafactor`.
 
     Args:
       learning_rate: a constant or an `optax.Schedule`, relative to the size of the weights. Adafactor's rates fit.
-      rank: as in `scale_by_flora`, with the arguments up to `projection`.
+      rank: see `scale_by_flora`, also for the arguments up to `projection`.
       b1: decay of the momentum.
       resample_every: updates between new projections.
-      output: what momentum passes on.
-      transfer: what becomes of the momentum when the projection changes.
+      output: the formula of the momentum's update.
+      transfer: what happens to the momentum when the projection changes.
       mu_dtype: dtype of the momentum, None is float32; second moments are float32.
       key: random key or seed of the projections.
-      min_dim_size_to_compress: matrices with a shorter side keep whole first and second moments.
+      min_dim_size_to_compress: matrices with a shorter side below this keep full first and second moments.
       axes: tree of axis names, such as `models.logical_axes` gives.
       compressible: whether the momentum of the parameter of this path may be compressed; None: all.
       projection: `(key, (rank, dim), dtype) -> [rank, dim]`.
@@ -225,7 +225,7 @@ def flora(
       clipping_threshold: largest root mean square of an update before scaling; None clips nothing.
       multiply_by_parameter_scale: False makes learning rates absolute.
       weight_decay: decoupled; multiplied by the learning rate and, as updates are, by the scale of the weights.
-      no_decay: regular expressions on parameter paths that are spared from decay.
+      no_decay: regular expressions on paths of parameters without decay.
 
     Returns:
       An `optax.GradientTransformation` whose `update` needs `params`. Under `optax.inject_hyperparams` all arguments
@@ -276,7 +276,7 @@ def flora(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompressedSum:
-    """A sum of gradients of one parameter, compressed; the shape of the parameter is not an array."""
+    """The compressed sum of a parameter's gradients; `shape` is static."""
 
     sum: Float[Array, "..."]  # float32
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -299,26 +299,26 @@ def flora_accumulator(
     compressible: Callable[[str], bool] | None = None,
     projection: Projection = gaussian,
 ) -> Accumulator:
-    r"""Accumulates gradients of microbatches as random projections: full-size sums are never held.
+    r"""Accumulates gradients of microbatches as random projections: full-size sums are never stored.
 
     .. math::
       g = P^T \frac{\sum_i P \, \nabla S_i}{\sum_i n_i}
 
-    with :math:`S_i` the summed loss of microbatch i, :math:`n_i` its labels and P fixed within an update and drawn anew
-    for the next one. In the mean over P this is the exact gradient; of a single update the squared error is
-    (d + 1) / rank times the squared gradient, d being the compressed side: with a single microbatch that is noise for
-    nothing. Sums over devices may be taken of compressed gradients too, at rank / d of the bytes.
+    with :math:`S_i` the summed loss of microbatch i and :math:`n_i` its labels. P is sampled once an update. Its
+    expectation over P is the exact gradient. The squared error of one update is (d + 1) / rank times the squared
+    gradient for a compressed side of size d; with one microbatch there is nothing to gain for it. Devices may also sum
+    compressed gradients, which are rank / d of the bytes.
 
     Args:
       rank: rows of a projection.
-      key: random key or seed of the projections; give another one than to `scale_by_flora`.
-      min_dim_size_to_compress: matrices with a shorter side, or one not above `rank`, are summed exactly.
+      key: random key or seed of the projections; must differ from that of `scale_by_flora`.
+      min_dim_size_to_compress: matrices with a shorter side below this, or not above `rank`, are summed exactly.
       axes: tree of axis names, see `scale_by_flora`.
       compressible: whether the parameter of this path may be compressed; None: all.
       projection: `(key, (rank, dim), dtype) -> [rank, dim]`.
 
     Returns:
-      A `contracts.Accumulator`; `finish` gives float32 gradients, zero where there was no label.
+      A `contracts.Accumulator`; `finish` gives float32 gradients, zero if there was no label.
 
     Raises:
       UserError: if a number is out of range.
@@ -395,7 +395,7 @@ class _Layout(NamedTuple):
 
     @property
     def left(self) -> bool:
-        """Whether rows are compressed: the shorter side, columns when both are equal."""
+        """Whether rows are compressed, being the shorter side; columns are if both are equal."""
         _, rows, cols = self.matrix.sizes
         return rows < cols
 
@@ -406,7 +406,7 @@ class _Layout(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is stored: `rank` stands in the place of the compressed side, the other axes stay apart."""
+        """Shape of what is stored: `rank` replaces the compressed side; the other axes are not merged."""
         batch, rows, cols = self.matrix
         return batch + ((self.rank, *cols) if self.left else (*rows, self.rank))
 
@@ -424,12 +424,12 @@ class _Layout(NamedTuple):
         return p.T @ x if self.left else x @ p
 
     def transfer(self, x: Array, old: Float[Array, "rank dim"], new: Float[Array, "rank dim"]) -> Array:
-        """What is expanded with `old`, compressed with `new`, without ever being as large as the parameter."""
+        """Expands with `old` and compresses with `new`, without an array as large as the parameter."""
         between = new @ old.T
         return between @ x if self.left else x @ between.T
 
     def each_matrix(self, function: Callable[..., Array], *arrays: Array) -> Array:
-        """Applies a function of matrices to all: side by side where they are small, else one after the other."""
+        """Applies a function to all matrices: vectorised if they are small, else one after the other."""
         chunks = self._chunks(arrays)
         if chunks[0].shape[0] == 1:
             return jax.vmap(function)(*arrays)
@@ -439,9 +439,9 @@ class _Layout(NamedTuple):
     def replace_matrices(
         self, function: Callable[..., tuple[Array, ...]], replaced: tuple[Array, ...], *arrays: Array
     ) -> tuple[Array, ...]:
-        """The same for functions whose results take the place of their first arguments, in shape, dtype and memory.
+        """The same for functions whose results replace their first arguments, in shape, dtype and memory.
 
-        Temporaries are then those of one large layer: of a stack of them nothing is held twice.
+        Temporaries are then those of one large layer, because no second copy of a stack is made.
         """
         chunks, given = self._chunks(replaced), self._chunks(arrays)
         if chunks[0].shape[0] == 1:
@@ -457,7 +457,7 @@ class _Layout(NamedTuple):
         return tuple(chunk.reshape(x.shape) for chunk, x in zip(chunks, replaced, strict=True))
 
     def _chunks(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        """[matrices, ...] as [chunks, matrices of a chunk, ...]."""
+        """Reshapes [matrices, ...] to [chunks, matrices a chunk, ...]."""
         batch, rows, cols = self.matrix.sizes
         together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * rows * cols <= _TOGETHER))
         return tuple(x.reshape(batch // together, together, *x.shape[1:]) for x in arrays)
@@ -496,7 +496,7 @@ class _Compression:
             p = project(key)[None]
         elif isinstance(key, jax.core.Tracer):
             p = jax.vmap(each)(jnp.arange(layout.matrix.sizes[0]))
-        else:  # concrete keys, for projections that are looked up by them
+        else:  # concrete keys, for projections that look arrays up by them
             p = jnp.stack([each(i) for i in range(layout.matrix.sizes[0])])
         if p.shape[1:] != shape:
             raise UserError(f"{self.owner}: projection gave {p.shape[1:]} for {layout.name}: want {shape}")
@@ -506,7 +506,7 @@ class _Compression:
 def _stability_check(
     owner: str, rank: int, b1: Any, resample_every: int, transfer: Transfer
 ) -> Callable[[str, int], None]:
-    """A function of a matrix's name and compressed side; it knows nothing where `b1` is traced or scheduled."""
+    """A check of a matrix's name and compressed side; it passes if `b1` is traced or scheduled."""
 
     def check(name: str, dim: int) -> None:
         if transfer == "reset" or not isinstance(b1, float | int) or b1 == 0:
@@ -529,7 +529,7 @@ def _as_key(key: Array | int) -> Array:
 
 
 def _cond(predicate: Array, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
-    """`lax.cond`, but outside of compiled functions only the branch that is taken runs, on concrete arrays."""
+    """`lax.cond`, but outside compiled functions only the selected branch runs, on concrete arrays."""
     if isinstance(predicate, jax.core.Tracer):
         return jax.lax.cond(predicate, true, false)
     return true() if predicate else false()

@@ -67,7 +67,7 @@ def fsam(
     normalize: Literal["full", "masked"] = "full",
     eps: float = 1e-12,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Fisher-masked SAM: the base optimizer gets the gradient at weights moved uphill along their important entries.
+    r"""Fisher-masked SAM: the base optimizer gets the gradient at weights perturbed along their important entries.
 
     .. math::
       m_t &= \text{1 at the } k = \lfloor (1 - \text{sparsity}) N \rfloor \text{ largest entries of } F
@@ -77,30 +77,30 @@ def fsam(
 
     :math:`F` is the diagonal of the empirical Fisher information of the current batch, ranked over all maskable
     parameters together; ties go to the first entry (`top_k_mask`). The mask is refreshed before it is used, at the
-    first update too. With sparsity 0 this is SAM; with sparsity 1 nothing is perturbed, no second gradient is taken and
-    the base optimizer remains, bit for bit.
+    first update too. With sparsity 0 this is SAM. With sparsity 1 nothing is perturbed, no second gradient is computed,
+    and the result is that of the base optimizer, bit for bit.
 
-    A gradient that is not finite perturbs nothing and leaves mask and count as they are: the base optimizer gets the
-    gradient at the weights themselves, and does with it what it does without SAM. A second gradient that is not finite
-    goes to the base optimizer as well; `fsam(optax.apply_if_finite(optimizer, n))` leaves such updates out.
+    A gradient that is not finite perturbs nothing and does not change mask and count: the base optimizer gets it
+    unperturbed. A second gradient that is not finite goes to the base optimizer too;
+    `fsam(optax.apply_if_finite(optimizer, n))` skips such updates.
 
-    It belongs outermost. Inside `optax.chain` it works, but what stands before it there (clipping) sees the first
-    gradient only and belongs into `optimizer`. Weights move in their own dtype: in bfloat16 a step below half a unit in
-    the last place is lost, so keep float32 weights and cast where they are used.
+    It must be outermost. It works inside `optax.chain`, but transformations before it (clipping) see the first gradient
+    only; put them into `optimizer`. Perturbed weights have the weights' dtype: bfloat16 loses steps below half a unit
+    in the last place, so keep float32 weights and cast where they are used.
 
     Args:
-      optimizer: the base optimizer, with everything that is to happen to the second gradient: clipping, decay.
-      rho: length of the step uphill, in the norm of the weights; a number or a schedule of the count.
-      sparsity: part of the maskable entries that are not perturbed, from 0 to 1, taken as the decimal that is written.
+      optimizer: the base optimizer, with all that applies to the second gradient: clipping, decay.
+      rho: norm of the perturbation; a number or a schedule of the count.
+      sparsity: share of the maskable entries that are not perturbed, from 0 to 1, taken as the decimal that is written.
       mask_update_interval: updates between two refreshes of the mask, T above.
-      fisher: `"batch"` ranks by the squared gradient of the batch and costs nothing; `"per_example"` by what
-        `fisher_fn` gives, the mean over examples of squared gradients of log-likelihoods.
+      fisher: `"batch"` ranks by the squared gradient of the batch, at no cost; `"per_example"` by `fisher_fn`, the
+        mean over examples of squared gradients of log-likelihoods.
       maskable: which parameters are masked: a predicate on paths such as `encoder/layers/mlp/kernel`, or regular
         expressions that are searched in them; None for all.
       unmaskable: what happens to the others: `"perturb"` perturbs all their entries, as the released code does with
         biases and embeddings; `"skip"` none; `"error"` refuses parameters of which some are not maskable.
-      normalize: `"full"` divides by the norm of the whole gradient, so that the step is shorter than `rho`; `"masked"`
-        by that of its perturbed entries, so that it is `rho` long.
+      normalize: `"full"` divides by the norm of the full gradient, so that the perturbation is shorter than `rho`;
+        `"masked"` by that of its perturbed entries, so that its norm is `rho`.
       eps: added to the norm.
 
     Returns:
@@ -108,7 +108,7 @@ def fsam(
       `grad_fn(params, index)` gives the gradient of the same batch, with the same dropout and microbatches, at other
       weights; it is called once, with index 0. `fisher_fn(params)` gives non-negative arrays shaped like the
       parameters, on any scale; it is only computed when the mask is refreshed. Further keywords go to `optimizer`.
-      The state holds one bit a maskable entry beside that of `optimizer`. Under `optax.inject_hyperparams` name
+      The state has one bit a maskable entry in addition to that of `optimizer`. Under `optax.inject_hyperparams` name
       `sparsity` in `static_args`: k must be known when compiling.
 
     Raises:
@@ -127,9 +127,9 @@ def fsam(
 
     References:
       Zhong et al., Improving Sharpness-Aware Minimization with Fisher Mask for Better Generalization on Language Models
-      (arXiv 2210.05497); SAM: Foret et al. (arXiv 2010.01412). Parameters to leave out of the mask as the released code
-      does: `maskable=["^(?!.*(bias|embed))"]`. That code loses its gradient when it refreshes the mask and sums the
-      second loss; here both gradients are of the mean loss, and the step of a refresh perturbs too.
+      (arXiv 2210.05497); SAM: Foret et al. (arXiv 2010.01412). To exclude the same parameters from the mask as the
+      released code: `maskable=["^(?!.*(bias|embed))"]`. That code loses its gradient when it refreshes the mask, and
+      sums the second loss. Here both gradients are of the mean loss, and the step of a refresh perturbs too.
     """
     return _masked_sam(
         "fsam",
@@ -148,18 +148,18 @@ def fsam(
 def sam(
     optimizer: optax.GradientTransformation, rho: float | optax.Schedule = 0.05, *, eps: float = 1e-12
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sharpness-aware minimization: the base optimizer gets the gradient at weights moved uphill by `rho`.
+    r"""Sharpness-aware minimization: the base optimizer gets the gradient at weights moved along the gradient by `rho`.
 
     .. math::
       w_{t+1} = w_t + \text{optimizer}(\nabla f(w_t + \epsilon_t), w_t), \qquad
       \epsilon_t = \rho \, g_t / \lVert g_t \rVert_2
 
-    This is `fsam` with sparsity 0, and all said there holds. `optax.contrib.sam` in its opaque mode computes the same,
-    but for a zero gradient, where it divides by zero.
+    This is `fsam` with sparsity 0; see there. `optax.contrib.sam` in its opaque mode computes the same, except that it
+    divides by zero for a zero gradient.
 
     Args:
       optimizer: the base optimizer.
-      rho: length of the step uphill, a number or a schedule.
+      rho: norm of the perturbation, a number or a schedule.
       eps: added to the norm.
 
     Returns:
@@ -284,7 +284,7 @@ def _at_least_float32(x: Array) -> Array:
 
 
 def _fresh_mask(scores: PyTree, scope: _Scope) -> PyTree:
-    """Words of the mask; magnitudes rank as squares do, and neither underflow nor overflow."""
+    """The packed mask; magnitudes have the order of squares, and neither underflow nor overflow."""
     leaves, structure = jax.tree.flatten(scores)
     ranked = [leaf if chosen else None for leaf, chosen in zip(leaves, scope.maskable, strict=True)]
     chosen = top_k_mask(ranked, scope.kept, magnitude=True)
@@ -292,7 +292,7 @@ def _fresh_mask(scores: PyTree, scope: _Scope) -> PyTree:
 
 
 def _perturbed_entries(mask: PyTree, params: Params, scope: _Scope) -> list[Array | bool]:
-    """For each parameter which entries move uphill: booleans of its shape, or one for all of them."""
+    """For each parameter which entries are perturbed: booleans of its shape, or one for all of them."""
     words = iter(jax.tree.leaves(mask))
 
     def entries(leaf: Array, chosen: bool) -> Array | bool:
@@ -309,7 +309,7 @@ def _norm_of_entries(grads: PyTree, entries: list[Array | bool]) -> Float[Array,
 
 
 def _uphill(params: Params, grads: PyTree, entries: list[Array | bool], scale: Array, finite: Array) -> Params:
-    """Weights moved by scale * grads at the chosen entries; exactly as they are where nothing is chosen."""
+    """Weights moved by scale * grads at the chosen entries; others are unchanged, bit for bit."""
 
     def moved(leaf: Array, grad: Array, kept: Array | bool) -> Array:
         if kept is False:

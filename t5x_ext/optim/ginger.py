@@ -1,4 +1,4 @@
-"""Ginger: Gauss-Newton curvature of low rank, one block a parameter, at a cost linear in the number of parameters."""
+"""Ginger: low-rank Gauss-Newton curvature, one block a parameter, at a cost linear in the number of parameters."""
 
 from __future__ import annotations
 
@@ -55,26 +55,26 @@ def scale_by_ginger(
              = U_t\, \mathrm{diag}(s_t)\, U_t^\top \\
       u_t &= (A_t + \text{damping} \cdot I)^{-1}\, m_t / (1-b_1^t)
 
-    The paper keeps the inverse; in exact arithmetic that is the same recursion. Here the eigenvalues of the curvature
-    itself are kept: the released code loses them to rounding once they are 1e5 times the damping, this does not. The
-    damping never decays, and the curvature is not corrected for its start at zero. A step costs one curvature gradient,
-    a number of operations linear in the parameters, two rounds of batched reductions (orthogonalising again needs the
-    result of the first time) and one batched eigendecomposition of `rank + 1` rows and columns.
+    The paper stores the inverse; in exact arithmetic that is the same recursion. Here the eigenvalues of the curvature
+    itself are stored: the released code loses them to rounding once they are 1e5 times the damping. The damping never
+    decays, and the curvature has no bias correction. A step costs one curvature gradient, operations linear in the
+    number of parameters, two rounds of batched reductions (the second orthogonalisation depends on the first) and one
+    batched eigendecomposition of matrices with `rank + 1` rows.
 
     The update is `optimizer.update(grads, state, params, curvature_grad_fn=...)`; the training step gives the callable.
-    It must not be scaled, clipped or averaged over devices after its scale sqrt(N), see `ginger_curvature_grads`. A
-    curvature gradient that is not finite leaves basis and eigenvalues as they were.
+    Its result must not be scaled, clipped or averaged over devices after its scale sqrt(N), see
+    `ginger_curvature_grads`. A curvature gradient that is not finite does not change basis and eigenvalues.
 
     Args:
       rank: eigenvectors a block. State is `rank + 1` float32 numbers a parameter; 0 leaves momentum over damping.
       b1: decay of momentum.
       b2: decay of curvature.
-      damping: added to every eigenvalue. Outside the basis the step is momentum over damping, so a small one makes
+      damping: added to every eigenvalue. Outside the basis the step is momentum over damping, so small values make
         huge steps there.
       curvature_every: updates between two curvature gradients; in between the callable is not evaluated and the basis
-        stays.
+        does not change.
       axes: the tree of parameters with a tuple of axis names for each (`models.logical_axes`): each entry of a leading
-        axis `layers` is a block of its own. None: every parameter is one block.
+        axis `layers` is one block. None: every parameter is one block.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Updates are float32 and point uphill, as those of every `scale_by_*`.
@@ -168,9 +168,10 @@ def ginger(
       b1: decay of momentum.
       b2: decay of curvature.
       damping: added to every eigenvalue.
-      clip_value: entries of the preconditioned momentum are cut to this size, before the learning rate; None: never.
+      clip_value: entries of the preconditioned momentum are clipped to this size, before the learning rate; None:
+        never.
       weight_decay: decoupled decay, multiplied by the learning rate.
-      no_decay: regular expressions on parameter paths that are spared from decay.
+      no_decay: regular expressions on paths of parameters without decay.
       curvature_every: updates between two curvature gradients.
       axes: the tree of parameters with a tuple of axis names for each; None: every parameter is one block.
 
@@ -189,7 +190,7 @@ def ginger(
       [0.5, -1.0]
 
     References:
-      Hao et al. (arXiv 2402.03295). Weight decay is applied after preconditioning, which the paper leaves open.
+      Hao et al. (arXiv 2402.03295). Weight decay is applied after preconditioning; the paper does not say.
     """
     check_number("ginger", "learning_rate", learning_rate, at_least=0)
     check_number("ginger", "weight_decay", weight_decay, at_least=0)
@@ -212,10 +213,10 @@ def ginger(
 def ginger_reference(
     learning_rate: float | optax.Schedule = 2e-4, rank: int = 4, *, axes: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The settings of the authors' experiments: damping 1e-5, entries of the update cut to 1.
+    """The settings of the authors' experiments: damping 1e-5, entries of the update clipped to 1.
 
-    Outside the basis such a step is 1e5 times momentum, and nearly every entry is cut: it behaves as the sign of
-    momentum, with the learning rate as the length of the step. `ginger` has a damping that leaves room for curvature.
+    Outside the basis such a step is 1e5 times momentum, and nearly every entry is clipped: the update is about the sign
+    of momentum times the learning rate. `ginger` has a damping with which curvature has an effect.
 
     Args:
       learning_rate: a constant or an `optax.Schedule`.
@@ -243,16 +244,16 @@ def ginger_curvature_grads(
       n = \frac{1}{\sqrt N} \sum_{i=1}^N \nabla \left( -\log p(\tilde y_i \mid x_i) \right), \qquad
       \tilde y_i \sim p(\cdot \mid x_i)
 
-    Labels are the model's own, one a prediction. For models trained without `t5x_ext.train`, whose step offers the
-    same as `curvature_grad_fn`.
+    Labels are sampled from the model, one a prediction. This function is for models trained without `t5x_ext.train`,
+    whose step gives the same as `curvature_grad_fn`.
 
     Args:
       apply_fn: `(params, batch) -> outputs`, the model: logits [..., classes], means [..., dim] of unit variance, or
         logits [...] of yes against no.
-      params: where.
-      batch: handed to `apply_fn`, all of it: scaled gradients of pieces may not be averaged.
-      key: random key of the labels, another one each step.
-      likelihood: what the outputs are.
+      params: the point at which gradients are computed.
+      batch: argument of `apply_fn`, all of it: scaled gradients of parts must not be averaged.
+      key: random key of the labels, a new one each step.
+      likelihood: the distribution that the outputs parameterise.
       weights: 1 where a prediction counts and 0 for padding, shaped like the predictions [...]; None: all count.
 
     Returns:
@@ -290,10 +291,10 @@ def ginger_curvature_grads(
 
 
 class _Layout(NamedTuple):
-    """How leaves are cut into blocks; all lists follow the leaves.
+    """How leaves are split into blocks; all lists follow the leaves.
 
-    Blocks are arrays [blocks of the leaf, rank or nothing, ...]: axes of a block are never merged, so that they stay
-    on their devices.
+    Blocks are arrays [blocks of the leaf, rank or nothing, ...]. The axes of a block are never merged, so that their
+    shardings do not change.
     """
 
     shapes: list[tuple[int, ...]]
@@ -311,7 +312,7 @@ class _Layout(NamedTuple):
         return cls(shapes, stacked, np.repeat(np.array(dims, np.float32), counts))
 
     def basis_shapes(self, rank: int) -> list[tuple[int, ...]]:
-        """The rank comes behind the layers: axes of a parameter stay innermost, where devices lay them out in tiles."""
+        """The rank axis follows the layers, so that the parameter's axes stay innermost, where devices tile them."""
         return [(*s[:layers], rank, *s[layers:]) for s, layers in zip(self.shapes, self.stacked, strict=True)]
 
     def blocks(self, tree: PyTree) -> list[Float[Array, "blocks ..."]]:
@@ -339,7 +340,7 @@ def _inner(a: list[Array], b: list[Array]) -> Float[Array, "blocks i j"]:
     """Inner products of the rows of every block, [n, i, ...] with [n, j, ...], for all leaves in one array."""
 
     def products(a: Array, b: Array) -> Array:
-        # Not a dot: compilers sum this in trees, faster and with smaller errors than matrices of so few rows.
+        # Not a dot: with so few rows, compilers sum this faster and with smaller errors.
         return jnp.sum(a[:, :, None] * b[:, None], axis=tuple(range(3, a.ndim + 1)))
 
     return jnp.concatenate([products(*pair) for pair in zip(a, b, strict=True)])
@@ -360,16 +361,16 @@ class _Split(NamedTuple):
 
     inside: Float[Array, "blocks rank vectors"]
     rest: list[Array]  # [n, vectors, ...]
-    again: Float[Array, "blocks rank vectors"]  # what rounding left of the basis in the rest
+    again: Float[Array, "blocks rank vectors"]  # component of the rest in the basis, from rounding
     gram: Float[Array, "blocks vectors vectors"]  # inner products of the rests without it
-    threshold: Float[Array, "blocks vectors"]  # squared length up to which a rest is nothing but rounding
+    threshold: Float[Array, "blocks vectors"]  # squared length up to which a rest is only rounding
     fine: Bool[Array, " vectors"]  # False: not finite, and zero in everything above
 
 
 def _split(basis: list[Array], vectors: list[Array], dims: np.ndarray) -> _Split:
-    """Gram-Schmidt, twice: one pass alone loses the angle where a vector lies nearly within the basis.
+    """Gram-Schmidt, twice: one pass loses the angle if a vector is nearly within the basis.
 
-    Of the vectors [n, vectors, ...] the first is momentum, which hands on what is not finite; others become zero.
+    Of the vectors [n, vectors, ...] the first is momentum, which keeps non-finite values; in others they become zero.
     """
     norms = jnp.diagonal(_inner(vectors, vectors), axis1=1, axis2=2)
     fine = jnp.all(jnp.isfinite(norms), axis=0).at[0].set(True)
@@ -385,7 +386,7 @@ def _split(basis: list[Array], vectors: list[Array], dims: np.ndarray) -> _Split
 def _solve(
     basis: list[Array], eigvals: Array, momentum: list[Array], dims: np.ndarray, damping: float | Array
 ) -> list[Array]:
-    """(U diag(s) U^T + damping)^-1 m: outside the basis a division by the damping, inside one by damping + s."""
+    """(U diag(s) U^T + damping)^-1 m: outside the basis a division by the damping, inside by damping + s."""
     split = _split(basis, [m[:, None] for m in momentum], dims)
     outside = split.gram[:, :, 0] > split.threshold
     along_rest = jnp.where(outside, jnp.float32(1 / damping), 0.0)
@@ -405,8 +406,8 @@ def _learn_and_solve(
 ) -> tuple[list[Array], list[Array], Array]:
     """The next basis and eigenvalues, and momentum solved by them, from two passes over the old basis.
 
-    With p the unit rest of the curvature gradient, everything new is a combination of the old basis, p and the rest of
-    momentum, with weights from matrices of rank + 1 rows; so momentum need not be projected again.
+    With p the normalised rest of the curvature gradient, all results are combinations of the old basis, p and the rest
+    of momentum, with weights from matrices with rank + 1 rows. So momentum need not be projected again.
     """
     rank = eigvals.shape[1]
     split = _split(basis, [jnp.stack(pair, axis=1) for pair in zip(momentum, gradient, strict=True)], dims)
@@ -420,7 +421,7 @@ def _learn_and_solve(
     along_p = split.gram[:, 0, 1] * per_length
     inside = jnp.concatenate([split.inside[:, :, 0], along_p[:, None]], axis=1)
     fresh = jnp.where(fine, jnp.float32(1 - b2), 0.0)
-    # Not b2 * eigvals: 0.99 in float32 is 1e-8 too large, which a hundred steps add up.
+    # Not b2 * eigvals: 0.99 in float32 is 1e-8 too large, and the error would add up over steps.
     vectors, values = _top(eigvals - fresh * eigvals, fresh * column[:, :, None] * column[:, None, :])
 
     # u = [U p] V (s + damping)^-1 V^T inside + (rest - p along_p) / damping
@@ -451,14 +452,14 @@ def _top(
     # Rayleigh quotients are exact to second order in the error of the vectors; eigh's own values are not.
     values = jnp.einsum("nij,nik,nkj->nj", vectors, matrix, vectors, precision="highest")
     values = jnp.sort(values, axis=1, descending=True)
-    # Signs are free; a rule for them keeps what devices and compilers make of them the same.
+    # Signs are arbitrary; a rule makes them the same on all devices and compilers.
     largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=1)[:, None], axis=1)
     kept = (jnp.arange(values.shape[1]) < eigvals.shape[1]) & (values > _EPS * values[:, :1])
     return vectors * jnp.where(largest < 0, -1.0, 1.0), jnp.where(kept, values, 0.0)
 
 
 def _orthonormal(vectors: Float[Array, "blocks i j"]) -> Float[Array, "blocks i j"]:
-    """One Newton-Schulz step: eigh leaves an error of some roundings, which thousands of rotations would add up."""
+    """One Newton-Schulz step: eigh is inexact by some roundings, which would add up over thousands of rotations."""
     gram = jnp.einsum("nki,nkj->nij", vectors, vectors, precision="highest")
     return vectors + 0.5 * jnp.einsum(
         "nik,nkj->nij", vectors, jnp.eye(gram.shape[1], dtype=jnp.float32) - gram, precision="highest"

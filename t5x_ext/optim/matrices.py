@@ -1,4 +1,4 @@
-"""Parameters of any shape seen as matrices: which axes are a batch of layers, which are rows, which are columns."""
+"""Parameters of any shape as matrices: which axes are batch, rows and columns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 from t5x_ext.contracts import MERGED_AXES, PyTree, UserError, path_name
 
 Axes = Sequence[str | None] | None
-"""Logical axis names of one parameter; None: the last two axes are the matrix, those before them a batch."""
+"""Logical axis names of one parameter; None: the last two axes are the matrix, those before them batch."""
 
 
 class MatrixShape(NamedTuple):
-    """The shape of a parameter, `batch + rows + cols`; `rows` is empty for a vector, everything for a scalar."""
+    """The shape of a parameter, `batch + rows + cols`; `rows` is empty for a vector, all are for a scalar."""
 
     batch: tuple[int, ...]
     rows: tuple[int, ...]
@@ -29,18 +29,18 @@ class MatrixShape(NamedTuple):
 
 
 def matrix_shape(shape: Sequence[int], axes: Axes = None) -> MatrixShape:
-    """Cuts a shape into batch, rows and columns.
+    """Splits a shape into batch, rows and columns.
 
-    With names: `layers` is a batch axis, `heads` and `head_dim` side by side are one side of a matrix. Of what is
-    left, the last side is the columns and the one before it the rows; more than two sides leave the first ones to the
-    batch, a single one is a vector.
+    With names, `layers` is a batch axis, and `heads` and `head_dim` are merged if adjacent. Of the other axes the last
+    one is the columns, the second-to-last the rows, and any earlier ones are batch. One remaining axis means a vector
+    (no matrix).
 
     Args:
       shape: of a parameter.
       axes: a name (or None) an axis. Without names the last two axes are the matrix.
 
     Raises:
-      UserError: if `layers` is not a leading axis or the names are not one an axis.
+      UserError: if `layers` is not a leading axis, or there is not one name an axis.
 
     Example:
       >>> matrix_shape((24, 2048, 32, 64), ("layers", "embed", "heads", "head_dim"))
@@ -70,7 +70,7 @@ def matrix_shape(shape: Sequence[int], axes: Axes = None) -> MatrixShape:
 
 
 def as_matrices(x: Float[Array, "..."], axes: Axes = None) -> Float[Array, "batch rows cols"]:
-    """A parameter as a batch of matrices (vectors have one row), cut by `matrix_shape`.
+    """A parameter as a batch of matrices by `matrix_shape`; vectors have one row.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,7 +86,7 @@ def from_matrices(matrices: Float[Array, "batch rows cols"], shape: Sequence[int
 
 
 def named_axes(axes: PyTree) -> Callable[[str, Sequence[int]], Axes]:
-    """Looks up the axis names of a parameter by its path, so that trees with masked or missing parameters fit too.
+    """Looks up the axis names of a parameter by its path, also for trees with masked or missing parameters.
 
     Args:
       axes: the tree of parameters with a tuple of names for each, as `models.logical_axes` gives; None: no names.

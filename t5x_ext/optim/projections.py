@@ -1,4 +1,4 @@
-"""Random projections for compressed momentum and accumulation: functions of a key, so that none is ever stored."""
+"""Random projections for compressed momentum and accumulation: functions of a key, so none is stored."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Projection: TypeAlias = Callable[[Array, tuple[int, int], Any], Array]
 def gaussian(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "rank dim"]:
     """Independent normal entries of variance 1 / rank: the projection of Flora.
 
-    The squared error of `P^T P x` is (dim + 1) / rank times the square of `x`, in the mean. Entries are drawn in
-    float32 and then cast: another dtype would draw other numbers.
+    The expected squared error of `P^T P x` is (dim + 1) / rank times the square of `x`. Entries are sampled in float32
+    and then cast, because sampling in another dtype gives other numbers.
 
     Example:
       >>> gaussian(jax.random.key(0), (2, 3)).shape
@@ -32,15 +32,15 @@ def gaussian(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Fl
 
 @partial(jax.jit, static_argnums=(1, 2))
 def orthogonal(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Float[Array, "rank dim"]:
-    r"""Orthogonal rows of length sqrt(dim / rank): chosen rows of a cosine transform behind random signs.
+    r"""Orthogonal rows of length sqrt(dim / rank): random rows of a cosine transform, after random signs.
 
     .. math::
       P_{ij} = \sqrt{2 / \text{rank}} \, \cos\!\left(\pi \frac{(2 k_i + 1)(2 j + 1)}{4 \, \text{dim}}\right) \epsilon_j
 
-    with :math:`k_1 \dots k_\text{rank}` drawn without repetition and :math:`\epsilon_j = \pm 1`. The squared error of
-    `P^T P x` is dim / rank - 1 times the square of `x`, in the mean: less than of a Gaussian, the same as of rows that
-    are uniformly random orthogonal, and with rank = dim nothing is lost. It takes 2 dim random numbers instead of
-    rank x dim, and no factorisation.
+    with :math:`k_1 \dots k_\text{rank}` sampled without repetition and :math:`\epsilon_j = \pm 1`. The expected squared
+    error of `P^T P x` is dim / rank - 1 times the square of `x`: less than for a Gaussian, the same as for uniformly
+    random orthogonal rows, and zero for rank = dim. It needs 2 dim random numbers instead of rank x dim, and no
+    factorisation.
 
     Args:
       key: random key.

@@ -17,12 +17,12 @@ def scale_by_path(
 ) -> optax.GradientTransformation:
     """Multiplies the updates of parameters whose path matches a pattern: learning-rate multipliers.
 
-    Put it last in a chain, behind the learning rate. The first pattern found in a path decides; a path that no pattern
-    matches keeps its update.
+    Put it last in a chain, after the learning rate. The first matching pattern applies; updates of other paths do not
+    change.
 
     Args:
       multipliers: from a regular expression (searched in names such as `encoder/layers/mlp/kernel`) to a number, or to
-        one number a layer where parameters are stacked along a leading `layers` axis.
+        one number a layer for parameters with a leading `layers` axis.
 
     Returns:
       A stateless `optax.GradientTransformation`.
@@ -60,9 +60,9 @@ def scale_by_path(
 
 
 def freeze(patterns: Sequence[str]) -> optax.GradientTransformation:
-    """Sets the updates of parameters whose path matches any pattern to zero, whatever they were (NaN too).
+    """Sets the updates of parameters whose path matches any pattern to zero, also if they are NaN.
 
-    Put it last in a chain, behind weight decay.
+    Put it last in a chain, after weight decay.
 
     Args:
       patterns: regular expressions, searched in names such as `encoder/layers/mlp/kernel`.
@@ -96,7 +96,7 @@ def freeze(patterns: Sequence[str]) -> optax.GradientTransformation:
 
 
 def _check_matched(rule: str, patterns: Mapping[str, object] | Sequence[str], params: Params) -> None:
-    """A pattern that matches nothing is a typing mistake that would silently train the wrong thing."""
+    """Refuses patterns that match nothing: a typing mistake would silently train the wrong parameters."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(map(path_predicate(pattern), names)):

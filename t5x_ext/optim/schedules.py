@@ -1,4 +1,4 @@
-"""Learning-rate schedules of translation recipes: functions of the number of updates done so far."""
+"""Learning-rate schedules of translation recipes: functions of the number of updates so far."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def inverse_sqrt(peak: float, warmup_steps: int) -> optax.Schedule:
     .. math::
       \eta(t) = \text{peak} \cdot \min(t / w, \sqrt{w / t}), \qquad w = \text{warmup\_steps}
 
-    The two branches meet at `t = w`, where the rate is `peak`. Optax counts from 0, so the very first update of a
-    warm-up has rate 0.
+    The rate is `peak` at `t = w`. Optax counts from 0, so the first update of a warm-up has rate 0.
 
     Args:
       peak: the largest learning rate, reached after `warmup_steps` updates.
@@ -49,13 +48,13 @@ def inverse_sqrt(peak: float, warmup_steps: int) -> optax.Schedule:
 
 
 def linear_decay(peak: float, warmup_steps: int, total_steps: int, end: float = 0.0) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then a straight line down to `end` at `total_steps`, constant from there on.
+    """Linear warm-up from 0 to `peak`, then linear decay to `end` at `total_steps`, then constant.
 
     Args:
       peak: the largest learning rate, reached after `warmup_steps` updates.
       warmup_steps: length of the warm-up in updates; 0 starts at `peak`.
-      total_steps: the update at which `end` is reached; a trial run shorter than the warm-up just ends within it.
-      end: the last learning rate.
+      total_steps: the update at which `end` is reached; may be below `warmup_steps`, for short trial runs.
+      end: the final learning rate.
 
     Returns:
       An `optax.Schedule`: a step (an int or an integer array) to a float32 rate.
@@ -73,7 +72,7 @@ def linear_decay(peak: float, warmup_steps: int, total_steps: int, end: float = 
     """
     _check_peak("linear_decay", peak)
     if not 0 <= end <= peak:
-        raise UserError(f"linear_decay: end = {end} must lie between 0 and peak = {peak}")
+        raise UserError(f"linear_decay: end = {end} must be between 0 and peak = {peak}")
     if warmup_steps < 0 or total_steps < 1:
         raise UserError(
             f"linear_decay: warmup_steps = {warmup_steps} must be at least 0 and total_steps = {total_steps} at least 1"

@@ -1,4 +1,4 @@
-"""The k largest scores of a whole parameter tree, exactly, by counting: nothing is sorted, nothing is gathered."""
+"""The k largest scores of a parameter tree, exactly, by counting, without sorting or gathering."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ WORD = 32
 def num_kept(sparsity: float | Fraction, total: int) -> int:
     """floor((1 - sparsity) * total), with `sparsity` taken as the decimal that was written.
 
-    In floating point (1 - 0.9) * 580 is 57.99999999999999, one entry short. A float stands for the nearest decimal of
-    15 places, so that 0.9 is nine tenths, and `1 - 0.7` is three.
+    In floating point (1 - 0.9) * 580 is 57.99999999999999, one entry short. A float is rounded to the nearest decimal
+    of 15 digits, so that 0.9 is nine tenths, and `1 - 0.7` three tenths.
 
     Args:
-      sparsity: from 0 to 1; a `fractions.Fraction` where no decimal is exact.
+      sparsity: from 0 to 1; a `fractions.Fraction` if no decimal is exact.
       total: number of entries.
 
     >>> num_kept(0.9, 580), num_kept(Fraction(2, 3), 3)
@@ -39,20 +39,20 @@ def num_kept(sparsity: float | Fraction, total: int) -> int:
 def top_k_mask(scores: PyTree, k: int | Count, *, magnitude: bool = False) -> PyTree:
     """True at the k largest scores of all arrays of a tree together, and exactly k of them.
 
-    Equal scores are taken in order: of leaves, then row by row within an array, as a stable sort would. -0.0 equals
-    0.0, denormal numbers count, infinity is largest and NaN smaller than everything.
+    Equal scores are taken in order: of leaves, then row by row within an array, as by a stable sort. -0.0 equals 0.0,
+    denormal numbers count, infinity is largest and NaN is smaller than all others.
 
-    The k-th largest score is found by bisection over the 32 bits of a float, highest first, each bit by counting how
-    many scores lie above a threshold; where scores are tied there, the last one taken is found in the same way over
-    numbers of leaves and indices. So arrays stay where they are, whatever their sharding, and devices exchange some
-    tens of integers. In place of a sort that is 32 passes over the scores at the speed of memory, and with ties as many
-    more as the number of entries has bits.
+    The k-th largest score is found by bisection over the 32 bits of a float, highest first: each bit by counting the
+    scores above a threshold. If scores are tied there, the last one taken is found by bisection over leaves and
+    indices. So arrays are not moved, for any sharding, and devices exchange some tens of integers. Instead of a sort
+    this takes 32 passes over the scores at memory speed and, with ties, as many more as the number of entries has bits.
 
     Args:
-      scores: arrays of floats, any shapes; compared in float32. The whole may exceed 2^32 entries, one axis may not.
+      scores: arrays of floats, any shapes; compared in float32. The tree may have more than 2^32 entries, one axis may
+        not.
       k: a Python integer from 0 to the number of entries, or a `Count` that is known on the device only and in that
         range, which is not checked.
-      magnitude: compare absolute values, without an array to hold them.
+      magnitude: compare absolute values, without storing them.
 
     Returns:
       A tree of booleans shaped like `scores`.
@@ -82,14 +82,14 @@ def top_k_mask(scores: PyTree, k: int | Count, *, magnitude: bool = False) -> Py
 
 
 class Count(NamedTuple):
-    """An unsigned integer of 64 bits in two words; JAX has none of its own unless the whole process asks for it."""
+    """An unsigned 64-bit integer in two words; JAX has 64-bit integers only if enabled for the whole process."""
 
     high: UInt32[Array, ""]
     low: UInt32[Array, ""]
 
 
 def as_count(value: int) -> Count:
-    """A count known beforehand."""
+    """A constant count."""
     return Count(jnp.uint32(value >> WORD), jnp.uint32(value & (2**WORD - 1)))
 
 
@@ -100,7 +100,7 @@ def add(a: Count, b: Count) -> Count:
 
 
 def subtract(a: Count, b: Count) -> Count:
-    """Difference, where a is not smaller than b."""
+    """Difference, for a >= b."""
     return Count(a.high - b.high - (a.low < b.low), a.low - b.low)
 
 
@@ -126,32 +126,32 @@ def ceil_share(count: Count, share: UInt32[Array, ""]) -> Count:
 
 
 def sum_words(words: UInt32[Array, "..."]) -> Count:
-    """The sum of fewer than 2^31 words, added in pieces of so few bits that no sum of pieces overflows."""
+    """The sum of fewer than 2^31 words, added in groups of few enough bits that no partial sum overflows."""
     bits = WORD - max(words.size, 1).bit_length()
     total = as_count(0)
     for shift in range(0, WORD, bits):
-        piece = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
-        high = piece >> (WORD - shift) if shift else jnp.uint32(0)
-        total = add(total, Count(high, piece << shift))
+        partial = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
+        high = partial >> (WORD - shift) if shift else jnp.uint32(0)
+        total = add(total, Count(high, partial << shift))
     return total
 
 
 def count_true(mask: Bool[Array, "..."]) -> Count:
-    """The number of True, above 2^32 too."""
+    """The number of True entries, which may exceed 2^32."""
     inner = _inner_axes(mask.shape)
     words = jnp.sum(mask, axis=tuple(range(inner, mask.ndim)), dtype=jnp.uint32)
     return sum_words(words) if inner else Count(jnp.uint32(0), words)
 
 
 def _inner_axes(shape: tuple[int, ...]) -> int:
-    """The first axis from which on an array has fewer than 2^32 entries: 0 for all but huge ones."""
+    """The first axis such that this and the following ones have fewer than 2^32 entries: 0 for all but huge arrays."""
     return next(axis for axis in range(len(shape) + 1) if math.prod(shape[axis:]) < 2**WORD)
 
 
 def _rank(scores: Float[Array, "..."], magnitude: bool = False) -> UInt32[Array, "..."]:
-    """Integers in falling order of the scores or their magnitudes, equal for equal ones.
+    """Integers in descending order of the scores or their magnitudes, equal for equal ones.
 
-    Only bits are compared: a CPU may take denormal numbers for zero when it compares floats.
+    Only bits are compared, because a CPU may treat denormal numbers as zero when it compares floats.
     """
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     unsigned = bits & 0x7FFFFFFF
@@ -162,7 +162,7 @@ def _rank(scores: Float[Array, "..."], magnitude: bool = False) -> UInt32[Array,
 
 
 class _Leaf(NamedTuple):
-    """An array and where it stands; it is seen as rows of fewer than 2^32 entries, numbered through the whole tree."""
+    """An array and its index, as rows of fewer than 2^32 entries, which are numbered through the whole tree."""
 
     scores: Array
     first_row: int
@@ -173,7 +173,7 @@ class _Leaf(NamedTuple):
         return math.prod(self.scores.shape[: _inner_axes(self.scores.shape)])
 
     def digits(self) -> tuple[Array, Array, Array]:
-        """What entries are ordered by, the first digit first: rank, row, column."""
+        """The digits by which entries are ordered, most significant first: rank, row, column."""
         inner = _inner_axes(self.scores.shape)
         row = self._flat_index(range(inner)) + jnp.uint32(self.first_row)
         return _rank(self.scores, self.magnitude), row, self._flat_index(range(inner, self.scores.ndim))
@@ -213,14 +213,14 @@ def _last_taken(leaves: list[_Leaf], k: Count) -> tuple[Array, ...]:
 
 
 def _next_digit(leaves: list[_Leaf], last: tuple[Array, ...], bits: int, wanted: Count) -> tuple[Array, Count]:
-    """Of entries that begin with the digits `last`: the next digit of the wanted one, and its place among equal ones.
+    """Of entries that begin with the digits `last`: the next digit of the wanted one, and its index among equal ones.
 
     That is the smallest digit that at least `wanted` entries do not exceed, found from its highest bit on.
     """
 
     def halve(step: Array, found: tuple[Array, Count]) -> tuple[Array, Count]:
         middle = found[0] + (jnp.uint32(1) << (bits - 1 - step).astype(jnp.uint32))
-        # Tied to the step, or XLA takes the ranks out of the loop and keeps a copy of all scores.
+        # Depends on the step; otherwise XLA hoists the ranks out of the loop and keeps a copy of all scores.
         scores, middle = jax.lax.optimization_barrier(([leaf.scores for leaf in leaves], middle))
         at_hand = [leaf._replace(scores=array) for leaf, array in zip(leaves, scores, strict=True)]
         count = _count(at_hand, last, lambda other: other < middle)
@@ -231,7 +231,7 @@ def _next_digit(leaves: list[_Leaf], last: tuple[Array, ...], bits: int, wanted:
 
 
 def _count(leaves: list[_Leaf], last: tuple[Array, ...], condition: Callable[[Array], Array]) -> Count:
-    """How many entries begin with the digits `last` and have a next one for which the condition holds."""
+    """How many entries begin with the digits `last` and have a next digit that satisfies the condition."""
     total = as_count(0)
     for leaf in leaves:
         digits = leaf.digits()

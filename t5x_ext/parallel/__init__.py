@@ -1,4 +1,4 @@
-"""Where it runs: processes, the device mesh, rules from logical axes to mesh axes, shardings and global batches."""
+"""Processes, the device mesh, rules from logical axes to mesh axes, shardings and global batches."""
 
 from t5x_ext.parallel.batches import global_batch, host_rows
 from t5x_ext.parallel.distributed import DistributedConfig, initialize_distributed

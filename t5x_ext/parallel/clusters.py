@@ -1,7 +1,7 @@
-"""Which process this is, and where process 0 listens: as Slurm, Kubernetes or the Cloud TPU metadata server say it.
+"""Which process this is, and the address of process 0, from Slurm, Kubernetes or the Cloud TPU metadata server.
 
-The variables are those that `jax.distributed.initialize` reads. It keeps what it finds to itself, and the processes
-that wait for one that never comes must be able to name it, so they are read here.
+The variables are those that `jax.distributed.initialize` reads. It does not return what it finds, but processes must be
+able to name one that never arrives, so the variables are read here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GPU_PORT = 6002
 """Port of process 0 in a Kubernetes job on GPUs, unless `JAX_COORDINATOR_PORT` names another; as in XPK."""
 
 _METADATA = "computeMetadata/v1/instance/attributes"
-_EPHEMERAL = 65536 - 4096  # the first port of a range from which JAX, too, takes one by job number
+_EPHEMERAL = 65536 - 4096  # first port of the range from which JAX also picks one by job number
 
 Environment = Mapping[str, str]
 Metadata = Callable[[str], str | None]
@@ -39,9 +39,9 @@ class Place(NamedTuple):
 
 
 def from_slurm(environment: Environment) -> Place | None:
-    """The place of a task that `srun` started; None outside of a job step.
+    """The place of a task that `srun` started; None outside a job step.
 
-    Tasks that share a node share its GPUs evenly, unless Slurm has already divided them.
+    Tasks on one node get equal shares of its GPUs, unless Slurm has divided them already.
     """
     if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST"} <= environment.keys():
         return None
@@ -107,7 +107,7 @@ def _on_slices(workers: list[str], worker: int, setting: Callable[[str], str | N
 
 
 def read_metadata(name: str) -> str | None:
-    """An attribute of this machine from the metadata server of Google Cloud; None if that does not answer."""
+    """An attribute of this machine from Google Cloud's metadata server; None if the server does not answer."""
     if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")):
         return None
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")

@@ -1,4 +1,4 @@
-"""One run on several processes: how they join. What they do in order afterwards is in `storage.processes`."""
+"""Joining the processes of a run. Barriers and doing things in order are in `storage.processes`."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _WHERE = {
     "slurm": "SLURM_PROCID and SLURM_NTASKS are not set: start it with srun",
     "tpu": "this machine is no Cloud TPU VM",
 }
-_LEAVING = 30  # seconds that a process which ends waits for the others; one that failed keeps them for no longer
+_LEAVING = 30  # seconds that a process which ends waits for the others, and they for one that failed
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
     """How the processes of a run find each other.
 
-    Args:
-      kind: `none`: this is the only one; `tpu`, `gke` and `slurm`: as the Cloud TPU metadata server, Kubernetes or
-        Slurm says; `explicit`: as the next three fields say; `auto`: the first of these that applies.
-      coordinator: `host:port` of process 0; set, it goes before what was detected, as do the next two.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
-      timeout_seconds: how long to wait for a process that does not come.
+    Attributes:
+      kind: `none`: there is one process; `tpu`, `gke` and `slurm`: ask the Cloud TPU metadata server, Kubernetes or
+        Slurm; `explicit`: the next three fields; `auto`: the first of these that applies.
+      coordinator: `host:port` of process 0; if set, it overrides what was detected, as do the next two.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
+      timeout_seconds: how long to wait for the other processes.
     """
 
     kind: Literal["none", "auto", "tpu", "gke", "slurm", "explicit"] = "none"
@@ -66,11 +66,11 @@ class DistributedConfig:
 
 
 def initialize_distributed(config: DistributedConfig) -> None:
-    """Joins the processes of a run, so that `jax.devices()` are those of all; before anything else is done with JAX.
+    """Joins the processes of a run, so that `jax.devices()` are those of all. Must be called before any use of JAX.
 
     Raises:
-      UserError: naming the processes that did not arrive in time, in every one that did; or what is missing or wrong in
-        the description.
+      UserError: if processes did not arrive in time, naming them, in every process that did arrive; or if the
+        configuration is incomplete or wrong.
     """
     place = find_place(config)
     if place is None:
@@ -79,7 +79,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
         raise UserError(f"there is no process {place.process_id} of {place.num_processes}: ids count from 0")
     if place.num_processes > 1:
         meet(place.coordinator, place.num_processes, place.process_id, config.timeout_seconds)
-    # JAX's own service would swallow SIGTERM; the training loop listens itself, and its processes agree where to stop.
+    # JAX's preemption service would catch SIGTERM; the training loop handles it, and its processes agree where to stop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         place.coordinator,
@@ -94,7 +94,7 @@ def initialize_distributed(config: DistributedConfig) -> None:
 
 
 def find_place(config: DistributedConfig) -> Place | None:
-    """The place of this process; None if it is to run alone.
+    """The place of this process among those of a run; None if it runs alone.
 
     Raises:
       UserError: naming what is missing.
@@ -107,7 +107,7 @@ def find_place(config: DistributedConfig) -> Place | None:
         return None
     missing = [name for name in ("coordinator", "num_processes", "process_id") if name not in config.given]
     if config.kind == "explicit" and missing:
-        raise UserError(f"an explicit description of the processes needs {', '.join(missing)}, too")
+        raise UserError(f"an explicit description of the processes needs {', '.join(missing)} too")
     if not missing:
         return Place(**config.given)
     for kind in (config.kind,) if config.kind != "auto" else _DETECTED:

@@ -1,4 +1,4 @@
-"""What accelerators can do: peak speed, memory and links, each figure with its source; threads of a CPU."""
+"""Peak speed, memory and links of accelerators, each figure with its source; threads of a CPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NETWORK = "one network adapter a GPU, NVIDIA"
 class Hardware:
     """One kind of accelerator, as its maker or its compiler describes it.
 
-    TPUs of a slice sit on a torus and have two links (one a direction) along each of its dimensions; GPUs of a node are
-    joined by a switch, through which each sends `link_bandwidth` to any other.
+    TPUs of a slice form a torus, with two links (one a direction) along each of its dimensions. GPUs of a node are
+    connected by a switch, through which each sends at `link_bandwidth` to any other.
 
     Attributes:
       name: the key of `HARDWARE`.
@@ -48,10 +48,10 @@ class Hardware:
     source: str
 
     def wraps(self, topology: Sequence[int]) -> tuple[bool, ...]:
-        """Whether each axis of a slice of this shape is a closed ring, over which twice the bytes can flow.
+        """Whether each axis of a slice of this shape is a closed ring, which has twice the bandwidth.
 
-        A 2D pod closes every axis of full length. A 3D one closes axes with optical switches that only whole 4x4x4
-        cubes have.
+        A 2D pod closes axes of full length. A 3D one closes axes by optical switches, which only whole 4x4x4 cubes
+        have.
 
         >>> HARDWARE["v5e"].wraps((8, 16)), HARDWARE["v4"].wraps((4, 4, 8)), HARDWARE["v4"].wraps((2, 2, 4))
         ((False, True), (True, True, True), (False, False, False))
@@ -150,7 +150,7 @@ _ALL = (
 )
 
 HARDWARE = {hardware.name: hardware for hardware in _ALL}
-"""The kinds of accelerator that planning and MFU know, by short name."""
+"""Accelerators that planning and MFU support, by short name."""
 
 _KINDS = {
     "TPU v4": "v4",
@@ -179,7 +179,7 @@ def hardware_of(device_kind: str) -> Hardware | None:
 
 
 def cpu_threads() -> int:
-    """Threads of XLA's CPU client: NPROC where it is set, else the cores that this process may use."""
+    """Threads of XLA's CPU client: NPROC if it is set, else the number of cores that this process may use."""
     if os.environ.get("NPROC", "").isdecimal():
         return int(os.environ["NPROC"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

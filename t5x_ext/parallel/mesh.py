@@ -1,4 +1,4 @@
-"""The device mesh: axes `slices` and `data` (copies of the model), `fsdp` (parameters cut), `tensor` (matrices cut)."""
+"""The device mesh: axes `slices` and `data` (replicas), `fsdp` (sharded parameters), `tensor` (sharded matrices)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MESH_AXES = ("slices", "data", "fsdp", "tensor")
 """Names of the mesh axes, outermost (slowest links) first."""
 
 BATCH_AXES = ("slices", "data", "fsdp")
-"""Mesh axes over which the rows of a batch are cut."""
+"""Mesh axes over which the rows of a batch are sharded."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 on at most one of them means whatever is left.
+    """Devices along each mesh axis; -1 on at most one of them means all remaining devices.
 
-    Args:
-      data: replicas that hold the same parameters and see different rows.
-      fsdp: devices among which parameters and optimizer state are cut; each sees different rows.
-      tensor: devices among which single matrices are cut; all see the same rows.
-      slices: TPU slices or GPU nodes joined by a slow network. They are replicas: once an update they exchange
-        gradients, and nothing else.
+    Attributes:
+      data: replicas with the same parameters and different rows.
+      fsdp: devices over which parameters and optimizer state are sharded; each has different rows.
+      tensor: devices over which single matrices are sharded; all have the same rows.
+      slices: TPU slices or GPU nodes joined by a slow network. They are replicas, and exchange only gradients, once an
+        update.
     """
 
     data: int = -1
@@ -40,7 +40,9 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = astuple(self)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            raise UserError(f"{self}: every axis must be at least 1, and at most one of them -1 (what is left)")
+            raise UserError(
+                f"{self}: every axis must be at least 1, and at most one of them -1 (all remaining devices)"
+            )
 
     def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
         """Devices along `MESH_AXES`, whose product is `num_devices`.
@@ -59,11 +61,11 @@ class MeshConfig:
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (default: all, of every process).
 
-    Neighbours on the inner axes are neighbours on the fast network, and every position on `slices` is one slice (or
-    node, or process) where the devices know of as many of those.
+    Neighbours on the inner axes are neighbours on the fast network. Every index on `slices` is one TPU slice, or one
+    process, if the devices belong to as many of those.
 
     Raises:
-      UserError: if the axes do not multiply to the number of devices, or TPU slices are more than the axis `slices`.
+      UserError: if the axes do not multiply to the number of devices, or there are more TPU slices than `slices`.
     """
     devices = jax.devices() if devices is None else list(devices)
     slices, *inner = (config or MeshConfig()).sizes(len(devices))
@@ -73,16 +75,16 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
         arranged = _hybrid(slices, inner, devices, by_process=True)
     elif devices[0].platform == "tpu" and _count(devices, "slice_index") > 1:
         count = _count(devices, "slice_index")
-        raise UserError(f"the devices lie in {count} slices and MeshConfig.slices is {slices}: set it to {count}")
+        raise UserError(f"the devices are in {count} slices and MeshConfig.slices is {slices}: set it to {count}")
     else:
-        # Where the wanted axes do not follow those of the torus, cutting one of its axes still beats refusing.
+        # If the axes do not match those of the torus, splitting one of the torus' axes is better than an error.
         arranged = mesh_utils.create_device_mesh((slices, *inner), devices, allow_split_physical_axes=True)
     # Auto: shardings are derived from arguments and propagated by the compiler, not carried in types.
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """Pieces into which the rows of a batch are cut."""
+    """Number of shards of the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

@@ -1,8 +1,8 @@
-"""Waiting for every process of a run, and naming those that do not come.
+"""Waiting for all processes of a run, and naming those that do not arrive.
 
-`jax.distributed.initialize` kills the process when another one is missing, without saying which. So the processes meet
-before: each calls process 0 at the coordinator's address and waits; when all are there, or the time is up, process 0
-tells every one of them. The port is then free for JAX.
+`jax.distributed.initialize` kills the process if another one is missing, without saying which. So the processes meet
+before: each connects to process 0 at the coordinator's address and waits. When all have arrived, or after the timeout,
+process 0 answers all of them. Then the port is free for JAX.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 from t5x_ext.contracts import UserError
 
 _LONGEST_MESSAGE = 4096
-_ANSWER_LATE = 15.0  # seconds: how much longer than process 0 the others wait for its word
+_ANSWER_LATE = 15.0  # seconds that the others wait longer than process 0, for its answer
 
 
 def meet(coordinator: str, num_processes: int, process_id: int, timeout_seconds: float) -> None:
-    """Returns once all processes have called, within `timeout_seconds` of the call of process 0.
+    """Waits until all processes have called it, at most `timeout_seconds` after process 0.
 
     Args:
       coordinator: `host:port` at which process 0 can be reached.
-      num_processes: how many there are.
-      process_id: which one this is; from 0.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
       timeout_seconds: how long process 0 waits for the others, and each of the others for process 0.
 
     Raises:
-      UserError: naming the processes that did not come; in those that did come.
+      UserError: if processes did not arrive, naming them, in every process that did.
     """
     host, port = split_address(coordinator)
     if process_id == 0:
@@ -41,7 +41,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout_seconds:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port`, where an IPv6 host stands in brackets.
+    """Host and port of `host:port`; an IPv6 host is in brackets.
 
     >>> split_address("10.0.0.1:1234"), split_address("[::1]:80")
     (('10.0.0.1', 1234), ('::1', 80))
@@ -53,7 +53,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 class _Reception:
-    """Process 0's side: who has called, over which connection."""
+    """Process 0's side: which processes have connected, and their connections."""
 
     def __init__(self, coordinator: str, port: int, num_processes: int):
         self._coordinator = coordinator
@@ -83,7 +83,7 @@ class _Reception:
             raise UserError(error)
 
     def _hear(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
-        """Takes down a caller; or forgets one that has hung up, who may call again."""
+        """Registers a process, or forgets one that has closed its connection and may connect again."""
         message = _receive(connection)
         refusal = None if message is None else self._refusal(message)
         if message is None or refusal is not None:
@@ -115,7 +115,7 @@ class _Reception:
 
 
 def _names(processes: Iterable[int]) -> str:
-    """Numbers with runs of three and more shortened.
+    """Numbers, with runs of more than three shortened.
 
     >>> _names([0, 1, 2, 3, 7, 9, 10])
     '0-3, 7, 9, 10'
@@ -130,14 +130,14 @@ def _names(processes: Iterable[int]) -> str:
 
 
 def _call(address: tuple[str, int], message: dict[str, Any], timeout_seconds: float) -> None:
-    """Calls process 0 until it answers; calls again where it hung up, for it may have been restarted."""
+    """Calls process 0 until it answers; calls again if it hung up, because it may have been restarted."""
     deadline = time.monotonic() + timeout_seconds
     what = "did not answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection(address, timeout=min(left, 10.0)) as connection:
                 what = "hung up on"
-                # From here on its clock counts, which may have been started later than this one.
+                # From here on process 0's timeout counts, which may have started later.
                 connection.settimeout(timeout_seconds + _ANSWER_LATE)
                 _send(connection, message)
                 answer = _receive(connection)
@@ -164,13 +164,13 @@ def _listen(port: int) -> socket.socket:
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    # One that has gone is noticed where its answer is read.
+    # A closed connection is noticed when its answer is read.
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
-    """One message; None from a connection that was closed, and from a stranger."""
+    """One message; None if the connection was closed or the sender is not one of this package."""
     try:
         data = connection.recv(_LONGEST_MESSAGE)
         message = json.loads(data)

@@ -10,9 +10,17 @@ from t5x_ext.parallel.mesh import MESH_AXES
 
 @dataclass(frozen=True)
 class AxisRules:
-    """The mesh axis (or None: not cut) for each logical axis name of a parameter.
+    """The mesh axis for each logical axis of a parameter; None: not sharded.
 
-    Rows of a batch are always cut over `data` and `fsdp`, whatever the rules; see `global_batch`.
+    Rows of a batch are always sharded over `BATCH_AXES`, independent of these rules; see `global_batch`.
+
+    Attributes:
+      embed: model dimension.
+      heads: attention heads.
+      head_dim: dimension of a head.
+      mlp: feed-forward dimension.
+      vocab: vocabulary.
+      layers: stacked layers.
     """
 
     embed: str | None = None
@@ -42,15 +50,15 @@ class AxisRules:
 
 
 def data_parallel() -> AxisRules:
-    """Every device holds all parameters."""
+    """Parameters are replicated on every device."""
     return AxisRules()
 
 
 def fsdp() -> AxisRules:
-    """Parameters cut along `embed` over `fsdp`, gathered layer by layer when used (ZeRO-3, arXiv 1910.02054)."""
+    """Parameters sharded along `embed` over `fsdp`, gathered layer by layer when used (ZeRO-3, arXiv 1910.02054)."""
     return AxisRules(embed="fsdp")
 
 
 def fsdp_tensor() -> AxisRules:
-    """`fsdp`, and attention heads, feed-forward width and vocabulary cut over `tensor` (arXiv 1909.08053)."""
+    """`fsdp`, with attention heads, feed-forward dimension and vocabulary sharded over `tensor` (arXiv 1909.08053)."""
     return AxisRules(embed="fsdp", heads="tensor", mlp="tensor", vocab="tensor")

@@ -16,23 +16,25 @@ from t5x_ext.parallel.rules import AxisRules
 
 logger = logging.getLogger(__name__)
 
-Cut: TypeAlias = str | tuple[str, ...] | None
-"""The mesh axes that one axis of an array is cut over, as in a `PartitionSpec`."""
+AxisSharding: TypeAlias = str | tuple[str, ...] | None
+"""The mesh axes over which one axis of an array is sharded, as in a `PartitionSpec`; None: not sharded."""
 
 
-def partition_spec(mesh: Mesh, cuts: Sequence[Cut], shape: Sequence[int]) -> PartitionSpec:
-    """The cuts that are possible: an axis stays whole if its mesh axes do not divide it, or an earlier one has one.
+def partition_spec(mesh: Mesh, wanted: Sequence[AxisSharding], shape: Sequence[int]) -> PartitionSpec:
+    """The wanted shardings as far as possible.
+
+    An axis is not sharded if its mesh axes do not divide its size, or if an earlier axis uses one of them.
 
     Args:
       mesh: has the mesh axes.
-      cuts: what is wanted of each axis.
-      shape: its sizes.
+      wanted: mesh axes for each axis of the array.
+      shape: of the array.
     """
-    spec: list[Cut] = []
+    spec: list[AxisSharding] = []
     taken: set[str] = set()
-    for cut, size in zip(cuts, shape, strict=True):
-        is_whole = taken.intersection(_names(cut)) or size % _pieces(mesh, cut)
-        spec.append(None if is_whole else cut)
+    for mesh_axes, size in zip(wanted, shape, strict=True):
+        is_impossible = taken.intersection(_names(mesh_axes)) or size % _num_shards(mesh, mesh_axes)
+        spec.append(None if is_impossible else mesh_axes)
         taken.update(_names(spec[-1]))
     return PartitionSpec(*spec)
 
@@ -40,17 +42,17 @@ def partition_spec(mesh: Mesh, cuts: Sequence[Cut], shape: Sequence[int]) -> Par
 def tree_shardings(mesh: Mesh, rules: AxisRules, logical_axes: PyTree, params: Params) -> PyTree:
     """A `NamedSharding` for every parameter.
 
-    An axis stays whole when its mesh axis does not divide its size (logged), or when an earlier axis of the same array
-    has taken that mesh axis.
+    An axis is not sharded if its mesh axis does not divide its size (logged), or if an earlier axis of the same array
+    uses that mesh axis.
 
     Args:
       mesh: from `make_mesh`.
       rules: logical axis name to mesh axis.
-      logical_axes: the tree of `params` with a tuple of axis names (None: never cut) for each array.
+      logical_axes: the tree of `params` with a tuple of axis names (None: never sharded) for each array.
       params: arrays or `jax.ShapeDtypeStruct`s; only shapes are read.
 
     Raises:
-      UserError: if names and shapes disagree in number or a name is unknown.
+      UserError: if an array has another number of names than axes, or a name is unknown.
     """
     axes = _by_parts(logical_axes)
 
@@ -68,17 +70,17 @@ def state_shardings(
 ) -> PyTree:
     """A `NamedSharding` for every array of a training state or optimizer state.
 
-    A leaf whose path ends in the path of a parameter follows that parameter, however chained, masked or partitioned the
-    optimizer is: the parameters themselves, averages of them, and moments. Axes that have the parameter's sizes,
-    counted from the front and from the back, are cut as there. Between them an axis of integers (packed bits) takes the
-    cut of the axis in whose place it stands. A floating axis there is the rank of a compressed moment: it stays whole,
-    since every update sums over it, and the largest axis that was not compressed takes the cut beside its own. Cuts go
-    only where they divide. Axes that are merely added (the rank of a basis) stay whole, and so does everything else,
-    such as counts and keys.
+    A leaf whose path ends in the path of a parameter follows that parameter, for any chain, mask or partition of
+    optimizers: the parameters themselves, their EMA, and moments. Leading and trailing axes whose sizes match the
+    parameter's are sharded like them. One axis may differ in between. If the leaf is integer (packed bits), that axis
+    inherits the sharding of the axis it replaces. If it is floating point (the rank of a compressed moment), it is
+    replicated, because updates sum over it, and the freed mesh axes go to the largest remaining axis. Mesh axes that do
+    not divide an axis are dropped. Added axes (the rank of a basis) are replicated, and so is everything else, such as
+    counts and keys.
 
-    Where sizes tie, names tell what is missing or added: `layers` stay in front, `heads` and `head_dim` go together.
-    Without names, and where names say no more, missing axes are looked for as far behind as possible, added ones as far
-    in front. A leaf that is cut elsewhere than it might be costs time, and changes no value.
+    If sizes are ambiguous, names decide: `layers` is the first axis, and `heads` and `head_dim` are merged. If names do
+    not decide either, removed axes are taken to be as far back as possible, added ones as far forward. A wrong guess
+    costs time, but does not change values.
 
     Args:
       mesh: the mesh of `param_shardings`.
@@ -117,25 +119,25 @@ def _spec_like(mesh: Mesh, leaf: Any, like: tuple[int, ...], spec: PartitionSpec
     (P(None, None, 'fsdp'), P(None, 'fsdp', None), P(None, None, 'fsdp', None))
     """
     shape: tuple[int, ...] = leaf.shape
-    cuts = [_names(cut) for cut in spec] + [()] * (len(like) - len(spec))
+    mesh_axes = [_names(entry) for entry in spec] + [()] * (len(like) - len(spec))
     front, back = _alignment(shape, like, axes)
     added = len(shape) - front - back
-    found = cuts[:front] + [()] * added + cuts[len(like) - back :]
-    lost = tuple(name for cut in cuts[front : len(like) - back] for name in cut)
-    if lost and added == 1 and front + back:
+    found = mesh_axes[:front] + [()] * added + mesh_axes[len(like) - back :]
+    freed = tuple(name for names in mesh_axes[front : len(like) - back] for name in names)
+    if freed and added == 1 and front + back:
         others = [axis for axis in range(len(shape)) if axis != front]
         taker = max(others, key=lambda axis: shape[axis]) if jnp.issubdtype(leaf.dtype, jnp.floating) else front
-        names = found[taker] + lost
-        if shape[taker] % _pieces(mesh, names) == 0:
+        names = found[taker] + freed
+        if shape[taker] % _num_shards(mesh, names) == 0:
             found[taker] = names
-    return PartitionSpec(*((cut if len(cut) > 1 else cut[0]) if cut else None for cut in found))
+    return PartitionSpec(*((names if len(names) > 1 else names[0]) if names else None for names in found))
 
 
 def _alignment(shape: tuple[int, ...], like: tuple[int, ...], axes: Axes) -> tuple[int, int]:
-    """How many of the first sizes and of the last sizes of a leaf are those of its parameter.
+    """How many leading and trailing axes of a leaf match those of its parameter.
 
     >>> axes = ("layers", "embed", "heads", "head_dim")
-    >>> _alignment((6, 512, 64), (6, 512, 8, 64), axes)  # a rank in the place of all heads, not one head
+    >>> _alignment((6, 512, 64), (6, 512, 8, 64), axes)  # the rank replaces all heads, not one
     (2, 0)
     >>> _alignment((6, 8, 512, 8, 64), (6, 512, 8, 64), axes), _alignment((6, 6, 512, 8, 64), (6, 512, 8, 64), axes)
     ((1, 3), (1, 3))
@@ -155,7 +157,7 @@ def _alignment(shape: tuple[int, ...], like: tuple[int, ...], axes: Axes) -> tup
 
 
 def _matching(a: Sequence[Any], b: Sequence[Any], limit: int) -> int:
-    """How many of the first entries, `limit` at most, are the same."""
+    """The number of equal leading entries, at most `limit`."""
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
@@ -170,18 +172,18 @@ def _parts(path: tuple) -> tuple[str, ...]:
 
 
 def _spec(mesh: Mesh, rules: AxisRules, name: str, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-    cuts = [rules.mesh_axis(axis) for axis in axes]
-    spec = partition_spec(mesh, cuts, shape)
-    for position, (axis, size, cut) in enumerate(zip(axes, shape, cuts, strict=True)):
-        if cut is not None and cut not in spec[: position + 1]:
-            reason = f"{mesh.shape[cut]} devices along {cut} do not divide it"
-            logger.info("parameter %s: axis %s of size %d stays whole: %s", name, axis, size, reason)
+    wanted = [rules.mesh_axis(axis) for axis in axes]
+    spec = partition_spec(mesh, wanted, shape)
+    for index, (axis, size, mesh_axis) in enumerate(zip(axes, shape, wanted, strict=True)):
+        if mesh_axis is not None and mesh_axis not in spec[: index + 1]:
+            reason = f"{mesh.shape[mesh_axis]} devices along {mesh_axis} do not divide it"
+            logger.info("parameter %s: axis %s of size %d is not sharded: %s", name, axis, size, reason)
     return spec
 
 
-def _names(cut: Cut) -> tuple[str, ...]:
-    return cut if isinstance(cut, tuple) else () if cut is None else (cut,)
+def _names(sharding: AxisSharding) -> tuple[str, ...]:
+    return sharding if isinstance(sharding, tuple) else () if sharding is None else (sharding,)
 
 
-def _pieces(mesh: Mesh, cut: Cut) -> int:
-    return math.prod(mesh.shape[name] for name in _names(cut))
+def _num_shards(mesh: Mesh, sharding: AxisSharding) -> int:
+    return math.prod(mesh.shape[name] for name in _names(sharding))

@@ -1,4 +1,4 @@
-"""One TPU slice under all its names: the compiler says `v5e:8x8`, gcloud `v5litepod-64`, GKE `tpu-v5-lite-podslice`."""
+"""The names of a TPU slice: `v5e:8x8` for the compiler, `v5litepod-64` for gcloud, `tpu-v5-lite-podslice` for GKE."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _DEFAULT_SHAPES = (
     *_SMALL,
     *("4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"),
 )
-"""The shape that gcloud takes where only a number of cores is given; each number occurs once."""
+"""The shape that gcloud takes for a number of cores; each number occurs once."""
 
 
 class _Generation(NamedTuple):
     """Names and limits of one generation of chips."""
 
-    cores_in_name: int  # what gcloud multiplies the chips with: cores for some generations, 1 for others
+    cores_in_name: int  # factor of chips in gcloud's name: cores a chip for some generations, 1 for others
     accelerator_type: str  # gcloud's, before the number
-    config_type: str  # gcloud's where a shape is given instead of a number
+    config_type: str  # gcloud's name if a shape is given instead of a number
     gke_accelerator: str
     runtime_version: str
     max_chips: int  # of a slice
@@ -39,7 +39,7 @@ _GENERATIONS = {
 
 
 class TpuSlice(NamedTuple):
-    """A slice that Google Cloud rents out; made by `tpu_slice`.
+    """A slice that Google Cloud offers; made by `tpu_slice`.
 
     >>> v5e = tpu_slice("v5e:8x8")
     >>> v5e.chips, v5e.hosts, v5e.chips_per_host, v5e.accelerator_type, v5e.gke_accelerator
@@ -56,7 +56,7 @@ class TpuSlice(NamedTuple):
 
     @property
     def chips_per_host(self) -> int:
-        """Chips that one machine, and so one process, drives."""
+        """Chips of one machine, which runs one process."""
         return min(_CHIPS_PER_HOST, self.chips)
 
     @property
@@ -66,7 +66,7 @@ class TpuSlice(NamedTuple):
 
     @property
     def accelerator_type(self) -> str | None:
-        """Gcloud's name, which counts TensorCores for v4 and v5p; None if such a name means another shape.
+        """Gcloud's name, which counts TensorCores for v4 and v5p; None if that name means another shape.
 
         >>> tpu_slice("v4:4x4x4").accelerator_type, tpu_slice("v6e:4x4").accelerator_type
         ('v4-128', 'v6e-16')
@@ -78,7 +78,7 @@ class TpuSlice(NamedTuple):
 
     @property
     def gcloud_flags(self) -> tuple[str, ...]:
-        """How `gcloud compute tpus` is asked for this slice.
+        """Flags of `gcloud compute tpus` for this slice.
 
         >>> tpu_slice("v5p:4x4x4").gcloud_flags, tpu_slice("v5p:4x4x12").gcloud_flags
         (('--accelerator-type=v5p-128',), ('--type=v5p', '--topology=4x4x12'))
@@ -99,7 +99,7 @@ class TpuSlice(NamedTuple):
 
 
 def tpu_slice(topology: str) -> TpuSlice:
-    """The slice that a topology such as `v5e:8x8`, `v4:4x4x4`, `v5p:4x4x8` or `v6e:16x16` names.
+    """The slice for a topology such as `v5e:8x8`, `v4:4x4x4`, `v5p:4x4x8` or `v6e:16x16`.
 
     Raises:
       UserError: if there is no such slice.
@@ -119,7 +119,7 @@ def tpu_slice(topology: str) -> TpuSlice:
 
 
 def _is_cubes(shape: str, max_chips: int) -> bool:
-    """Whether a shape is made of whole 4x4x4 cubes, its axes ascending."""
+    """Whether a shape consists of 4x4x4 cubes, with ascending axes."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", shape):
         return False
     sizes = [int(size) for size in shape.split("x")]

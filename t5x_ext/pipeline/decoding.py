@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,22 @@ class Decoding:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {"model": asdict(self.model), "config": self.config.to_json()}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Decoding:
-        """The decoding that `to_json` described."""
+    def from_json(cls, record: Mapping[str, Any]) -> Decoding:
+        """What `to_json` described.
+
+        Raises:
+          UserError: where its search or a constraint is not of this package.
+        """
         changed = {
-            "model": Model.from_json(fields["model"]),
-            "direction": tuple(fields["direction"]),
-            "config": DecodeConfig(**fields["config"]),
+            "model": Model.from_json(record["model"]),
+            "direction": tuple(record["direction"]),
+            "config": DecodeConfig.from_json(record["config"]),
         }
-        return cls(**{**fields, **changed})
+        return cls(**{**record, **changed})
 
 
 class Journal:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import Direction, UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.decode import DecodeConfig, FileReport, Translator
 from t5x_ext.parallel import AxisRules, MeshConfig, make_mesh
@@ -125,7 +125,7 @@ class Workspace:
         Raises:
           UserError: if it has none.
         """
-        artefact, direction = self.models(stage), "-".join(languages)
+        artefact, direction = self.models(stage), Direction(*languages).name
         model = artefact.model_for(direction)
         if model is None:
             known = ", ".join(artefact.directions)

@@ -1,14 +1,14 @@
-"""What a run costs before anything is booked, read from the compiler's own text.
+"""What a run costs, before a machine is rented, from the output of the compiler.
 
 - `analyse(text, mesh_shape) -> HloReport`: operations, memory traffic, collectives by mesh axis and arrays of a
   compiled program, loops counted as often as they run;
 - `roofline(report, hardware, mesh_shape, coordinates) -> Roofline`: the least seconds a step can take, communication
   overlapped and not, and `mfu_bound` of such a time;
-- `parse_module(text) -> Module`: the text as instructions, for questions nobody asked yet.
+- `parse_module(text) -> Module`: the text as instructions, for other analyses.
 
-In modules of their own, because they know of runs: `topology.find_target`, devices that are not here; `check.check` and
-`check.check_decoding`, a run's programs compiled for them; `search.search`, layouts ranked; `estimate`, memory by
-formula.
+Other modules work on runs: `topology.find_target` describes devices that are not present, `check.check` and
+`check.check_decoding` compile a run's programs for them, `search.search` ranks layouts, and `estimate` computes memory
+by formula.
 """
 
 from t5x_ext.plan.hlo import Module, parse_module

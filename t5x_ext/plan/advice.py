@@ -1,4 +1,4 @@
-"""Which settings of a run would make its update fit, each with what it is worth."""
+"""Settings of a run that would make its update fit, each with the memory that it saves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class _Knob(NamedTuple):
 def training_advice(program: Program, report: CheckReport, estimate: Temporaries | None) -> tuple[str, ...]:
     """Settings that need less memory, the most useful first.
 
-    What each saves is exact for parameters and optimizer state, for the rest its share by formula of what the compiler
-    wants; a setting that is enough alone says so.
+    Savings are exact for parameters and optimizer state. For the rest they are the share, by formula, of the compiler's
+    figure. A setting that is enough alone says so.
     """
     estimate = scaled(estimate or estimate_temporaries(program), report.memory.temporaries)
     excess = report.memory.total - report.hbm_bytes
@@ -36,12 +36,12 @@ def training_advice(program: Program, report: CheckReport, estimate: Temporaries
         for knob in useful
     ]
     if useful[0].saving < excess:
-        lines.append("none of these is enough alone: take several; --search finds which, where any will do")
+        lines.append("none of these is enough alone: combine several; --search finds a combination if there is one")
     return tuple(lines)
 
 
 def scaled(estimate: Temporaries, temporaries: int) -> Temporaries:
-    """The estimate as shares of what a compiler says that temporaries take; gradients stay, their size is known."""
+    """The estimate scaled to the compiler's figure for temporaries; gradients are not scaled, their size is known."""
     rest = estimate.total - estimate.gradients
     share = max(0.0, temporaries - estimate.gradients) / max(1, rest)
     parts = {name: int(share * size) for name, size in estimate._asdict().items()}
@@ -52,7 +52,7 @@ def _knobs(program: Program, report: CheckReport, estimate: Temporaries, excess:
     run, config = program.run, program.model.config
     yield from _state_knobs(program, report, estimate, excess)
     activations = estimate.residuals + estimate.recomputed
-    # The second microbatch brings a sum of gradients.
+    # With two microbatches there is also a sum of gradients.
     added = accumulated_bytes(program) if run.num_microbatches == 1 else 0
     more = _microbatches(program, activations, excess + added)
     saving = activations * (1 - run.num_microbatches / more) - added
@@ -75,26 +75,26 @@ def _knobs(program: Program, report: CheckReport, estimate: Temporaries, excess:
 
 
 def _state_knobs(program: Program, report: CheckReport, estimate: Temporaries, excess: float) -> Iterator[_Knob]:
-    """What makes parameters and what follows them smaller on a device."""
+    """What makes parameters and the arrays that are sharded like them smaller on a device."""
     memory, mesh, run = report.memory, program.mesh, program.run
     state = memory.params + memory.optimizer + memory.ema
-    pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    devices = pieces * mesh.shape["data"]
-    now = pieces if run.axis_rules.embed == "fsdp" else 1
-    # Gradients are cut as the parameters.
-    cut = state + estimate.gradients
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    devices = shards * mesh.shape["data"]
+    now = shards if run.axis_rules.embed == "fsdp" else 1
+    # Gradients are sharded like the parameters.
+    sharded = state + estimate.gradients
     if now < devices:
-        text = f"parameters and optimizer state cut over all {devices} devices of a slice (parallel/fsdp.gin)"
-        yield _Knob(cut * (1 - now / devices), text)
+        text = f"parameters and optimizer state sharded over all {devices} devices of a slice (parallel/fsdp.gin)"
+        yield _Knob(sharded * (1 - now / devices), text)
     elif state > report.hbm_bytes / 4:
-        more = devices * 2 ** max(1, math.ceil(math.log2(cut / max(cut - excess, 0.1 * cut))))
-        yield _Knob(cut * (1 - devices / more), f"a topology of {more} devices (now {devices})")
+        more = devices * 2 ** max(1, math.ceil(math.log2(sharded / max(sharded - excess, 0.1 * sharded))))
+        yield _Knob(sharded * (1 - devices / more), f"a topology of {more} devices (now {devices})")
     if run.ema_decay is not None:
         yield _Knob(memory.ema, f"Run.ema_decay = None (now {run.ema_decay})")
 
 
 def _microbatches(program: Program, activations: float, excess: float) -> int:
-    """The fewest microbatches with which activations shrink by `excess`, or the most that the rows allow."""
+    """The fewest microbatches that reduce activations by `excess`, or the most that the rows allow."""
     count = program.run.num_microbatches
     rows = text_task(program.run).data.batch.rows // batch_devices(program.mesh)
     while rows % (2 * count) == 0 and activations * (1 - program.run.num_microbatches / count) < excess:

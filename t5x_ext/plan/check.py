@@ -1,4 +1,4 @@
-"""Compiles the program of a run for devices that are not here, and says what it needs and how fast it can be."""
+"""Compiles the program of a run for devices that are not present, and reports its memory and bounds on its speed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_ext.contracts import PyTree, UserError
 from t5x_ext.decode import DecodeConfig, Ensemble
-from t5x_ext.decode.programs import decode_batch
-from t5x_ext.models import TransformerConfig
+from t5x_ext.decode.programs import decode_batch, without_seed
+from t5x_ext.models import DecoderConfig, TransformerConfig
 from t5x_ext.parallel import make_mesh
 from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.parallel.mesh import batch_devices
@@ -33,15 +33,16 @@ from t5x_ext.plan.report import CheckReport, DeviceMemory
 from t5x_ext.plan.roofline import mfu_bound, roofline
 from t5x_ext.plan.topology import Target
 from t5x_ext.tasks import text_task
+from t5x_ext.tasks.text import pair_flops
 from t5x_ext.train.program import Program, check_rows, make_program
 from t5x_ext.train.run import Run
 
 MEAN_LENGTH = 32
-"""Target tokens of an example that model FLOPs are counted for: about a sentence of WMT, tags and end included."""
+"""Target tokens of an example for which model FLOPs are counted: about a sentence of WMT, tags and end included."""
 
 
 class _Work(NamedTuple):
-    """A program to examine, and what it is for."""
+    """A program to check, and the work that it does."""
 
     program: str
     lowered: jax.stages.Lowered
@@ -55,18 +56,18 @@ class _Work(NamedTuple):
 
 
 def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LENGTH) -> CheckReport:
-    """Examines one update of a run: the very program that training compiles.
+    """Checks one update of a run, with the same program that training compiles.
 
-    Model FLOPs are `3 * TransformerConfig.flops`, forward and backward pass, of rows that packing has filled with
-    examples of one length; without packing a row holds one such example and is padding after it. Short examples need
-    the least: attention grows with the square of their length.
+    Model FLOPs are `3 * config.flops`, for forward and backward pass, of rows filled with examples of one
+    length; without packing a row has one such example, and padding. Short examples need the fewest, because attention
+    grows with the square of their length.
 
     Args:
       run: its data is not read.
-      vocab_size: pieces of its vocabulary.
-      target: devices, from `find_target`. Where there are several slices and the run's mesh knows of one, its axis
-        `slices` becomes their number.
-      mean_length: target tokens of an example; source rows are taken to hold as many examples.
+      vocab_size: size of its vocabulary.
+      target: devices, from `find_target`. If there are several slices and the run's mesh has one, its axis `slices` is
+        set to their number.
+      mean_length: target tokens of an example; source rows are assumed to have as many examples.
 
     Raises:
       UserError: if mesh, rows and microbatches do not fit the devices.
@@ -94,28 +95,28 @@ def check_decoding(
     source_length: int,
     members: int = 1,
 ) -> CheckReport:
-    """Examines the decoding of one batch: weights cut by the run's axis rules, rows and their caches over the devices.
+    """Checks the decoding of one batch: weights sharded by the run's axis rules, rows and their caches over devices.
 
-    Every sentence is taken to be as long as `source_length` and its search to go to the maximum length of `decode`, so
-    that times are those of the slowest batch of this shape.
+    Every sentence is assumed to have `source_length` tokens, and its search to continue to the maximum length of
+    `decode`, so that times are those of the slowest batch of this shape.
 
     Args:
       run: gives model, mesh and axis rules.
-      vocab_size: as for `check`, like `target`.
-      target: see there.
+      vocab_size: see `check`.
+      target: see `check`.
       decode: how to decode.
       rows: sentences of a batch, over all devices.
       source_length: tokens of a sentence, tag and end included.
-      members: models that decode together, see `decode.Ensemble`.
+      members: models of an ensemble, see `decode.Ensemble`.
 
     Raises:
       UserError: if the rows do not divide among the devices.
     """
     run = on_slices(run, target)
     program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))
-    pieces = batch_devices(program.mesh)
-    if rows % pieces:
-        raise UserError(f"{rows} rows to decode do not divide among {pieces} devices; take a multiple of {pieces}")
+    shards = batch_devices(program.mesh)
+    if rows % shards:
+        raise UserError(f"{rows} rows to decode do not divide among {shards} devices; take a multiple of {shards}")
     work, lengths = _decoding_work(program, decode, rows, source_length, members)
     mesh_shape, estimate = dict(program.mesh.shape), None
     compiled: Compiled | Refused
@@ -127,30 +128,25 @@ def check_decoding(
         traffic = float(work.unknown_trips * step_traffic)
         compiled = compiled._replace(hlo=dataclasses.replace(compiled.hlo, bytes_accessed=traffic))
     report = _report(work, target, program.mesh, compiled, estimate)
-    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, pieces)))
+    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, shards)))
 
 
 def on_slices(run: Run, target: Target) -> Run:
-    """The run with its mesh spread over the slices of a target, unless it says itself how."""
+    """The run with its mesh extended over the slices of a target, unless it sets `slices` itself."""
     if run.mesh.slices == 1 < target.num_slices:
         return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, slices=target.num_slices))
     return run
 
 
-def training_flops(config: TransformerConfig, run: Run, mean_length: int) -> tuple[float, int, int]:
+def training_flops(config: TransformerConfig | DecoderConfig, run: Run, mean_length: int) -> tuple[float, int, int]:
     """Model FLOPs of an update, and the real source and target tokens that they are for; see `check`."""
     shape = text_task(run).data.batch
     length = min(mean_length, shape.target_length)
     examples = shape.target_length / length if shape.packing else 1.0
-    # Source rows are as full as target rows, so that their examples are longer or shorter in proportion.
+    # Source rows are as full as target rows, so the length of their examples is in proportion to the rows'.
     source_length = length * shape.source_length / shape.target_length
-    flops = 3 * shape.rows * examples * config.flops(np.array([source_length]), np.array([length]))
+    flops = 3 * shape.rows * examples * pair_flops(config)(np.array([source_length]), np.array([length]))
     return flops, round(shape.rows * examples * source_length), round(shape.rows * examples * length)
-
-
-def num_hypotheses(decode: DecodeConfig) -> int:
-    """Hypotheses of a sentence that are searched side by side."""
-    return {"beam": decode.beam_size, "greedy": 1, "sample": decode.n_best}[decode.strategy]
 
 
 def decoding_flops(config: TransformerConfig, rows: int, hypotheses: int, source_length: int, length: int) -> float:
@@ -194,15 +190,16 @@ def _decoding_work(
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated),
         eos_id=1,
         max_length=max_length,
-        config=decode,
+        search=without_seed(decode.search),
+        constraints=decode.constraints,
     )
-    hypotheses = num_hypotheses(decode)
+    hypotheses = decode.search.rows_per_source
     flops = members * decoding_flops(program.model.config, rows, hypotheses, source_length, max_length)
     stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
     models = f"{members} models together, " if members > 1 else ""
+    search = type(decode.search).__name__.lower()
     assumption = (
-        f"{models}{decode.strategy}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
-        f"{source_length}"
+        f"{models}{search}, {hypotheses} hypotheses of {max_length} tokens for each sentence of {source_length}"
     )
     work = _Work(
         "decode", lowered, stored, rows, rows * source_length, rows * max_length, assumption, flops, max_length
@@ -211,7 +208,7 @@ def _decoding_work(
 
 
 def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
-    """So many models of the program's shape, and their parameters, cut as those of one."""
+    """`members` models of the program's shape, and their parameters, sharded like those of one."""
 
     def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
@@ -227,7 +224,7 @@ def _report(
     compiled: Compiled | Refused,
     estimate: Temporaries | DecodingTemporaries | None = None,
 ) -> CheckReport:
-    """Puts together what is stored, what the compiler said, and the bounds that follow."""
+    """The report from what is stored, the compiler's result and the bounds."""
     memory = _memory(work.stored, target, compiled, estimate)
     hlo = compiled.hlo if isinstance(compiled, Compiled) else None
     bounds = None
@@ -270,7 +267,7 @@ def _memory(
     stored: Stored, target: Target, compiled: Compiled | Refused, estimate: Temporaries | DecodingTemporaries | None
 ) -> DeviceMemory:
     if isinstance(compiled, Refused):
-        # A message without figures still says that it is more than there is.
+        # A message without figures still tells that more memory is needed than there is.
         needed = compiled.total or max(target.hbm_bytes + 1, stored.total + (estimate.total if estimate else 0))
         temporaries = max(0, needed - stored.total)
     elif target.is_compiled_for:
@@ -283,7 +280,7 @@ def _memory(
 def _largest(
     memory: DeviceMemory, compiled: Compiled | Refused, estimate: Temporaries | DecodingTemporaries | None
 ) -> tuple[tuple[int, str], ...]:
-    """The compiler's own list where it gives one; else parts, temporaries split by formula."""
+    """The compiler's list if it gives one; else parts, with temporaries split by formula."""
     if isinstance(compiled, Refused) and compiled.largest:
         return compiled.largest
     if isinstance(compiled, Compiled) and compiled.hlo.buffers and estimate is None:
@@ -301,10 +298,10 @@ def _named(buffer: Buffer) -> str:
     return f"{buffer.dtype}[{dims}] {buffer.op_name or buffer.name}"
 
 
-def _decoding_advice(rows: int, pieces: int) -> Iterator[str]:
-    if rows > pieces:
-        fewer = max(pieces, rows // 2 // pieces * pieces)
+def _decoding_advice(rows: int, shards: int) -> Iterator[str]:
+    if rows > shards:
+        fewer = max(shards, rows // 2 // shards * shards)
         yield f"--decode_rows={fewer} (now {rows}): caches of fewer sentences"
     yield "--beam_size: fewer hypotheses have fewer caches"
     yield "--decode_length: shorter sentences have shorter caches"
-    yield "MeshConfig.tensor: weights that stay cut while they are used"
+    yield "MeshConfig.tensor: weights that stay sharded while they are used"

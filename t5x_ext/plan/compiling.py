@@ -1,4 +1,4 @@
-"""A lowered program becomes its HLO text and its memory, for devices with a compiler and for those without."""
+"""Compiles a lowered program to HLO text and memory figures, for devices with a compiler and for those without."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from t5x_ext.plan.hlo_cost import HloReport, analyse
 
 _BYTES = r"([\d.]+)([KMGT]?)"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# The first is what libtpu 0.0.42 says; arguments and results are among its "temporaries". Both give no more digits.
+# The first is the message of libtpu 0.0.42, whose "temporaries" include arguments and results. Neither has more digits.
 _NEEDED = (
     re.compile(rf"total memory required for HLO temporaries \({_BYTES}\) exceeds"),
     re.compile(rf"Used {_BYTES} of [\d.]+[KMGT]? hbm"),
@@ -30,16 +30,16 @@ _SHOWN = 5
 
 
 class Compiled(NamedTuple):
-    """What a compiler gave: costs and bytes on one device."""
+    """The result of a compiler: cost and bytes on one device."""
 
     hlo: HloReport
-    arguments: int  # as laid out
-    others: int  # temporaries, results that are not written over arguments, and the program itself
+    arguments: int  # in their tiled layouts
+    others: int  # temporaries, results that do not reuse arguments' memory, and the program itself
     seconds: float
 
 
 class Refused(NamedTuple):
-    """What a compiler said that found too little memory."""
+    """The message of a compiler for which there is too little memory."""
 
     total: int | None  # bytes on one device; None if the message does not tell
     largest: tuple[tuple[int, str], ...]  # (bytes, what it is)
@@ -47,11 +47,11 @@ class Refused(NamedTuple):
 
 
 @contextmanager
-def _anew() -> Iterator[None]:
-    """No program comes from JAX's cache: it would bring neither the time it took nor what the partitioner said."""
+def _without_cache() -> Iterator[None]:
+    """Disables JAX's compilation cache: cached programs have no compile time and no output of the partitioner."""
     used = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    # JAX reads the setting once in a process.
+    # JAX reads the setting once a process.
     compilation_cache.reset_cache()
     try:
         yield
@@ -60,14 +60,14 @@ def _anew() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@_anew()
+@_without_cache()
 def compile_for(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_trips: int = 1) -> Compiled | Refused:
     """Compiles for the devices that the program was lowered for.
 
     Args:
       lowered: with the shardings of a mesh.
       mesh_shape: axis -> size, outermost first.
-      unknown_trips: iterations of loops that end when the data says so.
+      unknown_trips: iterations of loops that end by their data.
     """
     start = time.perf_counter()
     try:
@@ -85,20 +85,20 @@ def compile_for(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown
 
 
 def read_refusal(message: str, seconds: float = 0.0) -> Refused:
-    """The figures in a compiler's message that a program needs too much memory."""
+    """The figures in a compiler's message about too little memory."""
     needed = next(filter(None, (pattern.search(message) for pattern in _NEEDED)), None)
     allocations = [(_bytes(found[1], found[2]), _described(found[3])) for found in _ALLOCATION.finditer(message)]
     largest = tuple(sorted(allocations, reverse=True)[:_SHOWN])
     return Refused(_bytes(*needed.groups()) if needed else None, largest, seconds)
 
 
-@_anew()
+@_without_cache()
 def partition(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_trips: int = 1) -> Compiled:
-    """The program of one device as the partitioner leaves it, before any device's compiler changes it.
+    """The program of one device after the partitioner, before any device's compiler changes it.
 
-    CPU devices stand in for others: what their compiler makes of the program afterwards (bfloat16 becomes float32,
-    other fusions) says nothing about those. An all-reduce of which a device keeps its slice counts as the
-    reduce-scatter that GPU compilers make of it. Memory and its traffic are not known here and given as 0.
+    CPU devices stand in for others, so what the CPU compiler does afterwards (bfloat16 becomes float32, other fusions)
+    is not representative. An all-reduce of which a device keeps only its slice counts as a reduce-scatter, which GPU
+    compilers make of it. Memory and its traffic are unknown here and are 0.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def partition(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_t
         optimized = compiled.as_text() or ""
         text = dumps[-1].read_text() if dumps else optimized
     seconds = time.perf_counter() - start
-    # Operations are those of the compiled program, in which nothing is there twice by accident.
+    # Operations are those of the compiled program, because the partitioner's may have duplicates.
     flops = analyse(optimized, mesh_shape, unknown_trips).flops
     report = analyse(text, mesh_shape, unknown_trips)
     scattered = _scattered(text)
@@ -122,7 +122,7 @@ def partition(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_t
 
 
 def _scattered(text: str) -> set[str]:
-    """Names of the all-reduces of which only a slice is used."""
+    """Names of the all-reduces whose results are only sliced."""
     return {
         instruction.name
         for computation in parse_module(text).computations.values()

@@ -1,8 +1,8 @@
-"""Optimized HLO text, as `compiled.as_text()` prints it, as Python values: computations, instructions, shapes, loops.
+"""A parser of optimized HLO text (`compiled.as_text()`): computations, instructions, shapes, loops.
 
-Only what the cost walk of `t5x_ext.plan.hlo_cost` needs is interpreted; everything else stays as it was printed in
-`Instruction.attributes`, so that an instruction form nobody has seen yet is still an instruction with a name, a shape,
-an opcode and operands. The grammar: https://openxla.org/xla/operation_semantics and XLA's `hlo_instruction.cc`.
+Only what `t5x_ext.plan.hlo_cost` needs is interpreted. All else is kept as text in `Instruction.attributes`, so that an
+unknown form of instruction still has a name, a shape, an opcode and operands. The grammar:
+https://openxla.org/xla/operation_semantics and XLA's `hlo_instruction.cc`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """One array: element type (`bf16`), dims, the bytes of its elements, and where the compiler put it.
+    """One array: element type (`bf16`), dims, bytes of its elements, and memory space.
 
     `memory_space` 0 is the device's main memory (HBM); the TPU compiler marks its on-chip memories 1 (VMEM) and above,
-    and host memory 5. `padded_bytes` counts what a tiled layout allocates: `bf16[8,100]` in tiles of (8, 128) takes as
-    much as `bf16[8,128]`.
+    and host memory 5. `padded_bytes` is what its tiled layout allocates: `bf16[8,100]` in tiles of (8, 128) takes
+    as much as `bf16[8,128]`.
     """
 
     dtype: str
@@ -87,19 +87,19 @@ class Instruction:
         return self.attributes[start.end() : _end_of_value(self.attributes, start.end())]
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """The whole numbers in attribute `name`; empty where it is absent."""
+        """The integers in attribute `name`; empty if it is absent."""
         return tuple(map(int, _DIGITS.findall(self.attribute(name) or "")))
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it came from (`jit(step)/encoder/dot_general`), or empty."""
+        """Its origin in the traced program (`jit(step)/encoder/dot_general`), or empty."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
 
 @dataclass(frozen=True)
 class Computation:
-    """A named list of instructions in the order they were printed (the schedule, after compilation)."""
+    """A named list of instructions in the order of the text, which after compilation is the schedule."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -112,7 +112,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Instruction name -> (instruction that reads it, operand position) of every use."""
+        """Instruction name -> (instruction that reads it, operand index) of every use."""
         users: dict[str, list[tuple[Instruction, int]]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for position, operand in enumerate(instruction.operands):
@@ -126,7 +126,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """A parsed module. `partitions` and `replicas` as its header says; devices = partitions * replicas."""
+    """A parsed module, with `partitions` and `replicas` from its header; devices = partitions * replicas."""
 
     name: str
     computations: dict[str, Computation]
@@ -137,9 +137,9 @@ class Module:
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
         """Iterations of a `while` of `computation`; None if the text does not tell.
 
-        From the compiler's `known_trip_count` or, where that is absent, from the condition's comparison of a counter
-        with a constant, the counter's first value and its step. A conjunction (`i < n and not done`) counts as its
-        first part that can be told, which is the most iterations it allows.
+        From the compiler's `known_trip_count` or, if that is absent, from the condition's comparison of a counter with
+        a constant, the counter's first value and its step. For a conjunction (`i < n and not done`) the first part that
+        can be read is used, which gives the maximum number of iterations.
         """
         known = _KNOWN_TRIP_COUNT.search(loop.attributes)
         if known:
@@ -150,7 +150,7 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-    """The module that `text` prints.
+    """Parses a module.
 
     Raises:
       ValueError: if there is no ENTRY computation, or a line inside a computation is not an instruction.
@@ -208,7 +208,7 @@ def _parse_instruction(name: str, line: str, start: int, shapes: dict[str, Shape
         kind: tuple(part.strip().lstrip("%") for part in names.strip("{}").split(","))
         for kind, names in _CALLED.findall(_before_metadata(attributes))
     }
-    # Before optimization names are printed without their mark.
+    # Before optimization names are printed without %.
     operand = _OPERAND if "%" in arguments else _BARE_OPERAND
     operands = () if opcode[1] in ("constant", "parameter") else tuple(operand.findall(arguments))
     printed = line[start:end]
@@ -223,7 +223,7 @@ def _before_metadata(attributes: str) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the parenthesis that closes the one at `start`; the end of the text where none does."""
+    """The index of the parenthesis that closes the one at `start`; the end of the text if none does."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -233,7 +233,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _end_of_value(text: str, start: int) -> int:
-    """Where an attribute's value ends: at the first comma outside brackets and quotes."""
+    """The end of an attribute's value: the first comma outside brackets and quotes."""
     depth = 0
     quoted = False
     for index in range(start, len(text)):
@@ -252,7 +252,7 @@ def _end_of_value(text: str, start: int) -> int:
 
 
 def parse_shape(text: str) -> Shape:
-    """The shape that `text` prints: `bf16[8,128]{1,0:T(8,128)S(1)}`, or a tuple of shapes in parentheses.
+    """Parses a shape: `bf16[8,128]{1,0:T(8,128)S(1)}`, or a tuple of shapes in parentheses.
 
     >>> parse_shape("(f32[2,3]{1,0}, s32[])")[0].bytes
     24
@@ -299,9 +299,9 @@ def _parse_layout(layout: str, dims: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 
 def _padded(dims: tuple[int, ...], order: tuple[int, ...], tile: tuple[int, ...]) -> list[int]:
-    """`dims` with the minor ones rounded up to whole tiles.
+    """`dims` with the minor ones rounded up to multiples of the tile.
 
-    Scalars keep their size: their one tile is padding of the allocator, not traffic.
+    Scalars keep their size: their tile is padding of the allocator, not traffic.
     """
     padded = list(dims)
     for dim, size in zip(order, reversed(tile)):
@@ -325,7 +325,7 @@ _TRANSPARENT = frozenset({"copy", "bitcast", "convert", "reshape", "copy-start",
 
 @dataclass(frozen=True)
 class _Counter:
-    """How often a `while` runs, from the linear forms of its counter."""
+    """The number of iterations of a `while`, from the linear forms of its counter."""
 
     module: Module
     computation: Computation
@@ -333,7 +333,7 @@ class _Counter:
     body: Computation
 
     def trips(self, where: Computation, test: Instruction, parameters: dict[int, _Linear | None]) -> int | None:
-        """Iterations for as long as `test`, an instruction of `where`, holds."""
+        """Iterations while `test`, an instruction of `where`, is true."""
         if test.opcode == "and":
             parts = (self.trips(where, where.instructions[name], parameters) for name in test.operands)
             return next((count for count in parts if count is not None), None)
@@ -356,7 +356,7 @@ class _Counter:
         end = bound[1] + (self._first(bound[0]) or 0) if bound[0] is not None else bound[1]
         if bound[0] is not None and self._first(bound[0]) is None:
             return None
-        # A counter that starts at an unknown value starts at 0 in everything JAX emits.
+        # JAX starts counters at 0 if the start is not in the text.
         distance = end - (self._first(counter) or 0) - offset
         step = self._step(counter)
         if direction in ("GT", "GE"):
@@ -368,7 +368,7 @@ class _Counter:
         return max(0, -(-distance // step))
 
     def _first(self, index: int) -> int | None:
-        """The value with which carried value `index` enters the loop."""
+        """The initial value of carried value `index`."""
         start = self.computation.instructions.get(self.loop.operands[0])
         if start is None or start.opcode != "tuple":
             return None
@@ -376,7 +376,7 @@ class _Counter:
         return value[1] if value is not None and value[0] is None else None
 
     def _step(self, index: int) -> int:
-        """What an iteration adds to carried value `index`; 1 where the body does not tell."""
+        """What an iteration adds to carried value `index`; 1 if the body does not tell."""
         if self.body.root.opcode != "tuple":
             return 1
         value = self.value(self.body, self.body.root.operands[index], {})

@@ -1,11 +1,10 @@
-"""Main-memory (HBM) traffic of one instruction: what it reads and writes, a fusion as one unit.
+"""Main-memory (HBM) traffic of one instruction: what it reads and writes, with a fusion as one unit.
 
-Conventions, which follow XLA's HloCostAnalysis where it can be followed from text:
+Conventions, which follow XLA's HloCostAnalysis as far as text allows:
 
-- only arrays in memory space 0 count: what the TPU compiler keeps in on-chip memory costs nothing, and moving it there
-  counts once, on the side that lies in HBM;
-- an array counts as large as its tiled layout makes it;
-- slices and gathers read what they give; updates in place write, and read, what they are given;
+- only arrays in memory space 0 count: arrays in on-chip memory cost nothing, and a copy from or to it counts once;
+- the size of an array is that of its tiled layout;
+- slices and gathers read as much as their result; updates in place read and write as much as their update;
 - instructions that only rename (tuple, bitcast, ...) cost nothing.
 """
 
@@ -17,15 +16,15 @@ RENAMES = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bit
     *("after-all", "add-dependency", "domain", "partition-id", "replica-id", "get-dimension-size"),
     *("while", "conditional", "call", "async"),
 }
-"""Opcodes that move nothing themselves; what they call may."""
+"""Opcodes without traffic of their own; computations that they call may have some."""
 
 RENAMING_CALLS = frozenset(
     {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding", "SPMDFullToShardShape"}
 )
-"""Custom calls that move nothing."""
+"""Custom calls without traffic."""
 
 CHAIN_START = "AsyncCollectiveStart"
-"""The custom call in the fusion that starts an all-gather that later fusions carry on beside their own work."""
+"""The custom call in the fusion that starts an all-gather, which later fusions continue beside their own work."""
 
 _CHAIN = '"async_collective_fusion_config"'
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
@@ -33,9 +32,10 @@ _PASSES = frozenset({"bitcast", "reshape", "transpose", "convert", "copy", "nega
 
 
 def carries_on(computation: Computation, instruction: Instruction) -> bool:
-    """Whether a collective only goes on with one that an earlier fusion of its chain started.
+    """Whether a collective continues one that an earlier fusion of its chain started.
 
-    The TPU compiler prints such a collective whole in every fusion of the chain; it happens once, where it starts.
+    The TPU compiler prints such a collective in every fusion of the chain; it is executed once and counted at the
+    start.
     """
     if _CHAIN not in instruction.attributes:
         return False
@@ -46,7 +46,7 @@ def carries_on(computation: Computation, instruction: Instruction) -> bool:
 def instruction_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that one execution of an instruction moves between HBM and the cores.
 
-    An asynchronous instruction counts where it starts.
+    An asynchronous instruction counts at its start.
     """
     opcode = instruction.opcode.removesuffix("-start")
     if opcode in RENAMES or opcode.endswith(("-done", "-update")):
@@ -69,9 +69,9 @@ def instruction_bytes(module: Module, computation: Computation, instruction: Ins
 
 
 def _result(instruction: Instruction) -> Shape:
-    """What an instruction gives; one that starts has the shape (operands, result, contexts...).
+    """The result of an instruction. The start of an asynchronous one has the shape (operands, result, contexts...).
 
-    But a copy's is (result, operand, context), and an all-reduce's its result.
+    For a copy it is (result, operand, context), for an all-reduce the result.
     """
     shape = instruction.shape
     if instruction.opcode == "copy-start" and isinstance(shape, tuple):
@@ -90,7 +90,7 @@ def _elements(shape: Shape) -> int:
 
 
 def _portion(shape: Shape, elements: int) -> int:
-    """Bytes of `elements` of the elements of an array in HBM, at most all of them."""
+    """Bytes of this number of elements of an array in HBM, at most all."""
     total = _elements(shape)
     return _hbm(shape) * min(elements, total) // total if total else 0
 
@@ -108,7 +108,7 @@ def _fusion_bytes(module: Module, inner: Computation, operands: list[Shape], res
 
 
 def _elements_read(module: Module, computation: Computation, value: Instruction) -> int:
-    """Elements of a value that the rest of a fused computation reads, at most all of them."""
+    """Elements of a value that the rest of a fused computation reads, at most all."""
     total = _elements(value.shape)
     read = 0
     for user, position in computation.users[value.name]:
@@ -127,7 +127,7 @@ def _elements_read(module: Module, computation: Computation, value: Instruction)
 
 
 def _untouched(computation: Computation, user: Instruction, position: int) -> bool:
-    """Whether a use of a value reads nothing of it: passed on as it is, or updated in place."""
+    """Whether a use of a value does not read it: passes it on, or updates it in place."""
     if user.opcode == "dynamic-update-slice":
         return position == 0
     if user.opcode == "custom-call" and "AsyncCollectiveDone" in user.attributes:
@@ -146,7 +146,7 @@ def _fusion_writes(module: Module, inner: Computation, shape: Shape) -> int:
 
 
 def _elements_written(module: Module, computation: Computation, value: Instruction) -> int:
-    """Elements of a fusion's result that it writes anew; the rest is a parameter's buffer, updated in place."""
+    """Elements of a fusion's result that it writes; the rest is a parameter's buffer, updated in place."""
     operands = [computation.instructions[name] for name in value.operands]
     match value.opcode:
         case "parameter":

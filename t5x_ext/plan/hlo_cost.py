@@ -1,7 +1,7 @@
 """What a compiled program costs one device, from its HLO text: operations, memory traffic, collectives, arrays.
 
-Compilers' own `cost_analysis()` counts the body of a loop once; here every loop counts as often as it runs. A
-conditional counts as its branch with the most operations (of equal ones, the most traffic).
+A compiler's `cost_analysis()` counts the body of a loop once; here it is counted once an iteration. A conditional
+counts as its branch with the most operations (of equal ones, with the most traffic).
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class CollectiveOp:
 
     Attributes:
       kind: one of `KINDS`.
-      axes: mesh axes along which the devices of a group differ, outermost first; empty where the text gives groups
-        that the mesh does not know.
-      group_size: devices in a group; less than the product of `axes` where a group is a part of them.
+      axes: mesh axes along which the devices of a group differ, outermost first; empty if the groups are not those of
+        mesh axes.
+      group_size: devices in a group; less than the product of `axes` if a group has only some of them.
       dtype: of the (first) array.
-      dims: of the array as the program sees it whole in a group: an all-gather's result, any other's operand.
-      bytes: payload of one execution on one device: an all-gather's result, a reduce-scatter's operand, the array
-        itself for the other kinds; all arrays of a variadic instruction together.
+      dims: of an all-gather's result, or of another kind's operand.
+      bytes: payload of one execution on one device: an all-gather's result, a reduce-scatter's operand, the array for
+        the other kinds; the sum over the arrays of a variadic instruction.
       times: executions a step.
       name: of the instruction.
-      op_name: where in the traced program it comes from.
+      op_name: its origin in the traced program.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class CollectiveOp:
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of a step of one kind over the same axes, groups and dtype; `bytes` is their payload together."""
+    """All collectives of a step of one kind, axes, groups and dtype; `bytes` is the sum of their payloads."""
 
     kind: str
     axes: tuple[str, ...]
@@ -78,7 +78,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Buffer:
-    """An array that an instruction leaves in HBM; `padded_bytes` is what its tiled layout takes there."""
+    """An array that an instruction writes to HBM; `padded_bytes` is the size of its tiled layout."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -92,15 +92,14 @@ class Buffer:
 
 @dataclass(frozen=True)
 class HloReport:
-    """What one execution of a program costs one device.
+    """The cost of one execution of a program on one device.
 
     Attributes:
       flops: of matrix products and convolutions (multiply and add are two).
       bytes_accessed: estimate of the traffic between HBM and the cores; see `t5x_ext.plan.hlo_bytes`.
       collective_ops: every collective instruction that sends to another device.
-      buffers: every array in HBM, largest first; arguments and what fusions give, not what lies inside of them.
-      unknown_loops: `while` instructions whose number of iterations the text does not tell; counted as
-        `unknown_trips`.
+      buffers: every array in HBM, largest first: arguments and results of fusions, not arrays inside fusions.
+      unknown_loops: `while` instructions whose number of iterations is not in the text; counted as `unknown_trips`.
     """
 
     flops: float
@@ -127,22 +126,22 @@ class HloReport:
         return tuple(b for b in self.buffers if dtype in (None, b.dtype) and predicate(b.dims))
 
     def arrays_of_shape(self, dims: Iterable[int], dtype: str | None = None) -> tuple[Buffer, ...]:
-        """The buffers with these dims in any order, dims of 1 apart: a layout may add, drop or move them."""
+        """The buffers with these dims in any order; dims of 1 are ignored, because layouts add, drop or move them."""
         wanted = _significant(dims)
         return self.find(dtype, lambda found: _significant(found) == wanted)
 
 
 def analyse(text: str, mesh_shape: dict[str, int], unknown_trips: int = 1) -> HloReport:
-    """What the program in `text` (`compiled.as_text()`, after optimization) costs one device.
+    """The cost of a program on one device, from its optimized HLO text (`compiled.as_text()`).
 
     Args:
       text: the HLO of the partitioned program.
-      mesh_shape: axis -> size, outermost first, of the mesh it was compiled for; partition numbers are device positions
-        in this order. Where the program is the part of one of several slices, the outermost axes span the slices.
-      unknown_trips: iterations of loops whose number the text does not tell, as that of a search over the data.
+      mesh_shape: axis -> size, outermost first, of the mesh it was compiled for; partition numbers are indices of
+        devices in this order. If the program is that of one of several slices, the outermost axes span the slices.
+      unknown_trips: iterations of loops whose number is not in the text, such as a search that ends by its data.
 
     Raises:
-      ValueError: if the program has not as many partitions as the mesh, or as one slice of it, has devices.
+      ValueError: if the number of partitions is not that of the devices of the mesh, or of one slice of it.
     """
     module = parse_module(text)
     walk = _Walk(module, _Network(module, mesh_shape), unknown_trips)
@@ -156,7 +155,7 @@ def _significant(dims: Iterable[int]) -> list[int]:
 
 
 class _Network:
-    """Instructions -> collectives, for the devices of one mesh."""
+    """Finds the collectives among instructions, for the devices of one mesh."""
 
     def __init__(self, module: Module, mesh_shape: dict[str, int]) -> None:
         devices = module.partitions * module.replicas
@@ -171,7 +170,7 @@ class _Network:
             raise ValueError(f"the program is for {devices} devices, the mesh has {mesh_shape}")
 
     def collective(self, computation: Computation, instruction: Instruction, fused: bool) -> CollectiveOp | None:
-        """The collective that an instruction is; None if it is none, or sends to no other device."""
+        """The collective of an instruction; None if it is none, or does not send to another device."""
         megascale = _MEGASCALE.search(instruction.attributes) if instruction.opcode == "send" else None
         if megascale:
             axes = tuple(name for name, size in self.between.items() if size > 1)
@@ -244,7 +243,7 @@ class _Cost:
 
 
 class _Walk:
-    """The recursion through called computations; every computation is costed once."""
+    """Recursion through called computations; every computation is visited once."""
 
     def __init__(self, module: Module, network: _Network, unknown_trips: int) -> None:
         self.module = module
@@ -255,7 +254,7 @@ class _Walk:
         self.unknown_loops: list[str] = []
 
     def computation(self, computation: Computation, fused: bool) -> _Cost:
-        """The cost of one execution; inside a fusion nothing moves through HBM."""
+        """The cost of one execution; inside a fusion there is no HBM traffic."""
         key = computation.name, fused
         if key not in self.costs:
             cost = _Cost()

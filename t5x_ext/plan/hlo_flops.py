@@ -1,4 +1,4 @@
-"""Floating-point operations of one instruction: matrix products in the three forms that compilers give them."""
+"""Floating-point operations of one instruction: matrix products in the three forms that compilers use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _DOT_NUMBERS = '"dot_dimension_numbers":'
 def instruction_flops(computation: Computation, instruction: Instruction) -> int:
     """FLOPs of a `dot`, a `convolution` or a GPU library's matrix product; 0 for every other instruction.
 
-    A multiply and an add are two operations. Elementwise work is left out: it is not done by matrix units.
+    A multiply and an add are two operations. Elementwise operations are not counted, because matrix units do not do
+    them.
     """
     if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0
@@ -41,10 +42,10 @@ def _library_product(operands: list[Array], result: Array, instruction: Instruct
 
 
 def _convolution(left: Array, kernel: Array, result: Array, instruction: Instruction) -> int:
-    """As XLA's HloCostAnalysis: products with padding or with the holes of a dilation are not counted.
+    """As in XLA's HloCostAnalysis: products with padding or with the holes of a dilation are not counted.
 
-    The TPU compiler writes every matrix product as a convolution and its batch dimensions as window dimensions whose
-    stride and dilation leave one position of the kernel to each output.
+    The TPU compiler writes every matrix product as a convolution. Batch dimensions become window dimensions whose
+    stride and dilation give each output one position of the kernel.
     """
     labels = _DIM_LABELS.search(instruction.attribute("dim_labels") or "")
     if labels is None:
@@ -65,7 +66,7 @@ def _convolution(left: Array, kernel: Array, result: Array, instruction: Instruc
 
 
 def _window(text: str) -> dict[str, list[int]]:
-    """Per window dimension what `{size=8x1 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1}` says, of what matters here."""
+    """Parses `{size=8x1 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1}`, by window dimension."""
     fields = dict(field.split("=") for field in text.strip("{}").split())
     names = {"stride": "stride", "lhs_dilate": "dilation", "rhs_dilate": "kernel_dilation"}
     window = {names[key]: list(map(int, value.split("x"))) for key, value in fields.items() if key in names}

@@ -1,4 +1,4 @@
-"""Which mesh axes a collective runs over, read from the device groups that its HLO text gives in any of four forms."""
+"""The mesh axes of a collective, from the device groups in its HLO text, which have four forms."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def parse_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """Groups of device numbers from the value of `replica_groups` or `source_target_pairs`.
 
     The forms: `{{0,1},{2,3}}`; `{}` for one group of all; `[2,4]<=[4,2]T(1,0)`, an iota of the second shape,
-    transposed, cut into rows; and `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`, the named axes of a grid of
-    devices, where `'b':(2)2` is the part of `b` that remains after a factor 2 and has size 2. No groups for any other.
+    transposed and split into rows; and `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`, the named axes of a grid of
+    devices, where `'b':(2)2` is the part of `b` that remains after a factor 2 and has size 2. Any other form gives no
+    groups.
 
     >>> parse_groups("[2,2]<=[2,2]T(1,0)", 4)
     ((0, 2), (1, 3))
@@ -73,7 +74,7 @@ def _mesh_groups(axes: str, device_ids: str | None, reduced: str, devices: int) 
     """[groups, members] of a grid of devices with named axes, grouped along the `reduced` ones."""
     sizes = {name: int(size) for name, size in _AXIS_SIZE.findall(axes)}
     parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in _AXIS_PART.findall(reduced)}
-    # Every axis becomes three: what lies before the part, the part, what lies after it.
+    # Every axis becomes three: before the part, the part, after the part.
     split = [
         (before, part, size // (before * part))
         for size, (before, part) in ((size, parts.get(name, (1, 1))) for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""What is known about a program before it runs: memory against what a device has, operations, network, least time."""
+"""The report on a program before it runs: memory, operations, network, and a lower bound on its time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ _DAY = 24 * 60 * 60
 class DeviceMemory:
     """Bytes on one device.
 
-    `params`, `optimizer`, `ema` and `batch` are exact sizes of the arrays. `temporaries` is everything else that the
-    program needs: activations, gradients, gathered weights, the program itself, and what its compiler adds to the
-    arrays to lay them out. `total` is the sum.
+    Attributes:
+      params: parameters, the exact size of the arrays, like `optimizer`, `ema` and `batch`.
+      optimizer: optimizer state.
+      ema: EMA of the parameters.
+      temporaries: all else that the program needs: activations, gradients, gathered weights, the program itself, and
+        the padding of tiled layouts.
+      batch: the batch.
     """
 
     params: int
@@ -37,12 +41,12 @@ class DeviceMemory:
         return self.params + self.optimizer + self.ema + self.temporaries + self.batch
 
     def parts(self) -> dict[str, int]:
-        """By name, in the order in which they are shown."""
+        """By name, in the order of the report."""
         return {name: getattr(self, name) for name in ("params", "optimizer", "ema", "temporaries", "batch")}
 
 
 class Cost(NamedTuple):
-    """What a program does in a day at some speed, and how long a run takes at it."""
+    """The work of a program in a day at some speed, and the days of a run at that speed."""
 
     rows_per_device_day: float
     target_tokens_per_device_day: float
@@ -51,34 +55,34 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
       program: `train`, one update, or `decode`, one batch searched to its maximum length.
-      topology: as it was asked for.
+      topology: as given.
       num_slices: slices, or nodes.
       device_kind: of every device.
       mesh: axis -> size, outermost first.
       rows: of the batch, over all devices.
       source_tokens: real tokens of the batch on the encoder's side.
       target_tokens: likewise on the decoder's side.
-      assumption: what the tokens and the model FLOPs take for granted.
+      assumption: what the tokens and the model FLOPs assume.
       fits: whether a device has enough memory.
       hbm_bytes: memory of one device that a program may use.
-      memory: what it needs.
-      is_estimate: True where no compiler for these devices was asked: memory is then computed by formula, and memory
-        traffic is left out of the bounds of an update; that of decoding is computed by formula, too.
-      largest: the largest arrays or parts, for people: (bytes on one device, what it is).
-      advice: what would make it fit, the most useful first; empty where it fits.
-      model_flops: operations that the model needs for the batch, nothing computed twice; all devices together.
-      hlo_flops: operations of the compiled program, loops counted as often as they run, all devices together; None
-        where the compiler refused.
-      collectives: what one device takes part in, the largest first.
-      roofline: least seconds; None if the compiler refused or the kind of device is not in the table.
-      mfu_bound: (overlapped, serial) model FLOPs utilisation at those; None likewise.
+      memory: bytes that it needs.
+      is_estimate: True if no compiler for these devices was used. Then memory is computed by formula, and so is the
+        memory traffic of decoding; that of an update is not among the bounds.
+      largest: the largest arrays or parts: (bytes on one device, description).
+      advice: what would make it fit, the most useful first; empty if it fits.
+      model_flops: operations of the model for the batch, without recomputation, over all devices.
+      hlo_flops: operations of the compiled program, with loops counted as often as they run, over all devices; None if
+        the compiler refused.
+      collectives: those of one device, the largest first.
+      roofline: lower bounds in seconds; None if the compiler refused or the kind of device is not in the table.
+      mfu_bound: (overlapped, serial) model FLOPs utilisation at those bounds; None if they are.
       compile_seconds: seconds the compiler took.
-      steps: updates of the whole run; None for decoding.
-      assumed_mfu: model FLOPs utilisation to reckon with beside the bounds, 0 to 1; None: the bounds alone.
+      steps: updates of the run; None for decoding.
+      assumed_mfu: model FLOPs utilisation to show costs for beside the bounds, 0 to 1; None: the bounds only.
     """
 
     program: str
@@ -114,7 +118,7 @@ class CheckReport:
         return count
 
     def costs(self) -> dict[str, Cost]:
-        """What the bounds and the assumed MFU mean in days: `overlapped`, `serial`, `assumed`; empty without bounds.
+        """Costs in days at the bounds and the assumed MFU: `overlapped`, `serial`, `assumed`; empty without bounds.
 
         Tokens are those of rows without padding.
         """
@@ -183,7 +187,7 @@ class CheckReport:
         }
 
     def __str__(self) -> str:
-        """The report for people."""
+        """The report as text."""
         return "\n".join([*self._head(), "", *self._memory(), "", *self._work(), "", *self._network(), *self._bounds()])
 
     @property
@@ -197,7 +201,7 @@ class CheckReport:
         yield f"{self.program} on {self.topology}: {self.num_devices} x {self.device_kind}{slices}, mesh {mesh}"
 
     def _memory(self) -> Iterator[str]:
-        label = "estimated by formula; no compiler for these devices was asked" if self.is_estimate else ""
+        label = "estimated by formula; no compiler for these devices was used" if self.is_estimate else ""
         yield _joined(f"memory of one device, {self.hbm_bytes / GIB:.2f} GiB", label)
         for name, size in {**self.memory.parts(), "total": self.memory.total}.items():
             if size or name != "ema":
@@ -272,7 +276,7 @@ class CheckReport:
         yield f"compiled in {self.compile_seconds:.1f} s"
 
     def _costs(self) -> Iterator[str]:
-        """Work of a device in a day; for training the days of the run, else sentences, too."""
+        """Work of a device in a day, and for training the days of the run, for decoding sentences."""
         last = "sentences a device-day" if self.steps is None else f"{self.steps:,} updates"
         rows = [("", "target tokens a device-day", last)]
         for name, cost in self.costs().items():
@@ -284,7 +288,7 @@ class CheckReport:
 
 
 def amount(size: float) -> str:
-    """Bytes in the unit that fits them.
+    """Bytes in a suitable unit.
 
     >>> amount(3 * 2**30), amount(300_000), amount(12)
     ('3.00 GiB', '293 KiB', '12 B')
@@ -296,7 +300,7 @@ def amount(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that fits them.
+    """Seconds in a suitable unit.
 
     >>> duration(2.86), duration(0.0123), duration(4e-6)
     ('2.860 s', '12.300 ms', '4.000 us')
@@ -312,7 +316,7 @@ def _days(days: float) -> str:
 
 
 def bar(size: float, whole: float, width: int = _BAR) -> str:
-    """A bar as long as the share of `size` in `whole`, with an arrow where it is longer than the whole.
+    """A bar whose length is the share of `size` in `whole`, with an arrow if `size` is larger.
 
     >>> bar(1, 4, 8), bar(9, 4, 8)
     ('##......', '########>')
@@ -322,7 +326,7 @@ def bar(size: float, whole: float, width: int = _BAR) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned columns; the first is flushed left, the others right."""
+    """Lines of aligned columns; the first is left-aligned, the others are right-aligned."""
     columns = ("left", *["right"] * (len(rows[0]) - 1))
     lines = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns, preserve_whitespace=True)
     return lines.splitlines()

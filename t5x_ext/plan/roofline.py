@@ -1,22 +1,22 @@
-"""The least time a compiled step can take on real hardware: operations, memory traffic and network, each at full speed.
+"""A lower bound on the time of a compiled step: operations, memory traffic and network, each at full speed.
 
 **Compute** is `flops / peak`, **memory** `bytes_accessed / hbm_bandwidth`. **Network**, from "How To Scale Your Model"
 (Austin et al. 2025, jax-ml.github.io/scaling-book, chapters "TPUs" and "Sharded matrices"), for a payload of `V` bytes
 (an all-gather's result, a reduce-scatter's operand) in groups of `n` devices, `w` being one link's bandwidth one way:
 
-- a group lies along one or more axes of the torus. Along a closed axis a device has two links that both carry payload,
-  so the axis gives `W = 2 w`; along an open one the device at the end has one, so `W = w`. Where `k` groups interleave
-  on one axis, each gets `W / k`. Several axes add up;
-- all-gather and reduce-scatter: `V (n - 1) / n / sum(W)`; all-reduce is one after the other: twice that;
-- all-to-all of `b` bytes a device: a quarter of what gathering the whole array (`V = n b`) takes: `n b / (4 W)` along
-  an axis of `n` devices; over several axes, where half the data takes the one first and half the other, the slowest;
+- a group spans one or more axes of the torus. Along a closed axis a device has two links that carry payload, so the
+  axis has `W = 2 w`; along an open one the device at the end has one, so `W = w`. If `k` groups interleave on one axis,
+  each gets `W / k`. Axes add up;
+- all-gather and reduce-scatter: `V (n - 1) / n / sum(W)`; all-reduce is one after the other, so twice that;
+- all-to-all of `b` bytes a device: a quarter of the time to gather the array (`V = n b`): `n b / (4 W)` along an axis
+  of `n` devices; over several axes, of which each half of the data takes another one first, that of the slowest;
 - permutation of `b` bytes: `b / w`, a step to a neighbour.
 
 Through a switch (GPUs of one node) a device sends to any other at `w`: as above with `W = w`, an all-to-all
 `b (n - 1) / n / w`. Between slices or nodes (mesh axis `slices`, of size `s`) a device sends at
-`slice_network_bandwidth`, as through a switch, and only its own part of the payload: `V / n` of what its slice holds.
+`slice_network_bandwidth`, as through a switch, and only its own part of the payload, `V / n`.
 
-Latency is left out, so all of this is a bound, and small collectives take longer than they do here.
+Latency is not counted, so this is a bound, and small collectives take longer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
 @dataclass(frozen=True)
 class Ring:
-    """What one axis of the network gives a group of devices: how many of them it joins, and bytes/s a device (`W`)."""
+    """One axis of the network for a group of devices: how many of them it connects, and bytes/s a device (`W`)."""
 
     size: int
     bandwidth: float
@@ -68,12 +68,12 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """Seconds when everything overlaps: `max(compute, hbm, network, slice network)`."""
+        """Seconds if everything overlaps: `max(compute, hbm, network, slice network)`."""
         return max(self.compute_seconds, self.hbm_seconds, self.network_seconds, self.slice_network_seconds)
 
     @property
     def serial(self) -> float:
-        """Seconds when no communication overlaps: `max(compute, hbm) + network + slice network`."""
+        """Seconds if no communication overlaps: `max(compute, hbm) + network + slice network`."""
         return max(self.compute_seconds, self.hbm_seconds) + self.network_seconds + self.slice_network_seconds
 
 
@@ -89,11 +89,11 @@ def roofline(
       report: from `analyse` with the same mesh.
       hardware: of every device.
       mesh_shape: axis -> size, outermost first.
-      coordinates: of every device on the torus of its slice, in mesh order (`device.coords`); slices must be placed
-        alike. Not needed where devices are joined by a switch.
+      coordinates: of every device on the torus of its slice, in mesh order (`device.coords`), the same in all slices.
+        Not needed for devices that are connected by a switch.
 
     Raises:
-      ValueError: if a torus is given no coordinates, or a switch more devices than it joins.
+      ValueError: if coordinates are missing for a torus, or there are more devices than a switch connects.
     """
     network = _Network(hardware, mesh_shape, coordinates)
     times = tuple(network.time(collective) for collective in report.collectives)
@@ -109,7 +109,7 @@ def roofline(
 def mfu_bound(model_flops: float, seconds: float, hardware: Hardware, num_devices: int) -> float:
     """Model FLOPs utilisation of a step of `seconds`: `model_flops / (num_devices peak seconds)`.
 
-    `model_flops` are what the model needs for the whole batch, forward and backward; recomputation is not among them.
+    `model_flops` are those of the model for the whole batch, forward and backward, without recomputation.
     """
     return model_flops / (num_devices * hardware.peak_flops * seconds)
 
@@ -136,7 +136,7 @@ class _Network:
 
     def time(self, collective: Collective) -> CollectiveTime:
         """Seconds of all executions of a collective in a step."""
-        # Groups that the mesh does not know are taken for groups of all devices.
+        # Groups that are not those of mesh axes are treated as groups of all devices.
         axes = collective.axes or tuple(name for name, size in self.mesh_shape.items() if size > 1)
         slices = self.mesh_shape[SLICES] if SLICES in axes else 1
         fast = tuple(name for name in axes if name != SLICES)
@@ -162,12 +162,12 @@ class _Network:
         return payload / link
 
     def rings(self, axes: tuple[str, ...]) -> tuple[Ring, ...]:
-        """The axes of the torus along which the devices of a group over mesh axes `axes` lie."""
+        """The axes of the torus that a group over mesh axes `axes` spans."""
         index = tuple(slice(None) if name in axes else 0 for name in self.mesh_shape)
-        places = self.coordinates[index].reshape(-1, self.coordinates.shape[-1])
+        coordinates = self.coordinates[index].reshape(-1, self.coordinates.shape[-1])
         rings = []
         for dim, (size, closed) in enumerate(zip(self.topology, self.closed)):
-            used = np.unique(places[:, dim])
+            used = np.unique(coordinates[:, dim])
             if len(used) > 1:
                 interleaved = math.ceil((used[-1] - used[0]) / (len(used) - 1))
                 directions = 2 if closed and len(used) * interleaved == size else 1

@@ -1,8 +1,8 @@
 """Tries meshes, remat policies and numbers of microbatches for a run, and ranks those that fit a topology by step time.
 
-Every candidate gets a quick estimate first: memory by the formula of `t5x_ext.plan.estimate`, time from operations and
-the bytes that parameters and activations must move. Those that cannot fit are dropped, the most promising of the rest
-are compiled, and only what the compiler says is ranked.
+Every candidate is estimated first: memory by the formula of `t5x_ext.plan.estimate`, time from operations and the bytes
+that parameters and activations must move. Candidates that cannot fit are dropped, the most promising of the rest are
+compiled, and only compiled ones are ranked.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, get_args
 import jax.numpy as jnp
 
 from t5x_ext.contracts import UserError
+from t5x_ext.data import BatchConfig
+from t5x_ext.models import DecoderConfig, TransformerConfig, count_params
 from t5x_ext.models.config import Remat
 from t5x_ext.parallel import AxisRules, MeshConfig, data_parallel, fsdp, fsdp_tensor, make_mesh
 from t5x_ext.parallel.mesh import batch_devices
@@ -29,13 +31,13 @@ from t5x_ext.train.run import Run
 
 MOST_MICROBATCHES = 64
 MOST_TENSOR = 8
-"""More of either only costs time: each microbatch gathers the weights again, each cut of a matrix adds collectives."""
+"""Larger values only cost time: each microbatch gathers the weights again, and sharded matrices add collectives."""
 
 _RULES: dict[str, AxisRules] = {"data_parallel": data_parallel(), "fsdp": fsdp(), "fsdp_tensor": fsdp_tensor()}
 
 _RECOMPUTED = {
-    # Share of the forward pass's products that the backward pass does again. Of a layer computed again from its input
-    # the last product is not needed; policies that keep products compute attention again, or nothing.
+    # Share of the forward pass's products that the backward pass recomputes. A layer recomputed from its input does not
+    # need its last product; policies that keep products recompute attention, or nothing.
     "none": 0.0,
     "dots_saveable": 0.0,
     "dots_with_no_batch_dims_saveable": 0.05,
@@ -43,17 +45,17 @@ _RECOMPUTED = {
 }
 
 _NEEDED = {"none": 1.3, "dots_saveable": 1.3, "dots_with_no_batch_dims_saveable": 1.3, "full": 0.8}
-"""What the TPU compiler allocates for temporaries, over what the formula says."""
+"""Temporaries that the TPU compiler allocates, over those by formula."""
 
 _SLACK = 1.6
-"""What needs that many times the memory there is, as well as one can tell, is not tried."""
+"""Candidates with estimates above this many times the available memory are not tried."""
 
 _DOUBT = 1.25
-"""Something that seems not to fit must be that many times faster to be tried before what does."""
+"""A candidate that seems not to fit must be this many times faster to be tried before one that does."""
 
 
 class Candidate(NamedTuple):
-    """One way to lay out a run."""
+    """One layout of a run."""
 
     mesh: MeshConfig  # with every size given
     rules: str  # a preset of `parallel`
@@ -61,7 +63,7 @@ class Candidate(NamedTuple):
     num_microbatches: int
 
     def apply(self, run: Run) -> Run:
-        """The run, laid out so."""
+        """The run with this layout."""
         return dataclasses.replace(
             with_model(run, remat=self.remat),
             mesh=self.mesh,
@@ -70,7 +72,7 @@ class Candidate(NamedTuple):
         )
 
     def gin(self, run: Run) -> list[str]:
-        """A gin file that lays out the run so, to be given after the run's own."""
+        """A gin file with this layout, to be given after the run's own."""
         kind = type(text_task(run).model)
         folder, _, module = kind.__module__.rpartition(".")
         return [
@@ -87,7 +89,7 @@ class Candidate(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What is known of a candidate before it is compiled."""
+    """Estimates for a candidate before it is compiled."""
 
     candidate: Candidate
     seconds: float  # of a step, communication overlapped, by formula
@@ -95,13 +97,13 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was tried.
+    """The result of a search.
 
     Attributes:
-      run: what was laid out.
-      considered: how many candidates there were.
-      fitting: those that fit with their reports, the fastest first.
-      refused: those that were compiled and do not fit.
+      run: the run.
+      considered: number of candidates.
+      fitting: candidates that fit with their reports, the fastest first.
+      refused: candidates that were compiled and do not fit.
     """
 
     run: Run
@@ -124,7 +126,7 @@ class SearchResult:
         }
 
     def __str__(self) -> str:
-        """The ranking for people, the report of the best, and the gin lines that give it."""
+        """The ranking as text, the report of the best, and the gin lines for it."""
         compiled = len(self.fitting) + len(self.refused)
         head = f"{self.considered:,} layouts, {compiled} of them compiled, {len(self.fitting)} fit"
         if not self.fitting:
@@ -150,15 +152,15 @@ def search(
     most_compiles: int = 12,
     progress: Callable[[str], None] = lambda line: None,
 ) -> SearchResult:
-    """Ranks layouts of a run by the least seconds of a step, communication overlapped, then not.
+    """Ranks layouts of a run by the lower bound on the time of a step, first with overlapped communication.
 
     Args:
-      run: its mesh, axis rules, remat policy and microbatches are what is varied; the batch stays.
-      vocab_size: as for `check`, like the next two.
-      target: see there.
-      mean_length: see there.
+      run: its mesh, axis rules, remat policy and microbatches are varied; the batch does not change.
+      vocab_size: see `check`.
+      target: see `check`.
+      mean_length: see `check`.
       most_compiles: programs to compile at most.
-      progress: told about each program that is compiled.
+      progress: called with a message for each program that is compiled.
 
     Raises:
       UserError: if no mesh divides the rows of the batch.
@@ -173,7 +175,7 @@ def search(
             f"BatchConfig.rows is {text_task(run).data.batch.rows}: no mesh of {len(target.devices)} devices divides it"
         )
     estimates = _estimates(run, vocab_size, target, everything, mean_length)
-    # The run's own layout is compiled in any case: what is found must be better than that.
+    # The run's own layout is always compiled, for comparison.
     own = _own_layout(run, target)
     promising = sorted(estimates, key=lambda estimate: (estimate.candidate != own, estimate.seconds))
     fitting: list[tuple[Candidate, CheckReport]] = []
@@ -194,15 +196,15 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
     for tensor in _divisors(math.gcd(inside, text_task(run).model.num_heads), MOST_TENSOR):
         for data in _divisors(inside // tensor):
             mesh = MeshConfig(data=data, fsdp=inside // tensor // data, tensor=tensor, slices=slices)
-            pieces = slices * data * mesh.fsdp
+            shards = slices * data * mesh.fsdp
             rules = "fsdp_tensor" if tensor > 1 else "fsdp" if mesh.fsdp > 1 else "data_parallel"
-            for count in _divisors(text_task(run).data.batch.rows // pieces, MOST_MICROBATCHES):
-                if text_task(run).data.batch.rows % pieces == 0 and count & (count - 1) == 0:
+            for count in _divisors(text_task(run).data.batch.rows // shards, MOST_MICROBATCHES):
+                if text_task(run).data.batch.rows % shards == 0 and count & (count - 1) == 0:
                     yield from (Candidate(mesh, rules, remat, count) for remat in get_args(Remat))
 
 
 def _own_layout(run: Run, target: Target) -> Candidate | None:
-    """The candidate that the run is already; None if it is laid out in another way than by a preset."""
+    """The run's own layout as a candidate; None if its axis rules are no preset."""
     slices, data, fsdp_size, tensor = on_slices(run, target).mesh.sizes(len(target.devices))
     preset = next((name for name, rules in _RULES.items() if rules == run.axis_rules), None)
     mesh = MeshConfig(data=data, fsdp=fsdp_size, tensor=tensor, slices=slices)
@@ -225,7 +227,7 @@ def _estimates(
             program = make_program(laid_out, {"vocab_size": vocab_size}, make_mesh(candidate.mesh, target.devices))
             programs[key] = program, stored_bytes(program)
         base, stored = programs[key]
-        # The gradients of one microbatch and their sum are the least that a step needs beside what it is given.
+        # A step needs at least the gradients of one microbatch and their sum, in addition to its arguments.
         if stored.total + 2 * stored.params > target.hbm_bytes:
             continue
         laid_out = candidate.apply(run)
@@ -234,17 +236,17 @@ def _estimates(
         needed = stored.total + _NEEDED[candidate.remat] * estimate_temporaries(program).total
         if needed <= _SLACK * target.hbm_bytes:
             seconds = _seconds(program, candidate, target, mean_length)
-            # What may not fit must not take the place of what does.
+            # Candidates that may not fit must not displace those that do.
             yield Estimate(candidate, seconds * (_DOUBT if needed > target.hbm_bytes else 1.0))
 
 
 def _seconds(program: Program, candidate: Candidate, target: Target, mean_length: int) -> float:
     """Seconds of a step by formula, communication overlapped.
 
-    Compute: the model's operations, with what is computed again. Network, over all links of a chip at once: each
-    microbatch gathers the weights for the forward and for the backward pass, scatters their gradients (which over a
-    whole slice the TPU compiler does in twice the bytes, as an all-reduce) and sums them over replicas; activations are
-    summed along `tensor` after each sub-layer, in both passes. The larger counts, and a tenth of the other, which
+    Compute: the model's operations, recomputation included. Network, over all links of a chip at once: each microbatch
+    gathers the weights for the forward and for the backward pass, scatters their gradients (over a full slice the TPU
+    compiler uses an all-reduce, with twice the bytes) and sums them over replicas; activations are summed along
+    `tensor` after each sub-layer, in both passes. The result is the larger of the two plus a tenth of the other, which
     breaks ties in favour of less communication.
     """
     hardware, mesh, config = target.hardware, candidate.mesh, program.model.config
@@ -253,10 +255,9 @@ def _seconds(program: Program, candidate: Candidate, target: Target, mean_length
     compute = flops * (1 + _RECOMPUTED[candidate.remat] / 3) / (hardware.peak_flops * len(target.devices))
     links = max(1, hardware.torus_dimensions) * hardware.link_bandwidth
     itemsize = jnp.dtype(config.compute_dtype).itemsize
-    weights = itemsize * config.num_params() / mesh.tensor
+    weights = itemsize * count_params(program.params) / mesh.tensor
     batch = text_task(program.run).data.batch
-    sub_layers = 2 * config.encoder_layers * batch.source_length
-    sub_layers += (2 + config.has_encoder) * config.decoder_layers * batch.target_length
+    sub_layers = _sub_layer_tokens(config, batch)
     network = 0.0
     if mesh.fsdp > 1:
         scatters = 2 if target.is_compiled_for and mesh.data == mesh.tensor == 1 else 1
@@ -272,9 +273,16 @@ def _seconds(program: Program, candidate: Candidate, target: Target, mean_length
     return max(compute, network) + 0.1 * min(compute, network)
 
 
+def _sub_layer_tokens(config: TransformerConfig | DecoderConfig, batch: BatchConfig) -> int:
+    """Tokens of a row times the sub-layers that they go through."""
+    if isinstance(config, DecoderConfig):
+        return 2 * config.layers * batch.target_length
+    return 2 * config.encoder_layers * batch.source_length + 3 * config.decoder_layers * batch.target_length
+
+
 def _step_seconds(report: CheckReport) -> tuple[float, float]:
     assert report.roofline is not None
-    # Equal to three digits is equal: the network decides then.
+    # If times are equal to three digits, the network decides.
     return float(f"{report.roofline.overlapped:.3g}"), report.roofline.serial
 
 

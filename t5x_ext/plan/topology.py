@@ -1,4 +1,4 @@
-"""Devices that are not here: TPU slices described by their compiler, GPU nodes stood in for by virtual CPU devices."""
+"""Devices that are not present: TPU slices described by their compiler, GPU nodes as virtual CPU devices."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from t5x_ext.parallel import HARDWARE, Hardware, hardware_of
 EXAMPLES = "v5e:8x8, v5p:4x4x4, v6e:16x16, h100:8"
 
 _LIBTPU_SETTINGS = {
-    # There is no metadata server to ask, and nothing to open, so that several processes may compile at once.
+    # There is no metadata server and no device to open, so several processes may compile at once.
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Without these libtpu warns on standard error that it cannot find them out; a topology's name overrides them.
+    # Without these libtpu warns on standard error; a topology's name overrides them.
     "TPU_ACCELERATOR_TYPE": "v5litepod-64",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -44,13 +44,13 @@ class Target:
 
     Attributes:
       name: the topology as it was asked for.
-      devices: what a mesh is made of; programs can be compiled for them, not run.
+      devices: for a mesh; programs can be compiled for them, but not run.
       device_kind: as JAX names it on the machine itself.
-      hardware: its figures; None for a kind that `parallel.HARDWARE` does not know.
+      hardware: its figures; None for a kind that is not in `parallel.HARDWARE`.
       shape: chips along each axis of a slice; for GPUs the number in a node.
       num_slices: slices, or nodes.
       hbm_bytes: memory of one device that a program may use.
-      is_compiled_for: True where the devices' own compiler is used, False where CPU devices stand in for them.
+      is_compiled_for: True if the devices' own compiler is used, False if CPU devices stand in for them.
     """
 
     name: str
@@ -72,8 +72,8 @@ def find_target(topology: str, num_slices: int = 1) -> Target:
       num_slices: slices or nodes, joined by the data-center network.
 
     Raises:
-      UserError: for a topology that does not exist, without libtpu, or where JAX has started with too few CPU devices
-        to stand in for the GPUs.
+      UserError: if the topology does not exist, libtpu is not installed, or JAX has started with too few CPU devices to
+        stand in for the GPUs.
     """
     match = _NAME.fullmatch(topology)
     if match is None:
@@ -92,16 +92,16 @@ def find_target(topology: str, num_slices: int = 1) -> Target:
 
 
 def tpu_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
-    """The devices of TPU slices, as libtpu describes them: one a chip where the chip can be used as one.
+    """The devices of TPU slices, as libtpu describes them: one a chip if the chip can be used as one device.
 
-    A process that has called this cannot use a TPU of its own machine any more: libtpu is told that there is none.
+    After this call the process can no longer use a TPU of its own machine, because libtpu is told that there is none.
 
     Args:
       topology: see `find_target`.
       num_slices: see there.
 
     Raises:
-      UserError: without libtpu, and for a topology that it does not know.
+      UserError: if libtpu is not installed or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(f"topology {topology!r} needs the TPU compiler: pip install 't5x_ext[tpu]' (Linux on x86-64)")
@@ -121,10 +121,10 @@ def tpu_devices(topology: str, num_slices: int = 1) -> Sequence[jax.Device]:
 
 
 def _layouts(topology: str) -> list[dict[str, Any]]:
-    """Ways to describe a topology, the first that libtpu accepts being the right one.
+    """Descriptions of a topology to try; the first that libtpu accepts is the right one.
 
-    A v4 chip is two devices unless it is asked for as one. Shapes that hosts with four chips cannot make up (1x1) are
-    made of hosts with one.
+    A v4 chip is two devices unless requested as one. Shapes that hosts with four chips cannot form (1x1) consist of
+    hosts with one.
     """
     whole_chips: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     return [whole_chips, {**whole_chips, "chips_per_host_bounds": [1, 1, 1]}]
@@ -138,7 +138,7 @@ def _reason(reasons: Sequence[str]) -> str:
 
 @functools.cache
 def available_hbm(device: jax.Device) -> int:
-    """Bytes of memory of a device that a program may use: what its compiler says when one needs far more."""
+    """Bytes of memory of a device that a program may use, from the compiler's message for one that needs far more."""
     sharding = SingleDeviceSharding(device)
     huge = jax.ShapeDtypeStruct((2**19, 2**19), jnp.float32, sharding=sharding)
     try:
@@ -163,7 +163,7 @@ def _gpu_target(topology: str, name: str, shape: tuple[int, ...], num_nodes: int
 
 
 def _virtual_devices(count: int) -> Sequence[jax.Device]:
-    # Refused where JAX has started: what there is may be enough.
+    # JAX refuses if it has started; it may have enough devices.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")

@@ -1,7 +1,7 @@
-"""What the processes of one run must agree on: barriers, who goes first, and texts that one or all of them give.
+"""Coordination of the processes of a run: barriers, running in order, broadcasting and gathering texts.
 
-All of it goes through the key-value store of JAX's coordination service, not through the devices, whose collectives
-give up when a process is busy for minutes, as it is with digests of large files. JAX is imported on first use.
+It uses the key-value store of JAX's coordination service, not the devices, whose collectives time out if a process is
+busy for minutes, as with digests of large files. JAX is imported on first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 3600
 """How long the processes wait for the slowest of them to read, write or digest its part of a checkpoint."""
 
 _LOOK_MILLISECONDS = 5000
-"""How often a process that waits looks whether another has failed."""
+"""Time between checks whether another process has failed, while waiting for one."""
 
 _FAILED = "t5x_ext/failed"
 
@@ -29,7 +29,7 @@ _gathered = itertools.count()  # all processes gather the same things in the sam
 
 
 def coordination_client() -> Any:
-    """JAX's line to the other processes, a key-value store; None if there is one process only.
+    """JAX's client of the coordination service, with a key-value store; None if there is one process.
 
     JAX's public functions wait by a computation on all devices instead.
     """
@@ -40,20 +40,20 @@ def coordination_client() -> Any:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what the run writes once: process 0."""
+    """Whether this is process 0, which writes what a run writes once."""
     return _index() == 0
 
 
 def barrier(name: str, timeout_seconds: float | None = None) -> None:
-    """Returns once every process has come here; at once if there is one only. From any thread.
+    """Waits until every process has called it; returns at once if there is only one. From any thread.
 
     Args:
       name: of the occasion; barriers of one name are passed in the same order by all processes.
-      timeout_seconds: how long to wait; None: as long as it takes.
+      timeout_seconds: how long to wait; None: without a timeout.
 
     Raises:
       UserError: if another process has failed in `failing_together`.
-      jax.errors.JaxRuntimeError: if one has died, or does not come in time.
+      jax.errors.JaxRuntimeError: if a process has died, or does not arrive in time.
     """
     client = coordination_client()
     if client is None:
@@ -70,10 +70,10 @@ def barrier(name: str, timeout_seconds: float | None = None) -> None:
 
 @contextmanager
 def primary_first(name: str) -> Iterator[None]:
-    """Process 0 does the block first, the others after it: they find what it has made.
+    """Process 0 runs the block first, then the others, which find its results.
 
     Raises:
-      UserError: in the others, if process 0 failed; with its message.
+      UserError: in the others if process 0 failed, with its message.
     """
     client = coordination_client()
     if client is None:
@@ -98,14 +98,14 @@ def primary_first(name: str) -> Iterator[None]:
 
 
 def from_primary(name: str, text: str = "") -> str:
-    """What process 0 says, in every process; they wait for it as long as it takes.
+    """Broadcasts a text from process 0; the others wait for it without a timeout.
 
     Args:
       name: of the occasion.
-      text: what it says; the others need not say anything.
+      text: what process 0 sends; ignored in the others.
 
     Raises:
-      UserError: in the others, if another process has failed in `failing_together`.
+      UserError: in the others if a process has failed in `failing_together`.
     """
     client = coordination_client()
     if client is None:
@@ -119,9 +119,9 @@ def from_primary(name: str, text: str = "") -> str:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """When a process fails in the block, the others fail where they wait for it by the functions of this module.
+    """If a process fails in the block, the others fail too when they wait for it by functions of this module.
 
-    Without it they would learn it from JAX half a minute after the process has ended, which ends them like a crash.
+    Without it JAX tells them half a minute after the process has ended, and ends them like a crash.
     """
     try:
         yield
@@ -139,8 +139,8 @@ class Processes:
     """The processes that do something together: all of a run, or one.
 
     Attributes:
-      index: which of them this is, from 0.
-      count: how many there are.
+      index: of this process, from 0.
+      count: number of processes.
     """
 
     index: int
@@ -156,7 +156,7 @@ class Processes:
 
         Raises:
           UserError: if another process has failed in `failing_together`.
-          jax.errors.JaxRuntimeError: if one does not come within `TIMEOUT_SECONDS`, or has died.
+          jax.errors.JaxRuntimeError: if one does not arrive within `TIMEOUT_SECONDS`, or has died.
         """
         if self.count == 1:
             return [text]
@@ -164,7 +164,7 @@ class Processes:
         client.key_value_set(_gather_key(number, self.index), text)
         texts = [_wait_for(client, _gather_key(number, index), TIMEOUT_SECONDS) for index in range(self.count)]
         if number:
-            # A process gives this text only after it has read all that were gathered before.
+            # A process writes this text only after it has read all texts gathered before.
             client.key_value_delete(_gather_key(number - 1, self.index))
         return texts
 
@@ -178,7 +178,7 @@ class _OtherFailed(UserError):
 
 
 def _wait_for(client: Any, key: str, timeout_seconds: float | None = None) -> str:
-    """The value of a key, once a process has set it; one that dies ends the wait, and this process."""
+    """The value of a key, as soon as a process has set it; fails if another process has failed."""
     import jax
 
     end = None if timeout_seconds is None else time.monotonic() + timeout_seconds

@@ -70,9 +70,7 @@ class Synthesize(StageDefaults):
 
     def program(self, earlier: Mapping[str, Stage]) -> StageWork | None:
         """Of its two searches, the one with more hypotheses."""
-        from t5x_ext.plan.check import num_hypotheses
-
-        decode = max(filter(None, (self.forward, self.backward)), key=num_hypotheses)
+        decode = max(filter(None, (self.forward, self.backward)), key=lambda decode: decode.search.rows_per_source)
         return decoding_work(self.model, decode, earlier)
 
     def make(self, workspace: Workspace) -> Artefact:

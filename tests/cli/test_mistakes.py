@@ -86,8 +86,8 @@ MISTAKES = {
     f"{TRAIN} {PAIR} extra": "unexpected argument 'extra'; flags are written --name=value",
     f"{TRAIN} {PAIR} --keep_optimizer": "--keep_optimizer goes with --init_from",
     f"{DECODE} --input=test.en --gin.A.b=3": "this command reads no gin bindings",
-    f"{DECODE} --input=test.en --strategy=baem": "--strategy=baem: value should be one of <beam|greedy|sample>",
-    f"{DECODE} --input=test.en --n_best=9": "n_best = 9: beam gives at most 5",
+    f"{DECODE} --input=test.en --strategy=baem": "--strategy=baem: there is no such search; did you mean beam?",
+    f"{DECODE} --input=test.en --n_best=9": "n_best = 9: a beam_size of 5 gives at most 5",
     # gin
     "train --gin_file=tyni.gin --run_dir=new": "there is no gin file 'tyni.gin'; did you mean tiny.gin?",
     f"{TRAIN} {PAIR} --gin.Run.stesp=3": "--gin.Run.stesp: 'Run' has no parameter 'stesp'; did you mean steps?",

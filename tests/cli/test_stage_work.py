@@ -11,6 +11,7 @@ from t5x_ext.cli.gin_config import build_run
 from t5x_ext.cli.main import main
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.cli.stage_work import stage_work
+from t5x_ext.decode import Beam, Greedy
 from t5x_ext.pipeline import Pipeline
 
 
@@ -26,19 +27,19 @@ def test_a_stage_that_trains_is_its_run():
 
 
 @pytest.mark.parametrize(
-    ("stage", "strategy", "beam_size", "members"),
+    ("stage", "search", "members"),
     [
-        ("cycle", "greedy", 5, 1),
-        ("round1", "beam", 2, 1),  # forward; backward draws one
-        ("best", "greedy", 5, 2),
-        ("pretrained_test", "beam", 2, 1),
-        ("best_test", "beam", 2, 2),
+        ("cycle", Greedy(), 1),
+        ("round1", Beam(beam_size=2), 1),  # forward; backward samples one
+        ("best", Greedy(), 2),
+        ("pretrained_test", Beam(beam_size=2), 1),
+        ("best_test", Beam(beam_size=2), 2),
     ],
 )
-def test_a_stage_that_decodes_has_the_model_it_reads_laid_out_as_the_pipeline_says(stage, strategy, beam_size, members):
+def test_a_stage_that_decodes_has_the_model_it_reads_laid_out_as_the_pipeline_says(stage, search, members):
     mesh = ("Pipeline.mesh=@here/t5x_ext.parallel.MeshConfig()", "here/t5x_ext.parallel.MeshConfig.tensor=2")
     work = stage_work(tiny(*mesh), stage)
-    assert (work.decode.strategy, work.decode.beam_size, work.members) == (strategy, beam_size, members)
+    assert (work.decode.search, work.members) == (search, members)
     assert work.run.mesh.tensor == 2
     assert work.run.task.model.encoder_layers == 1
 
@@ -131,7 +132,8 @@ foreign_stages.Shorter.steps = 5
 foreign_stages.Rescore.name = 'rescore'
 foreign_stages.Rescore.model = 'shorter'
 foreign_stages.Rescore.decode = @rescore/decode.DecodeConfig()
-rescore/decode.DecodeConfig.beam_size = 3
+rescore/decode.DecodeConfig.search = @decode.Beam()
+rescore/decode.Beam.beam_size = 3
 """
 
 

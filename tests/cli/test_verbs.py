@@ -8,16 +8,16 @@ import shutil
 import subprocess
 import sys
 import types
-from dataclasses import fields
 
 import numpy as np
 import pytest
 
 import t5x_ext
-from t5x_ext.cli.decoding import _OPTIONS, decode_config, define_decode_flags
+from t5x_ext.cli.decoding import decode_config, define_decode_flags
 from t5x_ext.cli.flags import parse
 from t5x_ext.cli.main import VERBS, main
-from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.cli.messages import UsageError
+from t5x_ext.decode import Beam, DecodeConfig, Greedy, MinimumLength, NoRepeatNgrams, Sample, Translator
 
 
 def run(capsys, command):
@@ -35,9 +35,101 @@ def test_every_verb_has_help(capsys):
         assert "repeat this option" not in out
 
 
-def test_decode_flags_have_the_defaults_of_the_config():
-    assert decode_config(parse(define_decode_flags, [])) == DecodeConfig()
-    assert {field.name for field in fields(DecodeConfig)} == set(_OPTIONS)
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ("", DecodeConfig()),
+        ("--beam_size=4 --n_best=2 --alpha=0.6 --length_penalty=gnmt", DecodeConfig(Beam(4, 2, "gnmt", 0.6))),
+        ("--strategy=greedy --alpha=0.5", DecodeConfig(Greedy(alpha=0.5))),
+        (
+            "--strategy=sample --n_best=7 --temperature=0.5 --top_k=9 --top_p=0.9 --seed=-4",
+            DecodeConfig(Sample(n_best=7, temperature=0.5, top_k=9, top_p=0.9, seed=-4)),
+        ),
+        (
+            "--max_length_ratio=1.5 --max_length_extra=3 --max_source_length=64 --batch_tokens=99",
+            DecodeConfig(max_length_ratio=1.5, max_length_extra=3, max_source_length=64, batch_tokens=99),
+        ),
+        (
+            "--no_repeat_ngrams=3 --minimum_length=2",
+            DecodeConfig(constraints=(MinimumLength(2), NoRepeatNgrams(3))),
+        ),
+        ("--strategy=outside_search.Echo --n_best=3", "Echo(n_best=3, scale=1.0)"),
+        ("--strategy=outside_search.LOUD", "Echo(n_best=1, scale=9.0)"),
+    ],
+)
+def test_decode_flags_are_the_fields_of_searches_and_configuration(outside_search, flags, config):
+    found = decode_config(parse(define_decode_flags, flags.split()))
+    assert (repr(found.search) if isinstance(config, str) else found) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--strategy=greedy --beam_size=3", "--beam_size does not go with --strategy=greedy"),
+        ("--seed=3", "--seed does not go with --strategy=beam"),
+        ("--strategy=outside_search.Echo --beam_size=3", "--beam_size does not go with --strategy=outside_search.Echo"),
+        ("--strategy=outside_search.LOUD --n_best=2", "--n_best does not go with --strategy=outside_search.LOUD"),
+        (
+            "--strategy=outside_search.Ecko",
+            "--strategy=outside_search.Ecko: outside_search has no 'Ecko'; did you mean ",
+        ),
+        ("--strategy=nowhere.Echo", "--strategy=nowhere.Echo: cannot import nowhere: No module named 'nowhere'"),
+    ],
+)
+def test_flags_of_other_searches_and_unknown_searches_are_refused(outside_search, flags, message):
+    with pytest.raises(UsageError) as error:
+        decode_config(parse(define_decode_flags, flags.split()))
+    assert str(error.value).startswith(message)
+
+
+@pytest.fixture
+def outside_search(tmp_path, monkeypatch):
+    """A module of a user with a search in it."""
+    (tmp_path / "outside_search.py").write_text(OUTSIDE_SEARCH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "outside_search", raising=False)
+
+
+OUTSIDE_SEARCH = '''
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from t5x_ext.decode import Hypotheses
+
+
+@dataclass(frozen=True)
+class Echo:
+    """The source is its own translation."""
+
+    n_best: int = 1
+    scale: float = 1.0
+    rows_per_source = 1
+
+    def __call__(self, model, params, inputs):
+        rows, size = inputs.source.shape
+        length = min(size, inputs.max_length - inputs.prefix.shape[1])
+        words = jnp.where(jnp.arange(length) < inputs.source_lengths[:, None], inputs.source[:, :length], inputs.eos_id)
+        tokens = jnp.full((rows, self.n_best, inputs.max_length), inputs.eos_id)
+        tokens = tokens.at[:, :, : inputs.prefix.shape[1]].set(inputs.prefix[:, None])
+        tokens = tokens.at[:, :, inputs.prefix.shape[1] : inputs.prefix.shape[1] + length].set(words[:, None])
+        lengths = jnp.full((rows, self.n_best), inputs.max_length)
+        return Hypotheses(tokens, lengths, jnp.full(lengths.shape, self.scale))
+
+
+LOUD = Echo(scale=9.0)
+'''
+
+
+def test_a_search_from_outside_translates_and_is_evaluated(in_workplace, outside_search, capsys, tmp_path):
+    """By its import path in commands, as an object in the library."""
+    lines = (in_workplace / "test.en").read_text().splitlines()
+    strategy = "--strategy=outside_search.LOUD"
+    assert run(capsys, f"translate --run_dir=out --input=test.en {strategy}").splitlines() == lines
+    result = run(capsys, f"evaluate --run_dir=out --source=test.en --reference=test.en {strategy} --json_out=-")
+    assert json.loads(result)["exact_match"] == 100
+    search = sys.modules["outside_search"].Echo()
+    assert t5x_ext.load("out").translate(lines, config=DecodeConfig(search)) == lines
 
 
 def test_train_writes_a_run_folder(in_workplace):

@@ -80,7 +80,7 @@ def test_a_vocabulary_that_is_trained_gets_the_markers_that_its_corpora_need(tex
 def test_a_vocabulary_without_them_is_refused_in_one_line(text, tmp_path):
     prepare(config(text), str(tmp_path / "plain"))
     path = str(tmp_path / "plain/vocabulary")
-    with pytest.raises(UserError, match="has no marker <BT>; make it with VocabularyConfig.markers"):
+    with pytest.raises(UserError, match=r"has no marker <BT>; make it with VocabularyConfig\.markers"):
         prepare(config(dataclasses.replace(text, synthetic="source"), path=path), str(tmp_path / "other"))
     given = prepare(
         config(dataclasses.replace(text, synthetic="source"), path=path, markers=("BT", "FT")), str(tmp_path / "given")

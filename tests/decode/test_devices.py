@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_ext.contracts import UserError
-from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.decode import Beam, DecodeConfig, MinimumLength, NoRepeatNgrams, Sample, Translator
 from t5x_ext.decode.batching import mesh_of, plan_batches
 from t5x_ext.decode.programs import decode_batch
 from t5x_ext.decode.scoring import label_log_probs
@@ -21,8 +21,11 @@ MESHES = {"copies": MeshConfig(), "cut": MeshConfig(data=2, fsdp=2, tensor=2)}
 # Eight rows are one for each device; with the empty line there are fewer lines than rows.
 LINES = ["a dog", "", "cat and dog", "here", "there are cats today", "x y z"]
 SETTINGS = {
-    "beam": DecodeConfig(beam_size=3, n_best=2, max_length_ratio=1.0, max_length_extra=0),
-    "sample": DecodeConfig(strategy="sample", n_best=2, max_length_ratio=1.0, max_length_extra=0, seed=4),
+    "beam": DecodeConfig(Beam(beam_size=3, n_best=2), max_length_ratio=1.0, max_length_extra=0),
+    "sample": DecodeConfig(Sample(n_best=2, seed=4), max_length_ratio=1.0, max_length_extra=0),
+    "constrained": DecodeConfig(
+        Beam(beam_size=3), (MinimumLength(3), NoRepeatNgrams(2)), max_length_ratio=1.0, max_length_extra=0
+    ),
 }
 
 
@@ -40,7 +43,7 @@ def check_equal(found, expected):
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize(("mesh", "settings"), [("copies", "sample"), ("cut", "beam")])
+@pytest.mark.parametrize(("mesh", "settings"), [("copies", "sample"), ("cut", "beam"), ("cut", "constrained")])
 def test_eight_devices_give_what_one_gives(translator, mesh, settings):
     placed = on_mesh(translator, MESHES[mesh])
     cut = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.params)]
@@ -103,7 +106,7 @@ def searched(placed: Translator) -> str:
         jax.random.key(0),
         eos_id=1,
         max_length=17,
-        config=DecodeConfig(beam_size=3, n_best=2),
+        search=Beam(beam_size=3, n_best=2),
     )
     return search.compile().as_text()
 

@@ -9,7 +9,7 @@ import pytest
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import TagPolicy
-from t5x_ext.decode import DecodeConfig, Translator
+from t5x_ext.decode import Beam, DecodeConfig, Greedy, NoRepeatNgrams, Sample, Translator
 from t5x_ext.decode.batching import pad
 from t5x_ext.models import EncoderDecoder, init_params
 
@@ -53,24 +53,30 @@ def test_combined_scores_are_those_of_the_definition(translator, other, combine)
     np.testing.assert_allclose(score.token_log_probs, combined[np.arange(len(labels)), labels], atol=1e-5)
 
 
-@pytest.mark.parametrize(("members", "combine"), [(1, "log_prob"), (3, "probability")])
-def test_the_same_model_several_times_decodes_as_it_does_alone(translator, members, combine):
+@pytest.mark.parametrize(
+    ("members", "combine", "config"),
+    [
+        (1, "log_prob", DecodeConfig(Beam(beam_size=3, n_best=2))),
+        (3, "probability", DecodeConfig(Beam(beam_size=3, n_best=2), (NoRepeatNgrams(1),))),
+        (2, "log_prob", DecodeConfig(Greedy())),
+        (2, "probability", DecodeConfig(Sample(n_best=2))),
+    ],
+)
+def test_the_same_model_several_times_decodes_as_it_does_alone(translator, members, combine, config):
     together = Translator.ensemble([translator] * members, combine)
-    config = DecodeConfig(beam_size=3, n_best=2)
     alone = translator.translate_n_best(LINES, "en", "de", config)
     for expected, found in zip(alone, together.translate_n_best(LINES, "en", "de", config), strict=True):
         assert [hypothesis.text for hypothesis in found] == [hypothesis.text for hypothesis in expected]
         np.testing.assert_allclose([h.score for h in found], [h.score for h in expected], atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["beam", "sample"])
-def test_a_cached_search_scores_its_result_as_forced_scoring_does(translator, other, monkeypatch, strategy):
+@pytest.mark.parametrize("search", [Beam(beam_size=3, alpha=0.0), Sample(alpha=0.0)])
+def test_a_cached_search_scores_its_result_as_forced_scoring_does(translator, other, monkeypatch, search):
     both = Translator.ensemble([translator, other])
     seen = []
     decode = both.vocabulary.decode
     monkeypatch.setattr(both.vocabulary, "decode", lambda ids: seen.append(ids) or decode(ids))
-    config = DecodeConfig(strategy=strategy, alpha=0.0, beam_size=3)
-    (hypotheses,) = both.translate_n_best(LINES[:1], "en", "de", config)
+    (hypotheses,) = both.translate_n_best(LINES[:1], "en", "de", DecodeConfig(search))
     vocabulary = both.vocabulary
     source = [*vocabulary.encode(LINES[:1])[0].tolist(), vocabulary.eos_id]
     labels = [vocabulary.tag_id("de"), *seen[0][0].tolist()]

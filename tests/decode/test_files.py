@@ -15,12 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from t5x_ext.contracts import UserError
-from t5x_ext.decode import DecodeConfig, Hypothesis, Score, parts, score_file, translate_file, translate_stream
+from t5x_ext.contracts import Direction, UserError
+from t5x_ext.decode import (
+    Beam,
+    DecodeConfig,
+    Greedy,
+    Hypothesis,
+    Score,
+    parts,
+    score_file,
+    translate_file,
+    translate_stream,
+)
 from t5x_ext.decode.files import decode_lines
 from t5x_ext.decode.parts import Parts
 
-GREEDY = DecodeConfig(strategy="greedy", max_length_extra=2, max_length_ratio=1.0)
+GREEDY = DecodeConfig(Greedy(), max_length_extra=2, max_length_ratio=1.0)
 
 
 class Reverser:
@@ -34,7 +44,7 @@ class Reverser:
         self.chunks: list[tuple[int, int]] = []
 
     def resolve(self, source_language, target_language):
-        return "en", "de"
+        return Direction("en", "de")
 
     def fingerprint(self):
         return "reverser"
@@ -44,7 +54,7 @@ class Reverser:
             os.kill(os.getpid(), signal.SIGKILL)
         self.chunks.append((first_line, len(lines)))
         return [
-            [Hypothesis(f"{line[::-1]}{n}", -1.0 - n - number, 3) for n in range(config.n_best)]
+            [Hypothesis(f"{line[::-1]}{n}", -1.0 - n - number, 3) for n in range(config.search.n_best)]
             for number, line in enumerate(lines, first_line)
         ]
 
@@ -143,7 +153,7 @@ def processes(monkeypatch):
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
 def test_any_number_of_processes_goes_on_where_another_number_stopped(folder, processes, count):
     """Stopped after two of six chunks: the rest is shared evenly, and nothing is translated twice."""
-    config = DecodeConfig(n_best=2)
+    config = DecodeConfig(Beam(n_best=2))
     translate(Reverser(), folder, "whole.txt", config, chunk_lines=2)
 
     class Stops(Reverser):
@@ -180,7 +190,7 @@ def test_scores_of_a_file_are_means_over_tokens_and_go_on_where_they_stopped(fol
     class Scores(Reverser):
         def resolve(self, source_language, target_language):
             assert source_language == target_language
-            return source_language, target_language
+            return Direction(source_language, target_language)
 
         def score(self, sources, targets, *languages, **options):
             assert sources == targets
@@ -207,7 +217,7 @@ def test_other_work_starts_over(folder, change):
     if change == "input":
         (folder / "in.txt").write_text("another text\n" * 12)
     elif change == "options":
-        config = DecodeConfig(beam_size=2)
+        config = DecodeConfig(Beam(beam_size=2))
     else:
         (folder / "out.txt.parts" / "work.json").write_bytes(b'{"format"')
     translator = Reverser()
@@ -216,7 +226,7 @@ def test_other_work_starts_over(folder, change):
 
 
 def test_n_best_lines_are_numbered(folder):
-    translate(Reverser(), folder, config=DecodeConfig(n_best=2))
+    translate(Reverser(), folder, config=DecodeConfig(Beam(n_best=2)))
     lines = (folder / "out.txt").read_text().splitlines()
     assert len(lines) == 24
     assert lines[10:12] == ["5 ||| tac f dna god b0 ||| -6.000000", "5 ||| tac f dna god b1 ||| -7.000000"]

@@ -16,11 +16,11 @@ import pytest
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.cli.main import main
-from t5x_ext.decode import DecodeConfig, Translator, translate_file
+from t5x_ext.decode import DecodeConfig, Sample, Translator, translate_file
 from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh
 
 LINES = ["a dog", "", "cat and dog", "here", "  ", "there", "are", "x y z", "today", "b", "there are cats"]
-CONFIG = DecodeConfig(strategy="sample", n_best=2, max_length_ratio=1.0, max_length_extra=2, seed=3)
+CONFIG = DecodeConfig(Sample(n_best=2, seed=3), max_length_ratio=1.0, max_length_extra=2)
 FLAGS = ("--strategy=sample", "--n_best=2", "--max_length_ratio=1", "--max_length_extra=2", "--seed=3")
 
 

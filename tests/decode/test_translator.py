@@ -13,9 +13,10 @@ import pytest
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data.tags import TagPolicy
-from t5x_ext.decode import DecodeConfig, Translator, perplexity
+from t5x_ext.decode import Beam, DecodeConfig, Greedy, Sample, Translator, perplexity
 from t5x_ext.decode.batching import pad, plan_batches
-from t5x_ext.decode.programs import step_function
+from t5x_ext.decode.programs import decode_batch
+from t5x_ext.decode.steps import step_function
 from t5x_ext.models import EncoderDecoder
 
 
@@ -114,13 +115,13 @@ def test_scores_are_gathered_from_the_whole_logits(translator):
     assert perplexity(scores) == pytest.approx(np.exp(-total))
 
 
-@pytest.mark.parametrize("strategy", ["beam", "greedy", "sample"])
-def test_a_search_scores_its_own_result_as_forced_scoring_does(translator, monkeypatch, strategy):
+@pytest.mark.parametrize("search", [Beam(beam_size=3, alpha=0.0), Greedy(alpha=0.0), Sample(alpha=0.0)])
+def test_a_search_scores_its_own_result_as_forced_scoring_does(translator, monkeypatch, search):
     """With alpha 0 the score is the log-probability; ids are taken before text, which may encode otherwise."""
     seen = []
     decode = translator.vocabulary.decode
     monkeypatch.setattr(translator.vocabulary, "decode", lambda ids: seen.append(ids) or decode(ids))
-    config = DecodeConfig(strategy=strategy, alpha=0.0, beam_size=3)
+    config = DecodeConfig(search)
     line = "a dog and a cat"
     hypothesis = translator.translate_n_best([line], "en", "de", config)[0][0]
     vocabulary = translator.vocabulary
@@ -132,7 +133,7 @@ def test_a_search_scores_its_own_result_as_forced_scoring_does(translator, monke
 
 
 def test_n_best_hypotheses_are_sorted_and_the_first_is_the_translation(translator):
-    config = DecodeConfig(beam_size=4, n_best=3)
+    config = DecodeConfig(Beam(beam_size=4, n_best=3))
     for hypotheses in translator.translate_n_best(["a b c", "dog"], "en", "de", config):
         scores = [h.score for h in hypotheses]
         assert scores == sorted(scores, reverse=True)
@@ -140,22 +141,25 @@ def test_n_best_hypotheses_are_sorted_and_the_first_is_the_translation(translato
 
 
 def test_samples_follow_the_line_and_not_its_neighbours(translator):
-    config = DecodeConfig(strategy="sample", n_best=2, seed=5, temperature=0.8, top_k=30, top_p=0.95)
+    sample = Sample(n_best=2, seed=5, temperature=0.8, top_k=30, top_p=0.95)
+    config = DecodeConfig(sample)
     lines = ["a b c", "dog", "a b c", "cat here"]
     together = translator.translate_n_best(lines, "en", "de", config)
     assert together[0] != together[2]
     rest = translator.translate_n_best(lines[2:], "en", "de", config, first_line=2)
     assert [[h.text for h in found] for found in rest] == [[h.text for h in found] for found in together[2:]]
-    other = translator.translate_n_best(lines, "en", "de", dataclasses.replace(config, seed=6))
+    programs = decode_batch._cache_size()
+    other = translator.translate_n_best(lines, "en", "de", DecodeConfig(dataclasses.replace(sample, seed=6)))
     assert other != together
+    assert decode_batch._cache_size() == programs  # another seed is no other program
 
 
 def test_long_lines_are_cut_and_counted(translator, caplog):
     line = "cat dog " * 30
-    config = DecodeConfig(max_source_length=12, strategy="greedy")
+    config = DecodeConfig(Greedy(), max_source_length=12)
     with caplog.at_level(logging.WARNING):
         cut = translator.translate_n_best([line, "a"], "en", "de", config)
-    assert "1 of 2 lines are longer than 12 tokens" in caplog.text
+    assert "1 of 2 lines have more than 12 tokens" in caplog.text
     assert cut[0] == translator.translate_n_best([line + line, "a"], "en", "de", config)[0]
 
 
@@ -218,19 +222,17 @@ def test_the_moving_average_is_what_a_run_decodes_with(translator, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("spelled", "line"),
     [
-        ({"strategy": "magic"}, "beam, greedy, sample"),
-        ({"length_penalty": "none"}, "fairseq, gnmt"),
-        ({"beam_size": 0}, "beam_size = 0"),
-        ({"n_best": 6}, "beam gives at most 5"),
-        ({"strategy": "greedy", "n_best": 2}, "greedy gives at most 1"),
-        ({"alpha": -1.0}, "alpha"),
-        ({"max_source_length": 1}, "max_source_length"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"batch_tokens": 0}, "batch_tokens"),
+        ("one two", "one two"),
+        ("one\ntwo", "one two"),
+        ("one\r\n  two\x00\x1b\x7f\x85three", "one two three"),
+        ("\ttab\t", "tab"),
+        ("lines\u2028and\u2029paragraphs", "lines and paragraphs"),
+        ("  kept  as  it is ", "  kept  as  it is "),
+        ("\x00", ""),
     ],
 )
-def test_options_are_checked_when_they_are_made(options, message):
-    with pytest.raises(UserError, match=message):
-        DecodeConfig(**options)
+def test_control_characters_that_byte_pieces_spell_become_spaces(translator, monkeypatch, spelled, line):
+    monkeypatch.setattr(translator.vocabulary, "decode", lambda ids: [spelled for _ in ids])
+    assert translator.translate(["a dog"], "en", "de", DecodeConfig(Greedy())) == [line]

@@ -146,7 +146,7 @@ def test_what_is_given_goes_before_what_is_found(monkeypatch):
     ("fields", "message"),
     [
         ({"kind": "kubernetes"}, "kind is 'kubernetes'; use one of none, auto"),
-        ({"kind": "explicit", "coordinator": "h:1"}, "needs num_processes, process_id, too"),
+        ({"kind": "explicit", "coordinator": "h:1"}, "needs num_processes, process_id too"),
         ({"kind": "explicit", "coordinator": "h", "num_processes": 2, "process_id": 0}, "'h' is not HOST:PORT"),
         ({"kind": "explicit", "coordinator": "h:1", "num_processes": 2, "process_id": 2}, "no process 2 of 2"),
         ({"num_processes": 2}, "num_processes set, but the kind of cluster is none"),

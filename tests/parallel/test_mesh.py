@@ -114,7 +114,7 @@ def test_presets_give_these_specs(caplog):
             "odd": P(None),
         }
     [message] = caplog.messages
-    assert message == "parameter odd: axis mlp of size 7 stays whole: 2 devices along tensor do not divide it"
+    assert message == "parameter odd: axis mlp of size 7 is not sharded: 2 devices along tensor do not divide it"
 
 
 @pytest.mark.devices(8)
@@ -308,7 +308,7 @@ def test_rows_are_cut_over_the_axes_of_a_batch():
     assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(batch["tokens"], rows)
     np.testing.assert_array_equal(batch["weights"], rows[:, 0])
-    with pytest.raises(UserError, match="6 rows cannot be cut over 4"):
+    with pytest.raises(UserError, match="6 rows cannot be split over 4"):
         host_rows(mesh, 6)
     with pytest.raises(UserError, match="6 host rows do not fit the mesh"):
         global_batch(mesh, {"tokens": rows[:6]})
@@ -381,5 +381,5 @@ def test_each_position_on_slices_is_one_slice_or_process(attribute):
 
 def test_tpu_slices_must_be_on_the_axis_of_slices():
     devices = [Somewhere(number, 0, number // 4, platform="tpu") for number in range(8)]
-    with pytest.raises(UserError, match=r"lie in 2 slices and MeshConfig.slices is 1: set it to 2"):
+    with pytest.raises(UserError, match=r"are in 2 slices and MeshConfig.slices is 1: set it to 2"):
         make_mesh(MeshConfig(), devices)

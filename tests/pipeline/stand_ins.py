@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from t5x_ext.contracts import Direction
 from t5x_ext.decode import Hypothesis
 from t5x_ext.decode.scoring import Score
-from t5x_ext.decode.translator import Direction
 from t5x_ext.pipeline import Artefact, Model, TextFiles, Weights, Workspace
 
 

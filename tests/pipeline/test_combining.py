@@ -12,7 +12,7 @@ from stand_ins import Given, Lines, StandIn
 from t5x_ext.checkpoints import CheckpointStore, Retention, RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.data import DataConfig
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import DecodeConfig, Greedy
 from t5x_ext.models import TransformerConfig
 from t5x_ext.pipeline import (
     Artefact,
@@ -30,7 +30,7 @@ from t5x_ext.pipeline import (
 )
 from t5x_ext.train import CheckpointConfig, Run
 
-GREEDY = DecodeConfig(strategy="greedy")
+GREEDY = DecodeConfig(Greedy())
 
 # Averages
 

@@ -17,7 +17,7 @@ import pytest
 from stand_ins import Given, StandIn, opener
 
 from t5x_ext.contracts import UserError
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import DecodeConfig, Greedy
 from t5x_ext.pipeline import (
     Artefact,
     GreedyEnsemble,
@@ -32,7 +32,7 @@ from t5x_ext.pipeline import (
 from t5x_ext.storage import processes as together
 from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
-GREEDY = DecodeConfig(strategy="greedy")
+GREEDY = DecodeConfig(Greedy())
 WORDS = ("eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben")
 MONO = Given("mono", texts=(("m", ("de",), tuple((" ".join(WORDS[: 1 + n % 7]) + f" {n}",) for n in range(25))),))
 DEV = Given("dev", texts=(("d", ("en", "de"), tuple((f"one {n}", f"eins {n}") for n in range(9))),))

@@ -10,7 +10,7 @@ from stand_ins import Given, Lines
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import DataConfig, VocabularyConfig
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import Beam, DecodeConfig, Greedy
 from t5x_ext.models import TransformerConfig
 from t5x_ext.parallel import AxisRules, MeshConfig
 from t5x_ext.pipeline import (
@@ -29,7 +29,7 @@ from t5x_ext.pipeline import (
 from t5x_ext.train import CheckpointConfig, Run
 from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
-BEAM, GREEDY = DecodeConfig(beam_size=4), DecodeConfig(strategy="greedy")
+BEAM, GREEDY = DecodeConfig(Beam(beam_size=4)), DecodeConfig(Greedy())
 TEXTS = Given("texts", texts=(("a", ("en", "de"), (("one", "eins"),)),))
 
 

@@ -205,7 +205,7 @@ def test_layouts_of_other_years(tmp_path, capsys):
             "references/zh_Hans-pt_BR.refA.txt": ["um livro"],
         },
     )
-    patterns = ["--systems=system-outputs/{source}-{target}/{system}.txt", "--leave_out=ref*", "--leave_out=nobody"]
+    patterns = ["--systems=system-outputs/{source}-{target}/{system}.txt", "--exclude=ref*", "--exclude=nobody"]
     patterns.append("--references=references/{source}-{target}.{reference}.txt")
     code, rows = run(tmp_path / "metrics", *patterns, script=score_wmt)
     assert code == 0
@@ -240,10 +240,10 @@ def one_line(text, *words):
         ({"system-outputs/generaltest2022.en-de.hyp.Z.de": []}, [], ["hyp.Z.de: the file is empty"]),
         ({"references/generaltest2022.en-de.ref.A.de.gz": GERMAN}, [], ["ref.A.de and", "keep one of them"]),
         ({}, ["--direction=en-fr"], ["the pattern of references"]),
-        ({}, ["--direction=de-en"], ["no system outputs for de-en; there are en-de, en-fr, en-ja"]),
+        ({}, ["--direction=de-en"], ["no system outputs for de-en; there are outputs for en-de, en-fr, en-ja"]),
         ({}, ["--systems={source}-{target}.{systems}"], ["{systems} is no placeholder", "{system}"]),
         ({}, ["--references=ref.{target}"], ["{source} is missing"]),
-        ({}, ["--systems=x/{source}-{target}.{system}"], ["no file fits x/{source}-{target}.{system}"]),
+        ({}, ["--systems=x/{source}-{target}.{system}"], ["no file matches x/{source}-{target}.{system}"]),
         ({}, ["--data_dir=nowhere"], ["nowhere: there is no such folder"]),
         ({}, ["--claim=en-de=3"], ["--claim=en-de=3: expected", "en-de.A=37.79"]),
         ({}, ["--claim=en-de.A=3", "--system="], ["--system is missing"]),
@@ -253,7 +253,7 @@ def one_line(text, *words):
         ({}, ["--official=no.tsv"], ["no.tsv"]),
         ({"automatic-scores.tsv": ["pair\tsystem", "en-de\tx"]}, [], ["automatic-scores.tsv, line 2"]),
         ({"domains.en-de": ["news"]}, ["--domains=domains.{source}-{target}"], ["domains.en-de has 1 lines"]),
-        ({"xml/wmttest2022.en-de.all.xml": ["<a>"]}, [], ["all.xml: not a whole XML file"]),
+        ({"xml/wmttest2022.en-de.all.xml": ["<a>"]}, [], ["all.xml: not a complete XML file"]),
         ({}, ["--comet_model=no.ckpt"], ["no.ckpt: there is no such COMET model"]),
         ({"m.ckpt": ["x"]}, ["--comet_model=m.ckpt", "--sources="], ["COMET needs the sources of en-de"]),
         ({"m.ckpt": ["x"]}, ["--comet_model=m.ckpt", "--comet_python=no/python"], ["no/python: cannot be run"]),
@@ -328,7 +328,7 @@ def test_comet_says_what_it_lacks_or_that_it_failed(folder, comet_python, capfd)
     assert run(folder, "--comet_model=bad.ckpt", f"--comet_python={comet_python}", "--direction=en-de") == (2, None)
     errors = capfd.readouterr().err
     assert "ValueError: not a model" in errors
-    assert "COMET failed with exit code 1; what it said stands above" in errors.splitlines()[-1]
+    assert "COMET failed with exit code 1; see its output above" in errors.splitlines()[-1]
 
 
 def measured(tmp_path, *arguments):

@@ -50,8 +50,8 @@ round/vega_mt.Synthesize:
     forward = @forward/decode.DecodeConfig()
     backward = @backward/decode.DecodeConfig()
     noise = @noise.WordNoise()
-forward/decode.DecodeConfig.strategy = 'greedy'
-backward/decode.DecodeConfig.strategy = 'sample'
+forward/decode.DecodeConfig.search = @decode.Greedy()
+backward/decode.DecodeConfig.search = @decode.Sample()
 """
 RUN = ("pipeline", "--gin_file=pipeline.gin")
 

@@ -14,7 +14,7 @@ import pytest
 
 import t5x_ext
 from t5x_ext.cli.main import main
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import Beam, DecodeConfig
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -89,7 +89,7 @@ def test_the_command_gives_a_line_for_each_line(toy, capsys):
 def test_scores_agree_with_the_search_and_prefer_what_is_right(toy):
     translator = t5x_ext.load(str(toy / "out"))
     sources, references = read(toy / "test.en")[:16], read(toy / "test.es")[:16]
-    config = DecodeConfig(alpha=0.5)
+    config = DecodeConfig(Beam(alpha=0.5))
     found = [best[0] for best in translator.translate_n_best(sources, config=config)]
     scores = translator.score(sources, [hypothesis.text for hypothesis in found])
     for hypothesis, score in zip(found, scores, strict=True):

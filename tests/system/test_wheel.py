@@ -23,7 +23,7 @@ SMALL = [
     "--gin.english_corpora.num_tuples=600",
     "--gin.english_corpora.valid_per_family=1",
     "--gin.english_corpora.test_per_family=1",
-    "--gin.DecodeConfig.beam_size=1",
+    "--gin.Beam.beam_size=1",
     "--gin.DecodeConfig.max_length_ratio=0.0",
     "--gin.DecodeConfig.max_length_extra=2",
 ]

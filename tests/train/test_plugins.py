@@ -12,7 +12,7 @@ import pytest
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.cli.main import run
-from t5x_ext.models import TransformerConfig, init_params
+from t5x_ext.models import config_from_json, init_params
 
 MODULE = '''
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_ext.contracts import Accumulator, Loss
+from t5x_ext.decode import Hypotheses, require_methods
 from t5x_ext.models import TransformerConfig
 
 
@@ -88,6 +89,29 @@ def rising(first):
     return lambda step: first * (step + 1)
 
 
+@dataclass(frozen=True)
+class Echo:
+    """A search without a decoder: one pass of the encoder, and the source is its own translation."""
+
+    times: int = 1
+    n_best: int = 1
+    rows_per_source = 1
+
+    def __call__(self, model, params, inputs):
+        require_methods(self, model, ("encode",))
+        source, lengths, forced = inputs.source, inputs.source_lengths, inputs.prefix.shape[1]
+        positions = jnp.broadcast_to(jnp.arange(source.shape[1]), source.shape)
+        own = positions < lengths[:, None]
+        encoded = model.apply({"params": params}, source, 1 * own, positions, method="encode")
+        words = jnp.where(own, source, inputs.eos_id)
+        words = jnp.pad(words, ((0, 0), (0, inputs.max_length)), constant_values=inputs.eos_id)
+        tokens = jnp.concatenate([inputs.prefix, words], axis=1)[:, : inputs.max_length]
+        lengths = jnp.minimum(lengths + forced, inputs.max_length)
+        return Hypotheses(
+            *(jnp.repeat(found[:, None], self.n_best, axis=1) for found in (tokens, lengths, encoded.mean((1, 2))))
+        )
+
+
 @dataclass
 class Notes:
     """A hook: its metric picks the best checkpoint, what it remembers is in it."""
@@ -135,6 +159,7 @@ outside_plugin.SquaredScores.factor = 3.0
 outside_plugin.Notes.best = 1
 optax.sgd.learning_rate = @outside_plugin.rising()
 outside_plugin.rising.first = 0.125
+outside_plugin.Echo.times = 2
 data.DataConfig:
     train = (@outside_plugin.Counting(),)
     valid = (@few/outside_plugin.Counting(),)
@@ -153,8 +178,8 @@ train.EvaluationConfig:
     metric = 'notes/nearness'
     higher_is_better = True
 decode.DecodeConfig:
-    strategy = 'greedy'
-    max_length_ratio = 0.0
+    search = @outside_plugin.Echo()
+    max_length_ratio = 1.0
     max_length_extra = 2
 """
 
@@ -180,7 +205,8 @@ def test_a_plugin_of_each_kind_trains_through_the_command(folder, monkeypatch):
     results = json.loads(Path("out/results.json").read_text())
     assert results["steps"] == 2
     assert set(results["families"]) == {"even", "odd"}
-    model = TransformerConfig.from_json(RunFolder("out").read_model().model)
+    assert all(sample["translation"] == sample["source"] for sample in results["samples"])
+    model = config_from_json(RunFolder("out").read_model().model)
     assert (model.embed_dim, model.num_heads) == (8, 1)
 
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]

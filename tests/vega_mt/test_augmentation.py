@@ -12,12 +12,12 @@ from stand_ins import Given, StandIn, opener, read
 
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora.noise import WordNoise
-from t5x_ext.decode import DecodeConfig
+from t5x_ext.decode import DecodeConfig, Greedy, Sample
 from t5x_ext.pipeline import Pipeline, PipelineFolder, TextFiles, decoding, execute, workspace
 from t5x_ext.pipeline.workspace import SCRATCH
 from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
-GREEDY, SAMPLING = DecodeConfig(strategy="greedy"), DecodeConfig(strategy="sample", top_k=10)
+GREEDY, SAMPLING = DecodeConfig(Greedy()), DecodeConfig(Sample(top_k=10))
 PAIRS = (("one", "eins"), ("two", "zwei"), ("", "nichts"))
 BITEXT = Given("bitext", texts=(("a", ("en", "de"), PAIRS),))
 MONO = Given("mono", texts=(("m", ("de",), (("drei",), ("vier",))),))

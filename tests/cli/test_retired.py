@@ -1,0 +1,22 @@
+"""Names of earlier versions lead to what they are called now, and everything that they lead to exists."""
+
+from __future__ import annotations
+
+import importlib
+
+from t5x_ext.cli.retired import MOVED_TO_ROOM, RENAMED, moved_name
+
+
+def test_a_renamed_class_leads_to_the_new_one():
+    hint = moved_name("t5x_ext.data", "CleaningConfig")
+    assert hint.startswith("; it is now corpora.PairRules (from t5x_ext import corpora); max_length_ratio")
+    assert moved_name("t5x_ext.data", "Cleaning") == ""
+
+
+def test_new_names_exist():
+    for (_, name), room in MOVED_TO_ROOM.items():
+        assert hasattr(importlib.import_module(f"t5x_ext.{room}"), name), name
+    for (module, name), text in RENAMED.items():
+        room, new = text.split(" ")[0].split(".")
+        assert hasattr(importlib.import_module(f"t5x_ext.{room}"), new)
+        assert not hasattr(importlib.import_module(module), name)
