@@ -17,7 +17,7 @@ from t5x_ext.evaluate.table import format_table
 from t5x_ext.evaluate.wmt import (
     ALL_REFERENCES,
     Comparison,
-    Direction,
+    DirectionTexts,
     Layout,
     SystemResult,
     compare_systems,
@@ -31,7 +31,7 @@ __all__ = [
     "TOKENIZERS",
     "CometTexts",
     "Comparison",
-    "Direction",
+    "DirectionTexts",
     "Layout",
     "MetricScore",
     "PairedResult",
