@@ -9,6 +9,7 @@ from __future__ import annotations
 from t5x_ext.tasks.held_out import HeldOutLoss
 from t5x_ext.tasks.of_run import text_task, with_data, with_model
 from t5x_ext.tasks.opening import open_run
+from t5x_ext.tasks.parallel_translation import ParallelTranslation
 from t5x_ext.tasks.translation import Translation
 
-__all__ = ["HeldOutLoss", "Translation", "open_run", "text_task", "with_data", "with_model"]
+__all__ = ["HeldOutLoss", "ParallelTranslation", "Translation", "open_run", "text_task", "with_data", "with_model"]

@@ -12,7 +12,9 @@ from t5x_ext.decode import Translator
 Opener = Callable[[str, str | int], Any]
 """From a run folder and a checkpoint to what the task gives its readers."""
 
-OPENERS: dict[str, Opener] = {"translation": Translator.from_run, "language_model": Translator.from_run}
+OPENERS: dict[str, Opener] = dict.fromkeys(
+    ("translation", "language_model", "parallel_translation"), Translator.from_run
+)
 """Built-in tasks by the name in `model.json`. A folder names no code: nothing else can be opened from it alone."""
 
 

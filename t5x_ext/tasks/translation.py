@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
 from t5x_ext.checkpoints import RunFolder
 from t5x_ext.contracts import FamilyCorpus, Frozen, Params, PyTree, TranslationBatch, UserError
-from t5x_ext.data import DataConfig, PreparedData, TextDirection, prepare
+from t5x_ext.data import DataConfig, PreparedData, TextDirection, Vocabulary, prepare
 from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
 from t5x_ext.models import DecoderConfig, Placement, TransformerConfig, init_params, logical_axes, model_of
@@ -43,6 +43,9 @@ class Translation:
       decode_every: updates between decodings, or epochs or examples; None: `EvaluationConfig.every`.
       test_decode: search used for the final test.
     """
+
+    kind: ClassVar[str] = "translation"
+    """Name of the task in `model.json`."""
 
     data: DataConfig
     model: TransformerConfig | DecoderConfig
@@ -89,6 +92,10 @@ class Translation:
         batch = packed_arrays(self.data.batch, TranslationBatch.__annotations__)
         return Definition(model, partial(init_params, model), logical_axes(model), batch)
 
+    def sizes(self, vocabulary: Vocabulary) -> dict[str, int]:
+        """What the model takes from the data."""
+        return {"vocab_size": vocabulary.size}
+
     def sized(self, sizes: Mapping[str, int]) -> TransformerConfig | DecoderConfig:
         """The model's config with the size of the vocabulary in use."""
         return dataclasses.replace(self.model, vocab_size=sizes["vocab_size"])
@@ -104,14 +111,14 @@ class PreparedTranslation:
     Attributes:
       task: what is learned.
       data: vocabulary, batches and held-out text.
-      sizes: `vocab_size`.
+      sizes: what the model takes from the data, as `{"vocab_size": 32000}`.
       batches: training batches.
     """
 
     def __init__(self, task: Translation, data: PreparedData):
         """Joins a task and its data."""
         self.task, self.data = task, data
-        self.sizes = {"vocab_size": data.vocabulary.size}
+        self.sizes = task.sizes(data.vocabulary)
         self.batches = TextBatches(data.batches, data.description, pair_flops(task.sized(self.sizes)))
 
     @property
@@ -152,7 +159,7 @@ class PreparedTranslation:
 
     def record(self) -> dict[str, Any]:
         """Model, tags, directions and the vocabulary's fingerprint."""
-        return text_record("translation", self.task.sized(self.sizes).to_json(), self.task.data, self.data)
+        return text_record(self.task.kind, self.task.sized(self.sizes).to_json(), self.task.data, self.data)
 
     def translator(self, program: Program, params: Params, directions: Sequence[str]) -> Translator:
         """The program's model with these parameters, ready to translate."""
