@@ -98,6 +98,7 @@ def test_a_run_is_trained_opened_and_scored(new_run, folder, tmp_path, options, 
 
     output = tmp_path / "test.out"
     flags = [f"--run_dir={run_dir}", f"--source={folder / 'test.en'}", f"--reference={folder / 'test.de'}"]
+    capsys.readouterr()
     assert main(["evaluate", *flags, f"--output={output}", "--json_out=-"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["bleu"] <= 100
     assert len(output.read_text().splitlines()) == 4
