@@ -20,8 +20,8 @@ compile() { # OUTPUT FLAG...
 
 # One resolution with every extra that runs on a plain machine, so that extras never pull the core apart.
 compile "$tools/all.txt" --extra seqio --extra beam --extra clean --extra gcs --extra tpu --extra notebooks \
-  --extra export --extra dev
+  --extra pretrained --extra tasks --extra dev
 sed -n 's/^\([A-Za-z][^ ]*==[^ ]*\).*/\1/p' "$tools/all.txt" >"$tools/constraints.txt"
 compile scripts/locks/core.txt --constraint "$tools/constraints.txt"
 compile scripts/locks/test.txt --constraint "$tools/constraints.txt" --extra seqio --extra beam --extra clean \
-  --extra tpu --extra notebooks --extra dev
+  --extra tpu --extra notebooks --extra pretrained --extra tasks --extra dev

@@ -65,11 +65,12 @@ def _config_of_gin(values: flags.FlagValues) -> LayerConfig:
 
     from t5x_ext.cli.gin_config import build_field
     from t5x_ext.data import DataConfig
-    from t5x_ext.tasks import Translation
+    from t5x_ext.tasks import LanguageModeling, Translation
 
-    model = build_field("model", values.gin_file, values.gin, root=Translation)
+    fields = (build_field("model", values.gin_file, values.gin, root=task) for task in (Translation, LanguageModeling))
+    model = next((field for field in fields if field is not None), None)
     if model is None:
-        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model")
+        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model and no LanguageModeling.model")
     vocabulary = build_field("vocabulary", values.gin_file, values.gin, root=DataConfig)
     return dataclasses.replace(model, vocab_size=vocabulary.size) if vocabulary else model
 

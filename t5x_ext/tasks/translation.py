@@ -17,10 +17,20 @@ from t5x_ext.contracts import FamilyCorpus, Frozen, Params, PyTree, TranslationB
 from t5x_ext.data import DataConfig, PreparedData, TextDirection, prepare
 from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
-from t5x_ext.models import DecoderConfig, Placement, TransformerConfig, init_params, logical_axes, model_of
+from t5x_ext.models import (
+    UNPLACED,
+    EncoderDecoder,
+    LayerParts,
+    Placement,
+    TransformerConfig,
+    init_params,
+    logical_axes,
+    model_of,
+    model_to_json,
+)
 from t5x_ext.parallel import is_primary
 from t5x_ext.tasks.held_out import HeldOutLoss
-from t5x_ext.tasks.text import TextBatches, packed_arrays, pair_flops, text_record, with_vocabulary_of
+from t5x_ext.tasks.text import TextBatches, packed_arrays, text_record, with_vocabulary_of
 from t5x_ext.train.intervals import Interval, check_interval
 from t5x_ext.train.program import Program
 from t5x_ext.train.task import Definition, Evaluator
@@ -38,6 +48,7 @@ class Translation:
     Attributes:
       data: corpora, vocabulary, tags and batch shape.
       model: sizes; the vocabulary size is taken from the data.
+      parts: what the layers are made of: adapters, for example.
       max_lines: so many lines of each direction are decoded during training; 0 measures the loss only.
       decode: search used during training.
       decode_every: updates between decodings, or epochs or examples; None: `EvaluationConfig.every`.
@@ -45,7 +56,8 @@ class Translation:
     """
 
     data: DataConfig
-    model: TransformerConfig | DecoderConfig
+    model: TransformerConfig
+    parts: LayerParts = field(default_factory=LayerParts)
     max_lines: int = 200
     decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(Greedy()))
     decode_every: Interval | None = None
@@ -61,16 +73,11 @@ class Translation:
         return self.data.batch.rows
 
     def check(self, run: Run) -> None:
-        """Refuses a metric that nothing will measure, and decoding with a language model.
+        """Refuses a metric that nothing will measure.
 
         Raises:
           UserError: if it needs decoded text, and none is decoded.
         """
-        if isinstance(self.model, DecoderConfig) and (self.max_lines or self.data.test):
-            raise UserError(
-                "Translation.model is a DecoderConfig: a language model translates nothing; set "
-                "Translation.max_lines = 0 and give no test corpora"
-            )
         metric = run.evaluation.metric
         if self.max_lines == 0 and metric.startswith(_DECODED_METRICS):
             raise UserError(
@@ -84,12 +91,16 @@ class Translation:
 
     def define(self, sizes: Mapping[str, int], placement: Placement) -> Definition:
         """An encoder-decoder over packed pairs; `sizes` gives `vocab_size`."""
-        config = self.sized(sizes)
-        model = model_of(config, placement=placement)
+        model = self.build(sizes, placement)
         batch = packed_arrays(self.data.batch, TranslationBatch.__annotations__)
         return Definition(model, partial(init_params, model), logical_axes(model), batch)
 
-    def sized(self, sizes: Mapping[str, int]) -> TransformerConfig | DecoderConfig:
+    def build(self, sizes: Mapping[str, int], placement: Placement = UNPLACED) -> EncoderDecoder:
+        """The model, with the size of the vocabulary in use."""
+        model: EncoderDecoder = model_of(self.sized(sizes), parts=self.parts, placement=placement)
+        return model
+
+    def sized(self, sizes: Mapping[str, int]) -> TransformerConfig:
         """The model's config with the size of the vocabulary in use."""
         return dataclasses.replace(self.model, vocab_size=sizes["vocab_size"])
 
@@ -112,7 +123,7 @@ class PreparedTranslation:
         """Joins a task and its data."""
         self.task, self.data = task, data
         self.sizes = {"vocab_size": data.vocabulary.size}
-        self.batches = TextBatches(data.batches, data.description, pair_flops(task.sized(self.sizes)))
+        self.batches = TextBatches(data.batches, data.description, task.sized(self.sizes).flops)
 
     @property
     def has_test(self) -> bool:
@@ -152,7 +163,7 @@ class PreparedTranslation:
 
     def record(self) -> dict[str, Any]:
         """Model, tags, directions and the vocabulary's fingerprint."""
-        return text_record("translation", self.task.sized(self.sizes).to_json(), self.task.data, self.data)
+        return text_record("translation", model_to_json(self.task.build(self.sizes)), self.task.data, self.data)
 
     def translator(self, program: Program, params: Params, directions: Sequence[str]) -> Translator:
         """The program's model with these parameters, ready to translate."""

@@ -44,8 +44,7 @@ models.DecoderConfig.embed_dim = 32
 models.DecoderConfig.mlp_dim = 64
 models.DecoderConfig.layers = 1
 models.DecoderConfig.dropout = 0.0
-train.Run.task = @tasks.Translation()
-tasks.Translation.data = @data.DataConfig()
+tasks.LanguageModeling.data = @data.DataConfig()
 data.DataConfig.train = [@corpora.monolingual_text()]
 corpora.monolingual_text.path = 'train.en'
 corpora.monolingual_text.language = 'en'
@@ -60,7 +59,6 @@ data.BatchConfig.target_length = 48
 train.Run.objective = @objectives.LabelSmoothedCrossEntropy
 objectives.LabelSmoothedCrossEntropy.label_smoothing = 0.0
 train.Run.evaluation = @train.EvaluationConfig()
-tasks.Translation.max_lines = 0
 """
 
 
