@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares the optimizers on real text: quality, sharpness, time of a step and memory.
 
-  taskset -c 2,3 scripts/bench_optim.py --json_out=optim.json --figure_out=scripts/figures
+  taskset -c 2,3 scripts/bench_optim.py --json_out=optim.json --figure_out=docs/figures
 
 Quality needs SST-2 sentences and Multi30k in `--data_dir`, and some two hours of a core; nothing needs more than a CPU.
 Every core that may be used trains one arm at a time, with one thread.
