@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import jax
 import numpy as np
@@ -40,7 +40,10 @@ class UserError(Exception):
 AnyArray: TypeAlias = Array | np.ndarray
 """An array of JAX, or of NumPy where a function is called outside of `jit`."""
 
-Batch: TypeAlias = Mapping[str, AnyArray]
+if TYPE_CHECKING:
+    Batch: TypeAlias = Mapping[str, Array]
+else:
+    Batch = Mapping[str, AnyArray]  # what runs outside of `jit` may be given NumPy arrays
 """Arrays by name, rows first; a task says which (`train.Definition.batch`)."""
 
 

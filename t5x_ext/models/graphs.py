@@ -26,7 +26,7 @@ from flax.core import meta
 from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Axes, Batch, Params, PyTree, UserError
-from t5x_ext.models.layers import Dropout
+from t5x_ext.models.sublayers import Dropout
 
 
 @dataclasses.dataclass(frozen=True)
