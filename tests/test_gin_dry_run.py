@@ -208,14 +208,17 @@ def test_flags_for_the_model_also_reach_the_axes_of_the_optimizer(name):
 def test_the_record_of_a_run_names_its_model_once_and_without_macros():
     run, text = build_with_text(QUICKSTART, "optim/flora.gin")
     again, text_again = build_run((), [Source(text, "resolved.gin")])
-    assert (again.model, again.data, text_again) == (run.task.model, run.task.data, text)
+    assert (again.task.model, again.task.data, text_again) == (run.task.model, run.task.data, text)
     assert "MODEL" not in text
     assert text.count("VegaTiny.embed_dim") == 1
     program_of(again)
 
 
 def test_axes_of_another_model_are_one_line():
-    flags = ("--gin.Run.model=@t5x_ext.models.TransformerConfig()", "--gin.TransformerConfig.tied_embeddings=none")
+    flags = (
+        "--gin.Translation.model=@t5x_ext.models.TransformerConfig()",
+        "--gin.TransformerConfig.tied_embeddings=none",
+    )
     run = build(QUICKSTART, "optim/flora.gin", flags=flags)
     with pytest.raises(UserError, match=r"axis names .* of another model") as error:
         program_of(run)
@@ -224,8 +227,8 @@ def test_axes_of_another_model_are_one_line():
 
 def test_an_optimizer_that_needs_the_model_says_so_where_the_run_has_no_macro(tmp_path):
     (tmp_path / "mine.gin").write_text(
-        "from t5x_ext import models\nfrom t5x_ext import train\n"
-        "include 'data/cldr.gin'\ntrain.Run.model = @models.VegaTiny()\nSTEPS = 5\n"
+        "from t5x_ext import models\nfrom t5x_ext import tasks\n"
+        "include 'data/cldr.gin'\ntasks.Translation.model = @models.VegaTiny()\nSTEPS = 5\n"
     )
     with pytest.raises(UserError, match=r"optim/flora\.gin:\d+: %MODEL has no value"):
         build_run(["mine.gin", "optim/flora.gin"])

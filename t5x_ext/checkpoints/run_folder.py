@@ -64,7 +64,9 @@ class RunFolder:
           record: JSON with `"task"`, the kind of task, and what its readers need.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.model_json, {"format": MODEL_FORMAT, **record})
+        # Translation goes without saying, so that such records are what they were before there were other tasks.
+        fields = {name: value for name, value in record.items() if (name, value) != ("task", TRANSLATION)}
+        write_json(self.model_json, {"format": MODEL_FORMAT, **fields})
 
     def read_record(self) -> dict[str, Any]:
         """Reads `model.json` of any task; the result always has `"task"`.

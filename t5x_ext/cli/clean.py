@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from t5x_ext.cli.gin_read import Source
     from t5x_ext.corpora.filters import Filtering
 
-_IMPORTS = "from t5x_ext import data\nfrom t5x_ext.data import filters\n"
+_IMPORTS = "from t5x_ext import corpora\nfrom t5x_ext.corpora import filters\n"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -108,9 +108,9 @@ def _bound(field: str, kind: str, scopes: Mapping[str, Mapping[str, str]], flag:
     from t5x_ext.cli.gin_read import Source
 
     lines = [
-        f"{scope}/data.{kind}.{name} = {value!r}" for scope, values in scopes.items() for name, value in values.items()
+        f"{scope}/corpora.{kind}.{name} = {value!r}" for scope, values in scopes.items() for name, value in values.items()
     ]
-    references = "".join(f"@{scope}/data.{kind}(), " for scope in scopes)
+    references = "".join(f"@{scope}/corpora.{kind}(), " for scope in scopes)
     return Source("\n".join([_IMPORTS, *lines, f"filters.Filtering.{field} = ({references})"]), flag, is_flag=True)
 
 

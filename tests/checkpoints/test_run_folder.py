@@ -21,6 +21,8 @@ def test_names(tmp_path):
         "skipped_examples_jsonl": "skipped_examples.jsonl",
         "results_json": "results.json",
         "learning_curve_png": "learning_curve.png",
+        "frozen_json": "frozen.json",
+        "base": "base",
         "vocabulary": "vocabulary",
         "checkpoints": "checkpoints",
         "tensorboard": "tensorboard",

@@ -103,7 +103,7 @@ def test_a_small_text_gives_fewer_pieces_and_says_so(caplog, model_type):
     with caplog.at_level("INFO"):
         vocabulary = train_vocabulary(LINES, 5000, ("en",), model_type=model_type)
     assert vocabulary.size < 5000
-    assert f"{vocabulary.size} pieces instead of 5000" in caplog.text
+    assert f"{vocabulary.size} subwords instead of 5000" in caplog.text
 
 
 def test_repeated_lines_cost_no_time():
