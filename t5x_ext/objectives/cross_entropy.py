@@ -57,7 +57,7 @@ class LabelSmoothedCrossEntropy:
     def __call__(self, params: Params, batch: Batch, context: Context) -> Loss:
         """The loss of a batch as sums; dropout is on in training."""
         hidden = self._hidden(params, batch, context)
-        labels, weights = batch["target_labels"], self.label_weights(batch, context)
+        labels, weights = self.labels(batch), self.label_weights(batch, context)
 
         def sums(hidden: Array, labels: Array, weights: Array) -> Float[Array, " sums"]:
             return self._sums(self._project(params, hidden), labels, weights)
@@ -77,11 +77,11 @@ class LabelSmoothedCrossEntropy:
 
     def labels(self, batch: Batch) -> Int[Array, "batch length"]:
         """The decoder's labels."""
-        return batch["target_labels"]
+        return jnp.asarray(batch["target_labels"])
 
     def label_weights(self, batch: Batch, context: Context) -> Float[Array, "batch length"]:
         """1 where a label counts, 0 where it is padding."""
-        return (batch["target_segment_ids"] > 0).astype(jnp.float32)
+        return jnp.asarray(batch["target_segment_ids"] > 0, jnp.float32)
 
     def single_examples(self, batch: Batch, count: int) -> tuple[Batch, Int[Array, ""]]:
         """`count` evenly spaced examples of a packed batch, see `packed.single_examples`."""
