@@ -57,7 +57,7 @@ class LabelSmoothedCrossEntropy:
     def __call__(self, params: Params, batch: Batch, context: Context) -> Loss:
         """The loss of a batch as sums; dropout is on in training."""
         weights = self.label_weights(batch, context)
-        total = self.sums(params, self._hidden(params, batch, context), batch["target_labels"], weights)
+        total = self.sums(params, self._hidden(params, batch, context), self.labels(batch), weights)
         weight = jnp.sum(weights)
         return Loss(total[0], weight, {"nll": (total[1], weight), "accuracy": (total[2], weight)})
 
@@ -89,11 +89,11 @@ class LabelSmoothedCrossEntropy:
 
     def labels(self, batch: Batch) -> Int[Array, "batch length"]:
         """The decoder's labels."""
-        return batch["target_labels"]
+        return jnp.asarray(batch["target_labels"])
 
     def label_weights(self, batch: Batch, context: Context) -> Float[Array, "batch length"]:
         """1 where a label counts, 0 where it is padding."""
-        return (batch["target_segment_ids"] > 0).astype(jnp.float32)
+        return jnp.asarray(batch["target_segment_ids"] > 0, jnp.float32)
 
     def single_examples(self, batch: Batch, count: int) -> tuple[Batch, Int[Array, ""]]:
         """`count` evenly spaced examples of a packed batch, see `packed.single_examples`."""

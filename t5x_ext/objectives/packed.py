@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from t5x_ext.contracts import Batch
+from t5x_ext.contracts import AnyArray, Batch
 
 
-def single_examples(batch: Batch, count: int, segment_ids: Int[Array, "batch length"]) -> tuple[Batch, Int[Array, ""]]:
+def single_examples(
+    batch: Batch, count: int, segment_ids: Int[AnyArray, "batch length"]
+) -> tuple[Batch, Int[Array, ""]]:
     """Extracts `count` evenly spaced examples from a packed batch, each alone in a row of its own.
 
     Args:
