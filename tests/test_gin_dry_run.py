@@ -33,7 +33,8 @@ def with_included(name: str) -> list[str]:
 
 
 PIPELINES = [name for name in FILES if name.startswith("runs/") and "pipelines/vega_mt.gin" in with_included(name)]
-RUNS = [name for name in FILES if name.startswith("runs/") and name not in PIPELINES]
+CLASSIFICATIONS = [name for name in FILES if "tasks.Classification()" in (gin_root() / name).read_text("utf-8")]
+RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIPELINES, *CLASSIFICATIONS)]
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
 STAGES = [name for name in FILES if name.startswith("pipelines/")]  # dry-run by the files that include them
 FRAGMENTS = [name for name in FILES if name not in (*RUNS, *PIPELINES, *OPTIMIZERS, *STAGES)]
@@ -99,6 +100,16 @@ def test_every_run_of_a_pipeline_can_take_a_step(name):
     for stage, text in zip(pipeline.stages, texts):
         scopes = {line.split("/")[0] for line in text.splitlines() if "/" in line.split(" = ")[0]}
         assert not scopes & {other.name for other in pipeline.stages if other is not stage} - {"dev", "test"}
+
+
+@pytest.mark.parametrize("name", CLASSIFICATIONS)
+def test_every_classification_can_take_a_step(name):
+    run, text = build_run([name])
+    program = make_program(run, {"vocab_size": 1000, "classes": 3}, make_mesh(MeshConfig(), jax.devices()[:1]))
+    after, metrics = jax.eval_shape(program.step(), program.template, program.frozen, program.batch)
+    assert jax.tree.structure(after) == jax.tree.structure(program.template)
+    assert metrics.loss.sum.shape == ()
+    assert "PruneAtInit.score" in text
 
 
 def stages_of(*names: str) -> list[Stage]:

@@ -68,7 +68,7 @@ def translate_file(
     """Translates a file line by line; n lines in are n lines out, in order.
 
     Finished chunks are kept in the folder `<output>.parts`, together with what they were made from: input, options and
-    model. Processes that start again on the same after being killed go on with the chunks that are missing, and end
+    model. Processes that start again on the same after being killed resume with the chunks that are missing, and end
     with the same bytes; on anything else they start over. `output_path` appears at the end, whole, by one rename.
 
     The processes of a run that `parallel.initialize_distributed` has joined share the chunks out among them; each needs

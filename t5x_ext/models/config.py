@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -22,6 +22,8 @@ TiedEmbeddings = Literal["all", "decoder", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
 ActivationName = Literal["relu", "gelu"]
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+
+Config = TypeVar("Config", bound="LayerConfig")
 
 Lengths = Sequence[int] | Sequence[float] | np.ndarray
 """Tokens of each example."""
@@ -114,7 +116,7 @@ class LayerConfig:
         """Width of one attention head."""
         return self.embed_dim // self.num_heads
 
-    def shallow(self) -> Self:
+    def shallow(self: Config) -> Config:
         """The same model with one layer a stack."""
         changes: dict[str, Any] = dict.fromkeys(self.stacks, 1) | dict.fromkeys(self.stacks.values(), LayerSharing())
         return dataclasses.replace(self, **changes)
@@ -124,7 +126,7 @@ class LayerConfig:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+    def from_json(cls: type[Config], fields: Mapping[str, Any]) -> Config:
         """The config of a `to_json` dictionary of this kind; missing fields take their defaults.
 
         Raises:
@@ -137,7 +139,7 @@ class LayerConfig:
         for name in cls.stacks.values():
             if isinstance(values.get(name), Mapping):
                 values[name] = _build(LayerSharing, values[name], name)
-        config: Self = _build(cls, values, "model")
+        config: Config = _build(cls, values, "model")
         return config
 
     def _layer_flops(self, tokens: np.ndarray) -> np.ndarray:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from t5x_ext.objectives.cross_entropy import LabelSmoothedCrossEntropy
+from t5x_ext.objectives.nodes import NodeCrossEntropy
 
-__all__ = ["LabelSmoothedCrossEntropy"]
+__all__ = ["LabelSmoothedCrossEntropy", "NodeCrossEntropy"]

@@ -138,9 +138,7 @@ class PreparedClassification:
         read = task.train.read()
         self.classes = task.classes or class_names(read)
         if len(self.classes) < 2:
-            raise UserError(
-                f"{task.train.path}: all labels are {self.classes[0]!r}; a classification needs two or more"
-            )
+            raise UserError(f"{task.train.path}: all labels are {self.classes[0]!r}; two classes are the least")
         self.sizes = {"vocab_size": tokenizer.size, "classes": len(self.classes)}
         self._wanted = [name for name in batch_arrays(task.batch) if name != "token_types" or task.model.token_types]
         description = {
