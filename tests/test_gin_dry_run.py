@@ -15,10 +15,11 @@ from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
-from t5x_ext.decode import Beam
+from t5x_ext.decode import Beam, LengthBeam
 from t5x_ext.models import num_params
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.pipeline import Pipeline, Stage, Train
+from t5x_ext.tasks import ParallelTranslation, Translation
 from t5x_ext.train import Run
 from t5x_ext.train.program import Program, make_program
 
@@ -210,3 +211,13 @@ def test_an_optimizer_that_needs_the_model_says_so_where_the_run_has_no_macro(tm
     )
     with pytest.raises(UserError, match=r"optim/flora\.gin:\d+: %MODEL has no value"):
         build_run(["mine.gin", "optim/flora.gin"])
+
+
+def test_a_parallel_student_is_distilled_behind_its_run():
+    stages = {stage.name: stage for stage in stages_of("runs/nat_quickstart.gin", "pipelines/distil_parallel.gin")}
+    teacher, student = stages["teacher"].run, stages["student"].run
+    assert (type(teacher.task), type(student.task)) == (Translation, ParallelTranslation)
+    assert stages["student"].corpora == ("distilled",)
+    assert stages["student_test"].decode.search == LengthBeam()
+    for run in (teacher, student):
+        trace(run)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _SHAPE_FIELDS = (
     "kind", "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers", "encoder_sharing",
-    "decoder_sharing", "layers", "sharing",
+    "decoder_sharing", "layers", "sharing", "upsample", "max_target_length", "auxiliary_layers",
     "norm", "use_bias", "final_norm", "tied_embeddings",
 )  # fmt: skip
 _INIT_FROM = re.compile(r"(?P<run_dir>.+?)(:(?P<checkpoint>best|last|\d+))?")

@@ -54,12 +54,13 @@ def main(values: flags.FlagValues) -> None:
         raise UsageError("--distributed: processes share the lines of a file; name --input and --output")
     # Before anything touches a device.
     primary = join_processes(values)
-    config = decode_config(values)
+    decode_config(values)  # mistakes are told before a model is read
 
     from t5x_ext.parallel import failing_together
 
     with failing_together():
         translator = open_translator(values)
+        config = decode_config(values, translator.model)
         if from_file_to_file:
             _translate_file(translator, values, config, primary)
         else:

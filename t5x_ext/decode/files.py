@@ -93,7 +93,7 @@ def translate_file(
       UserError: for a missing or empty input, bytes that are not UTF-8, or an unknown direction, and nothing is
         written; where processes do not agree about the work.
     """
-    config = config or DecodeConfig()
+    config = config or translator.default_config
     direction = translator.resolve(source_language, target_language)
 
     def translate(lines: Sequence[str], first: int, progress: Progress) -> tuple[Iterable[str], int]:
@@ -194,7 +194,7 @@ def translate_stream(
 
     The format is that of `translate_file`. `chunk_lines=1` answers every line at once.
     """
-    config = config or DecodeConfig()
+    config = config or translator.default_config
     iterator, finished = iter(lines), 0
     while chunk := [line.rstrip("\r\n") for line in itertools.islice(iterator, chunk_lines)]:
         results = translator.translate_n_best(chunk, source_language, target_language, config, first_line=finished)
