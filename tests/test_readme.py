@@ -28,6 +28,8 @@ CONFIG = DOCS / "site" / "mkdocs.yml"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = [DOCS / name for name in re.findall(r": ([\w/]+\.md)$", CONFIG.read_text(encoding="utf-8"), flags=re.MULTILINE)]
 TEXT = "\n".join([README, *(page.read_text(encoding="utf-8") for page in PAGES)])
+# What everyone runs; pages of methods have commands of any size.
+GUIDES = "\n".join([README, *(page.read_text(encoding="utf-8") for page in PAGES if page.parent == DOCS)])
 
 # Two updates, saved one by one so that there are checkpoints to average, and little to decode.
 _SHORT = {
@@ -81,18 +83,17 @@ PIPELINES = {"tiny": "--output_dir=tiny", "mine": "--output_dir=mine"}
 SCORES = [line for line in lines_of() if line.startswith("scripts/score_wmt22.py")]
 LAUNCHERS = [line for line in lines_of() if line.startswith("scripts/launch_")]
 CHECKS = commands("t5x_ext check")
-# A page of a method may train at any size.
 TRAINS = [
     line
     for line in commands("t5x_ext train --gin_file")
-    if line in lines_of(README) or re.search(r"runs/(quickstart|multi30k_en_de)\.gin", line)
+    if line in lines_of(GUIDES) or "--gin_file=runs/quickstart.gin" in line
 ]
 RUN_HERE = {
-    *filter(is_for_two_files, lines_of()),
+    *filter(is_for_two_files, lines_of(GUIDES)),
     *(line for line in commands("t5x_ext pipeline") if any(folder in line for folder in PIPELINES.values())),
     *(*SCORES, *LAUNCHERS, *CHECKS, *TRAINS, "scripts/quickstart.sh", "scripts/test.sh"),
 }
-OTHERS = [line for line in lines_of() if line not in RUN_HERE]
+OTHERS = [line for line in lines_of() if line not in RUN_HERE and not line.startswith("pip install ")]
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -147,7 +148,7 @@ def test_the_quickstart_script_takes_another_optimizer_by_one_flag(folder):
 
 
 def test_commands_for_two_files_and_those_after_them_run(folder):
-    in_order = list(filter(is_for_two_files, lines_of()))
+    in_order = list(filter(is_for_two_files, lines_of(GUIDES)))
     assert len(in_order) >= 12
     for line in in_order:
         done = shell(short(line) if line.startswith("t5x_ext train") else line, folder)
@@ -248,12 +249,9 @@ def test_the_table_of_plugins_names_what_there_is():
     page = (DOCS / "plugins.md").read_text(encoding="utf-8")
     names = set(re.findall(r"`((?:t5x_ext|optax)[\w.]*\.[A-Za-z_]\w*)`", page))
     assert len(names) >= 20
-    for name in names:
+    for name in names - {"t5x_ext.optim", "t5x_ext.tasks", "t5x_ext.models"}:
         module, _, attribute = name.rpartition(".")
-        try:
-            assert hasattr(importlib.import_module(module), attribute), name
-        except ModuleNotFoundError:
-            pytest.fail(f"docs/plugins.md: there is no {name}")
+        assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_python_of_the_readme_runs(folder, monkeypatch):

@@ -120,7 +120,7 @@ def filled(examples: Examples, plan: _Planned, config: RowConfig, start: int, st
 
 
 class LabelledBatches(SkippingPlan):
-    """Training batches without end, shuffled anew every epoch (`contracts.BatchSource`).
+    """Training batches without end, reshuffled every epoch (`contracts.BatchSource`).
 
     An epoch sees every example once; its last batch may hold fewer than the others. Batch i is a function of (examples,
     shape, seed, i, skipped ranges).

@@ -34,7 +34,7 @@ def with_learning_rate(optimizer: optax.GradientTransformation, learning_rate: A
 
 
 def learning_rate_of(optimizer: optax.GradientTransformation, state: PyTree) -> Float[Array, ""] | float | None:
-    """The learning rate of the next update; None where the optimizer does not tell.
+    """The learning rate of the next update; None if the optimizer does not tell.
 
     Those of this package do (`with_learning_rate`), and any under `optax.inject_hyperparams` with a hyperparameter
     `learning_rate`. A schedule is asked for the largest counter called `count` in the state.

@@ -139,7 +139,7 @@ def gradual_pruning(
     3. growth: in each tensor as many inactive entries become active as died, those with the largest score. They start
        from 0; one that died a moment ago and grows again keeps its value.
 
-    Inactive entries are exactly 0 after every update, whatever the inner optimizer does; between events and after the
+    Inactive entries are exactly 0 after every update, for any inner optimizer; between events and after the
     last one masks stay as they are. Ties go to the first entry (`top_k_mask`), so that numbers of active entries are
     exact. With `regrowth=None` this is gradual magnitude pruning; with final density 1 and no regrowth the inner
     optimizer remains, bit for bit.
@@ -251,7 +251,7 @@ def gradual_pruning(
 
 
 def pruning_masks(optimizer_state: PyTree, params: Params) -> PyTree:
-    """The masks in the state of an optimizer: booleans shaped like `params`, None where a parameter is in no group.
+    """The masks in the state of an optimizer: booleans shaped like `params`, None if a parameter is in no group.
 
     Args:
       optimizer_state: of `gradual_pruning`, or of a wrapper around it.

@@ -91,7 +91,7 @@ def with_masks(optimizer_state: PyTree, masks: PyTree) -> PyTree:
 
     Args:
       optimizer_state: with one `StaticMaskState` inside, at any depth.
-      masks: a tree like the parameters of booleans, or None where a parameter has no mask.
+      masks: a tree like the parameters of booleans, or None if a parameter has no mask.
 
     Raises:
       UserError: if there is no such state in it, or its masks are of other parameters.
