@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -89,7 +89,7 @@ def label_log_probs(
         target_segment_ids=segment_ids,
         target_positions=positions,
     )
-    hidden = model.apply({"params": params}, batch, method="hidden")
+    hidden: Any = model.apply({"params": params}, batch, method="hidden")
     if hidden.shape[:2] != labels.shape:
         raise UserError("this model does not score labels one by one: it has other positions than the target's tokens")
 
