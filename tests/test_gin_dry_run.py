@@ -37,7 +37,11 @@ CLASSIFICATIONS = [name for name in FILES if "tasks.Classification()" in (gin_ro
 RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIPELINES, *CLASSIFICATIONS)]
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
 STAGES = [name for name in FILES if name.startswith("pipelines/")]  # dry-run by the files that include them
-FRAGMENTS = [name for name in FILES if name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *OPTIMIZERS, *STAGES)]
+FRAGMENTS = [
+    name
+    for name in FILES
+    if not name.startswith("methods/") and name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *OPTIMIZERS, *STAGES)
+]
 QUICKSTART = "runs/quickstart.gin"
 TWO_FILES = ["--train_source=a.en", "--train_target=a.de", "--source_language=en", "--target_language=de"]
 
