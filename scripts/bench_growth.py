@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures how the costs of training grow: compile time and memory with depth, step time with the batch, start-up.
 
-  taskset -c 0,1 scripts/bench_growth.py --json_out=growth.json --figure_out=scripts/figures/cost_growth.png
+  taskset -c 0,1 scripts/bench_growth.py --json_out=growth.json --figure_out=docs/figures/cost_growth.png
 
 Nothing but a CPU is needed. With libtpu (`pip install 't5x_ext[tpu]'`) the compiler of `--topology` is measured too,
 and tells the memory of a device; `--topology=` leaves it out. Every time is the least of `--repeats`, since whatever

@@ -6,9 +6,14 @@ cd "$(dirname "$0")/.."
 
 lock=${1:?core or test}
 stamp=".venv/installed-$lock"
+contents() { # core|test: what decides an installation
+  cat pyproject.toml "scripts/locks/$1.txt"
+  [[ $1 == core ]] || cat scripts/locks/models.txt
+}
+
 # The test set contains the core set.
 for done in "$stamp" .venv/installed-test; do
-  if [[ -f $done ]] && cat pyproject.toml "scripts/locks/$lock.txt" scripts/locks/models.txt | cmp -s - "$done.$lock"; then
+  if [[ -f $done ]] && contents "$lock" | cmp -s - "$done.$lock"; then
     exit 0
   fi
 done
@@ -36,6 +41,6 @@ fi
 touch "$stamp"
 for set in core test; do
   if [[ $set == core || $lock == test ]]; then
-    cat pyproject.toml "scripts/locks/$set.txt" scripts/locks/models.txt >"$stamp.$set"
+    contents "$set" >"$stamp.$set"
   fi
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, types, floors, shell scripts, doctests, unit and system tests.
-# Arguments are handed on to pytest.
+# All checks: lint, types, import rules, shell scripts, documentation site, doctests, unit and system tests.
+# Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh test
@@ -11,6 +11,9 @@ ruff format --check .
 mypy
 lint-imports
 shellcheck scripts/*.sh .ci/run
+site=$(mktemp -d)
+mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml --site-dir "$site"
+rm -rf "$site"
 # One worker a core that this process may use; each keeps to one thread, so that they do not fight over cores.
 workers=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import jax
 import numpy as np
@@ -37,7 +37,13 @@ class UserError(Exception):
     """A user's mistake, said in one line: what was wrong, where, what would be right. Commands exit with code 2."""
 
 
-Batch: TypeAlias = Mapping[str, Array]
+AnyArray: TypeAlias = Array | np.ndarray
+"""An array of JAX, or of NumPy where a function is called outside of `jit`."""
+
+if TYPE_CHECKING:
+    Batch: TypeAlias = Mapping[str, Array]
+else:
+    Batch = Mapping[str, AnyArray]  # what runs outside of `jit` may be given NumPy arrays
 """Arrays by name, rows first; a task says which (`train.Definition.batch`)."""
 
 
@@ -232,9 +238,9 @@ class Decodable(Protocol):
 
     def encode(
         self,
-        source_tokens: Int[Array, "batch source_length"],
-        source_segment_ids: Int[Array, "batch source_length"],
-        source_positions: Int[Array, "batch source_length"],
+        source_tokens: Int[AnyArray, "batch source_length"],
+        source_segment_ids: Int[AnyArray, "batch source_length"],
+        source_positions: Int[AnyArray, "batch source_length"],
     ) -> Float[Array, "batch source_length embed"]:
         """What the decoder reads of the source; segment ids are 0 at padding, where values mean nothing."""
         ...
@@ -249,11 +255,11 @@ class Decodable(Protocol):
 
     def decode_step(
         self,
-        tokens: Int[Array, " rows"],
+        tokens: Int[AnyArray, " rows"],
         position: Int[Array, ""],
         cache: Cache,
         memory: PyTree,
-        source_mask: Bool[Array, "rows source_length"],
+        source_mask: Bool[AnyArray, "rows source_length"],
     ) -> tuple[Float[Array, "rows vocab"], Cache]:
         """Scores of the token after `position`, float32, and the cache with this position written.
 

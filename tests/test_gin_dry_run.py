@@ -13,12 +13,16 @@ from t5x_ext.cli.flags import parse
 from t5x_ext.cli.gin_config import build_parts, build_run
 from t5x_ext.cli.gin_read import Source, gin_root
 from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
+from t5x_ext.cli.study import define_flags as define_study_flags
+from t5x_ext.cli.study import make_configure, study_from_flags
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
-from t5x_ext.decode import Beam
+from t5x_ext.decode import Beam, LengthBeam
 from t5x_ext.models import num_params
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.pipeline import Pipeline, Stage, Train
+from t5x_ext.study import check, select
+from t5x_ext.tasks import ParallelTranslation, Translation
 from t5x_ext.train import Run
 from t5x_ext.train.program import Program, make_program
 
@@ -37,10 +41,12 @@ CLASSIFICATIONS = [name for name in FILES if "tasks.Classification()" in (gin_ro
 RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIPELINES, *CLASSIFICATIONS)]
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
 STAGES = [name for name in FILES if name.startswith("pipelines/")]  # dry-run by the files that include them
+STUDIES = [name for name in FILES if name.startswith("studies/")]
+METHODS = [name for name in FILES if name.startswith("methods/")]  # dry-run by the files that include them
 FRAGMENTS = [
     name
     for name in FILES
-    if not name.startswith("methods/") and name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *OPTIMIZERS, *STAGES)
+    if name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *OPTIMIZERS, *STAGES, *STUDIES, *METHODS)
 ]
 QUICKSTART = "runs/quickstart.gin"
 TWO_FILES = ["--train_source=a.en", "--train_target=a.de", "--source_language=en", "--target_language=de"]
@@ -114,6 +120,20 @@ def test_every_classification_can_take_a_step(name):
     assert jax.tree.structure(after) == jax.tree.structure(program.template)
     assert metrics.loss.sum.shape == ()
     assert "PruneAtInit.score" in text
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_a_study_can_be_run(name):
+    """Built as its command builds it; of arms that train, one of each optimizer is traced."""
+    study = study_from_flags(parse(define_study_flags, [f"--gin_file={name}"]))
+    configure = make_configure()
+    jobs = {job.arm: job for job in check(study, "out", configure, select(study, seeds=study.seeds[:1]))}
+    assert len(jobs) == len({arm.run_name for arm in study.arms})
+    runs = {study.arm(arm).gin_files: configure(job.arguments).config for arm, job in jobs.items()}
+    for run in runs.values():
+        if isinstance(run, Run):
+            assert run.steps == study.budget.limit
+            trace(run)
 
 
 def stages_of(*names: str) -> list[Stage]:
@@ -214,3 +234,13 @@ def test_an_optimizer_that_needs_the_model_says_so_where_the_run_has_no_macro(tm
     )
     with pytest.raises(UserError, match=r"optim/flora\.gin:\d+: %MODEL has no value"):
         build_run(["mine.gin", "optim/flora.gin"])
+
+
+def test_a_parallel_student_is_distilled_behind_its_run():
+    stages = {stage.name: stage for stage in stages_of("runs/nat_quickstart.gin", "pipelines/distil_parallel.gin")}
+    teacher, student = stages["teacher"].run, stages["student"].run
+    assert (type(teacher.task), type(student.task)) == (Translation, ParallelTranslation)
+    assert stages["student"].corpora == ("distilled",)
+    assert stages["student_test"].decode.search == LengthBeam()
+    for run in (teacher, student):
+        trace(run)

@@ -1,10 +1,15 @@
-"""Every command of the README is run, in its order, in one folder; long ones do two updates."""
+"""Every command of the README and of docs/ is run, in order, in one folder; long ones do two updates.
+
+Pages of methods may also have commands that other tests run at a small size; here they are parsed and built.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from itertools import islice
@@ -13,15 +18,21 @@ from pathlib import Path
 import pytest
 
 import t5x_ext
+from t5x_ext.cli.flags import parse
+from t5x_ext.cli.run_flags import run_from_flags
 from t5x_ext.corpora import CldrCorpus
 
 REPOSITORY = Path(__file__).parent.parent
+DOCS = REPOSITORY / "docs"
+CONFIG = DOCS / "site" / "mkdocs.yml"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = [DOCS / name for name in re.findall(r": ([\w/]+\.md)$", CONFIG.read_text(encoding="utf-8"), flags=re.MULTILINE)]
+TEXT = "\n".join([README, *(page.read_text(encoding="utf-8") for page in PAGES)])
 
 # Two updates, saved one by one so that there are checkpoints to average, and little to decode.
 _SHORT = {
-    "two files": "--steps=2 --gin.CheckpointConfig.every=1 --gin.EvaluationConfig.max_lines=4",
-    "runs/multi30k_en_de.gin": "--steps=2 --gin.EvaluationConfig.max_lines=4 --gin.DATA_DIR=.",
+    "two files": "--steps=2 --gin.CheckpointConfig.every=1 --gin.Translation.max_lines=4",
+    "runs/multi30k_en_de.gin": "--steps=2 --gin.Translation.max_lines=4 --gin.DATA_DIR=.",
     "runs/quickstart.gin": "--steps=2 --gin.english_corpora.num_tuples=1500 --gin.english_corpora.valid_per_family=1 "
     "--gin.english_corpora.test_per_family=1",
     # Two small layers on a virtual GPU, as below on four chips.
@@ -46,12 +57,42 @@ _SHORT = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return list(dict.fromkeys(re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)))
+
+
+def lines_of(text: str = TEXT) -> list[str]:
+    """The commands of a text, each once; those over several lines, with their backslashes, as one."""
+    scripts = "\n".join(blocks("bash", text)).replace("\\\n", " ")
+    lines = (line for line in scripts.splitlines() if line and not line.startswith("#"))
+    return list(dict.fromkeys(" ".join(line.split("  #")[0].split()) for line in lines))
 
 
 def commands(start: str) -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.startswith(start)]
+    return [line for line in lines_of() if line.startswith(start)]
+
+
+def is_for_two_files(line: str) -> bool:
+    """Needs only files `a` and `b`, or what an earlier command has made of them."""
+    return line.startswith(("t5x_ext", "echo")) and not re.search("gin_file| pipeline | check | study ", line)
+
+
+PIPELINES = {"tiny": "--output_dir=tiny", "mine": "--output_dir=mine"}
+SCORES = [line for line in lines_of() if line.startswith("scripts/score_wmt22.py")]
+LAUNCHERS = [line for line in lines_of() if line.startswith("scripts/launch_")]
+CHECKS = commands("t5x_ext check")
+# A page of a method may train at any size.
+TRAINS = [
+    line
+    for line in commands("t5x_ext train --gin_file")
+    if line in lines_of(README) or re.search(r"runs/(quickstart|multi30k_en_de)\.gin", line)
+]
+RUN_HERE = {
+    *filter(is_for_two_files, lines_of()),
+    *(line for line in commands("t5x_ext pipeline") if any(folder in line for folder in PIPELINES.values())),
+    *(*SCORES, *LAUNCHERS, *CHECKS, *TRAINS, "scripts/quickstart.sh", "scripts/test.sh"),
+}
+OTHERS = [line for line in lines_of() if line not in RUN_HERE]
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -84,7 +125,7 @@ def short(command: str) -> str:
 
 
 def test_the_readme_opens_with_the_two_commands():
-    first = blocks("bash")[0].splitlines()
+    first = blocks("bash", README)[0].splitlines()
     assert [line.split()[0] for line in first] == ["scripts/quickstart.sh", "scripts/test.sh"]
     assert README.index(first[0]) < 100
 
@@ -98,7 +139,7 @@ def test_the_quickstart_script_trains_decodes_and_scores(folder):
 
 def test_the_quickstart_script_takes_another_optimizer_by_one_flag(folder):
     run_dir = folder / "flora"
-    small = "--vocab_size=900 --gin.DataConfig.test='()' --gin.EvaluationConfig.max_lines=0"
+    small = "--vocab_size=900 --gin.DataConfig.test='()' --gin.Translation.max_lines=0"
     flags = f"--gin_file=optim/flora.gin --run_dir={run_dir} {_SHORT['runs/quickstart.gin']} {small}"
     shell(f"JAX_DISABLE_MOST_OPTIMIZATIONS=1 {REPOSITORY}/scripts/quickstart.sh {flags}", folder)
     assert "Run.optimizer = @t5x_ext.optim.flora()" in (run_dir / "config.gin").read_text()
@@ -106,9 +147,7 @@ def test_the_quickstart_script_takes_another_optimizer_by_one_flag(folder):
 
 
 def test_commands_for_two_files_and_those_after_them_run(folder):
-    lines = commands("t5x_ext") + commands("echo")
-    lines = [line for line in lines if "gin_file" not in line and "t5x_ext pipeline" not in line]
-    in_order = sorted(lines, key=README.index)
+    in_order = list(filter(is_for_two_files, lines_of()))
     assert len(in_order) >= 12
     for line in in_order:
         done = shell(short(line) if line.startswith("t5x_ext train") else line, folder)
@@ -117,14 +156,16 @@ def test_commands_for_two_files_and_those_after_them_run(folder):
     assert len((folder / "scores.tsv").read_text().splitlines()) == 6
 
 
-@pytest.mark.parametrize("command", commands("t5x_ext train --gin_file"))
+@pytest.mark.parametrize("command", TRAINS)
 def test_commands_with_gin_files_run(command, folder):
-    assert "results" in shell(short(command), folder).stdout
+    quickly = "JAX_DISABLE_MOST_OPTIMIZATIONS=1 " if "gin_file=optim/" in command else ""
+    assert "results" in shell(quickly + short(command), folder).stdout
 
 
 def test_the_small_pipeline_of_the_readme_runs(folder):
-    (command,) = [line for line in commands("t5x_ext pipeline") if "vega_mt_tiny.gin" in line]
-    assert re.search(r"^test +corpora +lines 30$", shell(short(command), folder).stdout, flags=re.MULTILINE)
+    run, audit = [line for line in commands("t5x_ext pipeline") if PIPELINES["tiny"] in line]
+    assert re.search(r"^test +corpora +lines 30$", shell(short(run), folder).stdout, flags=re.MULTILINE)
+    assert "does not match" not in shell(audit, folder).stdout
 
 
 def test_a_pipeline_of_ones_own_files_runs_from_raw_text_to_scores_and_back(folder):
@@ -136,7 +177,7 @@ def test_a_pipeline_of_ones_own_files_runs_from_raw_text_to_scores_and_back(fold
         for language, lines in zip(("en", "de"), zip(*islice(pairs, count))):
             text = "".join(f"{line}\n" for line in lines)
             (folder / "text" / f"{stem}.{language}").write_text(text, encoding="utf-8")
-    plan, run, audit = [line for line in commands("t5x_ext pipeline") if "--output_dir=mine" in line]
+    plan, run, audit = [line for line in commands("t5x_ext pipeline") if PIPELINES["mine"] in line]
     assert " new " in shell(short(plan), folder).stdout
     done = shell(f"JAX_DISABLE_MOST_OPTIMIZATIONS=1 {short(run)}", folder)
     assert "best_test  test.en-de.en-de" in done.stdout
@@ -144,7 +185,7 @@ def test_a_pipeline_of_ones_own_files_runs_from_raw_text_to_scores_and_back(fold
     assert "does not match" not in found
 
 
-@pytest.mark.parametrize("command", commands("t5x_ext check"))
+@pytest.mark.parametrize("command", CHECKS)
 def test_the_checks_of_the_readme_say_whether_it_fits(command, folder):
     quickly = "JAX_DISABLE_MOST_OPTIMIZATIONS=1 " if "--stage" in command else ""
     assert "fits: " in shell(quickly + short(command), folder).stdout
@@ -160,17 +201,59 @@ def test_the_scores_of_the_readme_reproduce_what_was_claimed(folder):
         path = folder / "wmt22" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(lines, encoding="utf-8")
-    (command,) = commands("scripts/score_wmt22.py")
-    assert "claims reproduced" in shell(f"{REPOSITORY}/{command}", folder).stdout
+    for command in SCORES:
+        assert "claims reproduced" in shell(f"{REPOSITORY}/{command}", folder).stdout
     rows = json.loads((folder / "wmt22.json").read_text())
     assert [(row["system"], row["rank"]) for row in rows] == [("JDExploreAcademy", 1), ("Online-B", 2)]
 
 
-@pytest.mark.parametrize("script", ["launch_tpu_vm", "launch_gke", "launch_slurm"])
-def test_launchers_of_the_readme_print_what_they_would_do(script, folder):
-    (command,) = re.findall(rf"^(scripts/{script}\.py(?:.*\\\n)*.*)$", "".join(blocks("bash")), flags=re.MULTILINE)
+@pytest.mark.parametrize("command", LAUNCHERS)
+def test_launchers_of_the_readme_print_what_they_would_do(command, folder):
     assert "--dry_run" in command
     assert "t5x_ext" in shell(f"{REPOSITORY}/{command}", folder).stdout
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_commands_that_other_tests_run_have_these_flags_and_settings(command):
+    program, *arguments = shlex.split(command)
+    if program.startswith("scripts/"):
+        found = subprocess.run([sys.executable, REPOSITORY / program, "--helpfull"], capture_output=True, text=True)
+        names = [
+            re.split("[=.]", argument.removeprefix("--"))[0] for argument in arguments if argument.startswith("--")
+        ]
+        assert names
+        assert [name for name in names if f"--{name}" not in found.stdout and f"--[no]{name}" not in found.stdout] == []
+        return
+    assert program == "t5x_ext"
+    verb, *flags = arguments
+    values = parse(importlib.import_module(f"t5x_ext.cli.{verb}").define_flags, flags)
+    if verb == "train":
+        run_from_flags(values)
+
+
+def test_the_commands_of_the_table_of_methods_are_those_of_their_pages():
+    in_table = re.findall(r"\| `(t5x_ext [^`]+)` \|", README)
+    assert len(in_table) >= 5
+    assert [command for command in in_table if command not in lines_of()] == []
+
+
+def test_every_page_is_in_the_navigation_and_links_lead_somewhere():
+    assert sorted(PAGES) == sorted(DOCS.rglob("*.md"))
+    for page in [REPOSITORY / "README.md", *PAGES]:
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == [], page
+
+
+def test_the_table_of_plugins_names_what_there_is():
+    page = (DOCS / "plugins.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`((?:t5x_ext|optax)[\w.]*\.[A-Za-z_]\w*)`", page))
+    assert len(names) >= 20
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        try:
+            assert hasattr(importlib.import_module(module), attribute), name
+        except ModuleNotFoundError:
+            pytest.fail(f"docs/plugins.md: there is no {name}")
 
 
 def test_python_of_the_readme_runs(folder, monkeypatch):
@@ -178,7 +261,7 @@ def test_python_of_the_readme_runs(folder, monkeypatch):
     if not (folder / "out").exists():
         shell(short(commands("t5x_ext train --train_source")[0]), folder)
     monkeypatch.chdir(folder)
-    (code,) = blocks("python")
+    (code,) = blocks("python", README)
     names: dict[str, t5x_ext.decode.Translator] = {}
     exec(code, names)
     assert len(names["translator"].translate(["one", "two"])) == 2

@@ -50,7 +50,10 @@ _MESH = {
 _SEARCH_FLAGS = {**_BEAM, **_SAMPLE}
 """Flags that are fields of searches, of one or of several."""
 
-_STRATEGIES = {"beam": "Beam", "greedy": "Greedy", "sample": "Sample"}
+_STRATEGIES = {
+    **{"beam": "Beam", "greedy": "Greedy", "sample": "Sample"},
+    **{"length_beam": "LengthBeam", "parallel_greedy": "ParallelGreedy", "ctc_greedy": "CtcGreedy"},
+}
 _CONSTRAINTS = {"minimum_length": "MinimumLength", "no_repeat_ngrams": "NoRepeatNgrams"}
 
 
@@ -78,7 +81,8 @@ def define_decode_flags(values: flags.FlagValues) -> None:
     """Declares the options of decoding: fields of `DecodeConfig` and of the searches, with their defaults."""
     flags.DEFINE_string(
         "strategy", "beam", f"how to search: {', '.join(_STRATEGIES)}, or the import path of another Search, as "
-        "my_module.MySearch", flag_values=values,
+        "my_module.MySearch; not given, a model that writes all tokens at once takes length_beam or ctc_greedy",
+        flag_values=values,
     )  # fmt: skip
     define_field_flags(values, "decode.beam", "Beam", _BEAM)
     define_field_flags(values, "decode.sampling", "Sample", _SAMPLE)
@@ -98,8 +102,12 @@ def define_batching_flags(values: flags.FlagValues) -> None:
     define_field_flags(values, "decode.config", "DecodeConfig", _BATCHING)
 
 
-def decode_config(values: flags.FlagValues) -> DecodeConfig:
+def decode_config(values: flags.FlagValues, model: Any = None) -> DecodeConfig:
     """The options that the flags give.
+
+    Args:
+      values: parsed flags.
+      model: what is decoded with, which decides how to search if `--strategy` is not given; None: not known yet.
 
     Raises:
       UsageError: for an unknown strategy, and for flags that do not go with the one chosen.
@@ -111,14 +119,17 @@ def decode_config(values: flags.FlagValues) -> DecodeConfig:
         getattr(decode, kind)(values[name].value) for name, kind in _CONSTRAINTS.items() if values[name].value
     )
     options = field_values(values, {**_LENGTHS, **_BATCHING})
-    return decode.DecodeConfig(search=_search(values), constraints=constraints, **options)
+    return decode.DecodeConfig(search=_search(values, model), constraints=constraints, **options)
 
 
-def _search(values: flags.FlagValues) -> Any:
+def _search(values: flags.FlagValues, model: Any) -> Any:
     """The search that `--strategy` names; a class is called with the flags given that are fields of searches."""
     from t5x_ext import decode
 
     name = values.strategy
+    if model is not None and not values["strategy"].present:
+        suiting = type(decode.default_search(model)).__name__
+        name = next(strategy for strategy, kind in _STRATEGIES.items() if kind == suiting)
     search = getattr(decode, _STRATEGIES[name]) if name in _STRATEGIES else _imported(name)
     is_class = isinstance(search, type)
     fields = getattr(search, "__dataclass_fields__", {}) if is_class else {}

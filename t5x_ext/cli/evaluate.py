@@ -89,8 +89,9 @@ def _check(values: flags.FlagValues) -> None:
 
 def _translate(values: flags.FlagValues, lines: list[str]) -> tuple[list[str], str]:
     """The translations of the lines, kept where `--output` says, and their language."""
-    config = decode_config(values)
+    decode_config(values)  # mistakes are told before a model is read
     translator = open_translator(values)
+    config = decode_config(values, translator.model)
     hypotheses = translator.translate(lines, values.source_language, values.target_language, config)
     if values.output:
         with whole_file(values.output) as file:

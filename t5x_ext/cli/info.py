@@ -65,9 +65,10 @@ def _config_of_gin(values: flags.FlagValues) -> LayerConfig:
 
     from t5x_ext.cli.gin_config import build_field
     from t5x_ext.data import DataConfig
-    from t5x_ext.tasks import LanguageModeling, Translation
+    from t5x_ext.tasks import LanguageModeling, ParallelTranslation, Translation
 
-    fields = (build_field("model", values.gin_file, values.gin, root=task) for task in (Translation, LanguageModeling))
+    tasks = (ParallelTranslation, Translation, LanguageModeling)
+    fields = (build_field("model", values.gin_file, values.gin, root=task) for task in tasks)
     model = next((field for field in fields if field is not None), None)
     if model is None:
         raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model and no LanguageModeling.model")

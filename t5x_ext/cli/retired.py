@@ -29,6 +29,7 @@ SETTINGS: dict[str, str] = {
     "EvaluationConfig.max_lines": "tasks.Translation.max_lines",
     "EvaluationConfig.decode": "tasks.Translation.decode",
     "EvaluationConfig.test_decode": "tasks.Translation.test_decode",
+    "logical_axes.config": "models.logical_axes.model",
 }
 """From a class and a parameter that it no longer has to what takes its place."""
 

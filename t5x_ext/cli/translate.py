@@ -1,8 +1,8 @@
 """Translates a file, or standard input, with a trained run: n lines in, n lines out, in order.
 
-From file to file an interrupted command goes on where it stopped, and processes of one command (--distributed, as for
-t5x_ext train) share the lines, on a file system that all of them see. Lines are decoded on all devices of a process.
-With --n_best above 1 the output is in Moses' format: line number ||| text ||| score.
+From file to file an interrupted command resumes when it is run again, and processes of one command (--distributed, as
+for t5x_ext train) share the lines, on a file system that all of them see. Lines are decoded on all devices of a
+process. With --n_best above 1 the output is in Moses' format: line number ||| text ||| score.
 
 example: t5x_ext translate --run_dir=out --input=test.en --output=test.de
 example: srun t5x_ext translate --run_dir=out --input=news.de --output=news.en --distributed=slurm --strategy=sample
@@ -54,12 +54,13 @@ def main(values: flags.FlagValues) -> None:
         raise UsageError("--distributed: processes share the lines of a file; name --input and --output")
     # Before anything touches a device.
     primary = join_processes(values)
-    config = decode_config(values)
+    decode_config(values)  # mistakes are told before a model is read
 
     from t5x_ext.parallel import failing_together
 
     with failing_together():
         translator = open_translator(values)
+        config = decode_config(values, translator.model)
         if from_file_to_file:
             _translate_file(translator, values, config, primary)
         else:
@@ -135,6 +136,6 @@ def _input_lines(path: str) -> Iterator[str]:
 
     if path == "-":
         return decode_lines(sys.stdin.buffer, "standard input")
-    for _ in read_lines(path):  # whatever is wrong with the file is said before anything is written
+    for _ in read_lines(path):  # errors in the file are reported before anything is written
         pass
     return read_lines(path)

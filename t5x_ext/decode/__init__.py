@@ -1,8 +1,8 @@
-"""Model to text: beam and greedy search, sampling, forced scoring, and translation of lines and files.
+"""Model to text: beam and greedy search, sampling, all tokens at once, forced scoring, lines and files.
 
-A `Search` (`Beam`, `Greedy`, `Sample`, or any other) finds hypotheses with a model; `Constraint`s forbid what it may
-not say; `Translator` joins model and vocabulary; `translate_file`, `score_file` and `translate_stream` add files. All
-options are in `DecodeConfig`.
+A `Search` (`Beam`, `Greedy`, `Sample`, `LengthBeam`, or any other) finds hypotheses with a model; `Constraint`s forbid
+what it may not say; `Translator` joins model and vocabulary; `translate_file`, `score_file` and `translate_stream` add
+files. All options are in `DecodeConfig`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from t5x_ext.decode.constraints import ForbidTokens, MinimumLength, NoRepeatNgra
 from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.files import FileReport, score_file, translate_file, translate_stream
 from t5x_ext.decode.greedy import Greedy
+from t5x_ext.decode.parallel import CtcGreedy, LengthBeam, ParallelGreedy, default_search
 from t5x_ext.decode.sampling import Sample
 from t5x_ext.decode.scoring import Score, perplexity
 from t5x_ext.decode.search import Constraint, Hypotheses, Search, SearchInputs
@@ -22,6 +23,7 @@ from t5x_ext.decode.translator import Hypothesis, Translator
 __all__ = [
     "Beam",
     "Constraint",
+    "CtcGreedy",
     "DecodeConfig",
     "Ensemble",
     "FileReport",
@@ -29,14 +31,17 @@ __all__ = [
     "Greedy",
     "Hypotheses",
     "Hypothesis",
+    "LengthBeam",
     "MinimumLength",
     "NoRepeatNgrams",
+    "ParallelGreedy",
     "Sample",
     "Score",
     "Search",
     "SearchInputs",
     "Translator",
     "decoding_steps",
+    "default_search",
     "perplexity",
     "require_methods",
     "rollout",

@@ -43,8 +43,8 @@ class Beam:
     done as soon as this bound is no better than the last of its `n_best` hypotheses. When it is done otherwise does not
     depend on `n_best`, so that the hypotheses of a smaller `n_best` are the first of those of a larger one.
 
-    Where constraints leave a source without any continuation before one is finished, its hypotheses are finished
-    there, whatever the constraints say, so that it has a translation.
+    If constraints leave a source without a continuation before any hypothesis is finished, the unfinished ones are
+    finished there against the constraints, so that every source has a translation.
 
     Attributes:
       beam_size: unfinished hypotheses that survive a step.

@@ -18,7 +18,7 @@ class MinimumLength:
     """A hypothesis has at least `n` tokens before its end of sentence, forced prefix not counted.
 
     Attributes:
-      n: tokens; where the maximum length leaves less room, a hypothesis ends there.
+      n: tokens; a maximum length that leaves less room comes first.
 
     Raises:
       UserError: for less than 1, at construction.
@@ -46,7 +46,7 @@ class ForbidTokens:
       ids: of the vocabulary.
 
     Raises:
-      UserError: where there is none, or one below 0, at construction; in a search for ids beyond the vocabulary.
+      UserError: without ids and for ids below 0, at construction; in a search for ids beyond the vocabulary.
     """
 
     ids: tuple[int, ...]

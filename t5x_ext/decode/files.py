@@ -68,7 +68,7 @@ def translate_file(
     """Translates a file line by line; n lines in are n lines out, in order.
 
     Finished chunks are kept in the folder `<output>.parts`, together with what they were made from: input, options and
-    model. Processes that start again on the same after being killed go on with the chunks that are missing, and end
+    model. Processes that start again on the same after being killed resume with the chunks that are missing, and end
     with the same bytes; on anything else they start over. `output_path` appears at the end, whole, by one rename.
 
     The processes of a run that `parallel.initialize_distributed` has joined share the chunks out among them; each needs
@@ -93,7 +93,7 @@ def translate_file(
       UserError: for a missing or empty input, bytes that are not UTF-8, or an unknown direction, and nothing is
         written; where processes do not agree about the work.
     """
-    config = config or DecodeConfig()
+    config = config or translator.default_config
     direction = translator.resolve(source_language, target_language)
 
     def translate(lines: Sequence[str], first: int, progress: Progress) -> tuple[Iterable[str], int]:
@@ -194,7 +194,7 @@ def translate_stream(
 
     The format is that of `translate_file`. `chunk_lines=1` answers every line at once.
     """
-    config = config or DecodeConfig()
+    config = config or translator.default_config
     iterator, finished = iter(lines), 0
     while chunk := [line.rstrip("\r\n") for line in itertools.islice(iterator, chunk_lines)]:
         results = translator.translate_n_best(chunk, source_language, target_language, config, first_line=finished)

@@ -19,7 +19,7 @@ from t5x_ext.storage.files import to_disk, write_json, write_text
 class Parts:
     """The folder `<output>.parts` of one output, which the processes of a run fill together.
 
-    A chunk is there whole or not at all, so that processes may be killed at any moment, and any number of them goes on
+    A chunk is there whole or not at all, so that processes may be killed at any moment, and any number of them resumes
     with what is missing. All processes call `missing` and `finish`, in this order.
     """
 

@@ -11,10 +11,15 @@ from t5x_ext.contracts import UserError
 from t5x_ext.decode.beam import Beam
 from t5x_ext.decode.constraints import ForbidTokens, MinimumLength, NoRepeatNgrams
 from t5x_ext.decode.greedy import Greedy
+from t5x_ext.decode.parallel import CtcGreedy, LengthBeam, ParallelGreedy
 from t5x_ext.decode.sampling import Sample
 
 _KINDS: dict[str, type] = {
-    kind.__name__: kind for kind in (Beam, Greedy, Sample, ForbidTokens, MinimumLength, NoRepeatNgrams)
+    kind.__name__: kind
+    for kind in (
+        *(Beam, Greedy, Sample, LengthBeam, ParallelGreedy, CtcGreedy),
+        *(ForbidTokens, MinimumLength, NoRepeatNgrams),
+    )
 }
 """What can be read back by its name. Reading JSON imports nothing that it names."""
 

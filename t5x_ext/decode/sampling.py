@@ -22,7 +22,7 @@ class Sample:
     """Independent samples from the model's truncated distribution.
 
     Sample i of a row depends on the seed, the row's id, i and the row's own logits, so that it changes neither with
-    its neighbours in the batch nor with the number of samples. Samples are in the order in which they are drawn, and
+    its neighbours in the batch nor with the number of samples. Samples are returned in this order, not by score, and
     several may be equal. Scores are log-probabilities of the whole model, at temperature 1 and untruncated, over the
     length penalty.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Params, TranslationBatch
+from t5x_ext.contracts import Params, TranslationBatch, UserError
 from t5x_ext.decode.batching import encoder_inputs, mesh_of
 from t5x_ext.decode.ensemble import Ensemble
 from t5x_ext.decode.steps import log_prob_of
@@ -74,6 +74,9 @@ def label_log_probs(
       labels: forced prefix, tokens and end of sentence.
       label_lengths: real labels of each row.
       eos_id: the decoder's first input.
+
+    Raises:
+      UserError: for a model that does not score labels one by one, as one that is trained with CTC.
     """
     source_segment_ids, source_positions = encoder_inputs(source, source_lengths)
     segment_ids, positions = encoder_inputs(labels, label_lengths)
@@ -86,7 +89,9 @@ def label_log_probs(
         target_segment_ids=segment_ids,
         target_positions=positions,
     )
-    hidden = model.apply({"params": params}, batch, method="hidden")
+    hidden: Any = model.apply({"params": params}, batch, method="hidden")
+    if hidden.shape[:2] != labels.shape:
+        raise UserError("this model does not score labels one by one: it has other positions than the target's tokens")
 
     def row_log_probs(row: tuple[Float[Array, "length embed"], Int[Array, " length"]]) -> Float[Array, " length"]:
         return log_prob_of(jnp.asarray(model.apply({"params": params}, row[0], method="project")), row[1])

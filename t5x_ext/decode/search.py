@@ -12,11 +12,12 @@ from t5x_ext.contracts import Params
 Constraint: TypeAlias = Callable[
     [Float[Array, "rows vocab"], Int[Array, "rows length"], Int[Array, ""]], Float[Array, "rows vocab"]
 ]
-"""`(logits, tokens, position) -> logits`, with -inf in the place of what may not come next.
+"""`(logits, tokens, position) -> logits`, with -inf for every token that is forbidden next.
 
-`tokens` are a hypothesis so far, without its forced prefix: `position` of them are chosen, and the end-of-sentence
-token is at `position` and everywhere behind it. `logits` score the token at `position`. Other values may be lowered,
-which counts in a hypothesis' score, but not raised. A constraint is hashable, as a frozen dataclass is.
+`tokens` are a hypothesis so far, without its forced prefix: the first `position` of them are chosen, and the
+end-of-sentence token fills the rest. `logits` score the token at `position`. A constraint may also lower logits by
+finite amounts, which counts in the score of a hypothesis; it must not raise any, or searches stop too early. It is
+hashable, as a frozen dataclass is.
 """
 
 
@@ -27,7 +28,7 @@ class SearchInputs(NamedTuple):
     source_lengths: Int[Array, " rows"]  # tokens of each row that are no padding
     prefix: Int[Array, "rows prefix"]  # tokens that every hypothesis starts with; the end of sentence is none of them
     max_lengths: Int[Array, " rows"]  # most tokens of a row's hypotheses, prefix and end of sentence included
-    row_ids: Int[Array, " rows"]  # a number for each row, as that of its line, whatever batch it is in
+    row_ids: Int[Array, " rows"]  # a number for each row that does not depend on the batch, as that of its line
     key: Array  # random key, of the search's `seed`
     eos_id: int  # end of sentence, also the decoder's first input
     max_length: int  # static bound of `max_lengths`
@@ -35,11 +36,11 @@ class SearchInputs(NamedTuple):
 
 
 class Hypotheses(NamedTuple):
-    """What a search found for each row, best first; of independent samples, in the order in which they were drawn."""
+    """What a search found for each row, best first; independent samples in the order of sampling."""
 
     tokens: Int[Array, "rows n_best max_length"]  # prefix first, end of sentence last and repeated up to `max_length`
     lengths: Int[Array, "rows n_best"]  # tokens with prefix and end of sentence; 0 where a row has fewer hypotheses
-    scores: Float[Array, "rows n_best"]  # log-probability over the length penalty, float32; -inf where there is none
+    scores: Float[Array, "rows n_best"]  # log-probability over the length penalty, float32; -inf where a row has fewer
 
 
 @runtime_checkable

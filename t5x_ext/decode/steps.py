@@ -126,7 +126,7 @@ def rollout(
       penalty: divides the score.
 
     Returns:
-      `Hypotheses` with n_best 1. Scores are the model's own log-probabilities, whatever `choose` does.
+      `Hypotheses` with n_best 1. Scores are the model's own log-probabilities and do not depend on how `choose` picks.
 
     Raises:
       UserError: where `max_length` leaves no room behind the prefix.

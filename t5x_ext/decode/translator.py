@@ -22,6 +22,7 @@ from t5x_ext.decode.batching import LengthBatch, mesh_of, pad, plan_batches
 from t5x_ext.decode.config import DecodeConfig
 from t5x_ext.decode.ensemble import Combine, Ensemble
 from t5x_ext.decode.open import Opened, fingerprint, join_members, open_run, place
+from t5x_ext.decode.parallel import default_search
 from t5x_ext.decode.programs import decode_batch, random_key, without_seed
 from t5x_ext.decode.scoring import Score, label_log_probs
 from t5x_ext.models import Transformer
@@ -107,6 +108,11 @@ class Translator:
     def _opened(self) -> Opened:
         return Opened(self.model, self.params, self.vocabulary, self.tags, self.directions)
 
+    @property
+    def default_config(self) -> DecodeConfig:
+        """How to decode where nothing is said: with the search that suits the model, see `default_search`."""
+        return DecodeConfig(default_search(self.model))
+
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides a translation but the options: weights, model, vocabulary, tags."""
         return self._fingerprint
@@ -129,7 +135,7 @@ class Translator:
           lines: text without line ends.
           source_language: None: the one that follows from the other language and the model's directions.
           target_language: likewise.
-          config: how to decode; None: `DecodeConfig()`, beam search.
+          config: how to decode; None: `default_config`.
           progress: told how many more lines are done.
 
         Raises:
@@ -160,7 +166,7 @@ class Translator:
           first_line: number of the first line; sampling depends on line numbers, so that the parts of a text are
             sampled like the whole.
         """
-        config = config or DecodeConfig()
+        config = config or self.default_config
         direction = self.resolve(source_language, target_language)
         sources = self._sources(lines, direction, config.max_source_length)
         results = [[Hypothesis("", 0.0, 0)] for _ in lines]

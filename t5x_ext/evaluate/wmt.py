@@ -132,7 +132,15 @@ class SystemResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One system compared with another, the baseline, in one direction: a `PairedResult` by metric."""
+    """One system compared with another in one direction.
+
+    Attributes:
+      direction: as in `en-de`.
+      system: name of the system.
+      other: name of the baseline.
+      reference: name of the reference.
+      metrics: results by metric.
+    """
 
     direction: str
     system: str

@@ -1,7 +1,8 @@
-"""What is computed: configs of Transformers, the three models over one set of layers, how layers share parameters.
+"""What is computed: configs of Transformers, the four models over one set of layers, how layers share parameters.
 
-`TransformerConfig` describes an `EncoderDecoder`, `DecoderConfig` a `LanguageModel`, `EncoderConfig` an `Encoder`;
-`LayerParts` says what their layers are made of, `LayerSharing` which layers of a stack use the same parameters.
+`TransformerConfig` describes an `EncoderDecoder`, `ParallelConfig` a `ParallelDecoder` (which writes all tokens at
+once), `DecoderConfig` a `LanguageModel`, `EncoderConfig` an `Encoder`; `LayerParts` says what their layers are made of,
+`LayerSharing` which layers of a stack use the same parameters.
 `init_params` makes parameters, `logical_axes` names their axes, `num_params` counts them; `model_to_json` and
 `model_from_json` write and read what a run folder says of its model.
 """
@@ -20,11 +21,19 @@ from t5x_ext.models.building import (
     num_params,
 )
 from t5x_ext.models.classifier import Classifier, Pooling, pooled
-from t5x_ext.models.config import DecoderConfig, EncoderConfig, LayerConfig, TransformerConfig, config_from_json
+from t5x_ext.models.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LayerConfig,
+    ParallelConfig,
+    TransformerConfig,
+    config_from_json,
+)
 from t5x_ext.models.encoder import Encoder
 from t5x_ext.models.encoder_decoder import EncoderDecoder
 from t5x_ext.models.language_model import LanguageModel
 from t5x_ext.models.layers import Layer
+from t5x_ext.models.parallel_decoder import ParallelDecoder
 from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.presets import PRESETS, Base, Big, MiniLM, Vega4B7, VegaTiny
@@ -54,6 +63,8 @@ __all__ = [
     "LayerSharing",
     "LoraProjection",
     "MiniLM",
+    "ParallelConfig",
+    "ParallelDecoder",
     "Placement",
     "Pooling",
     "PrefixAttention",

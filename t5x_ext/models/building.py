@@ -10,22 +10,32 @@ from flax.core import meta
 from jaxtyping import Array
 
 from t5x_ext.contracts import Params, PyTree
-from t5x_ext.models.config import DecoderConfig, EncoderConfig, LayerConfig, TransformerConfig, config_from_json
+from t5x_ext.models.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LayerConfig,
+    ParallelConfig,
+    TransformerConfig,
+    config_from_json,
+)
 from t5x_ext.models.encoder import Encoder
 from t5x_ext.models.encoder_decoder import EncoderDecoder
 from t5x_ext.models.language_model import LanguageModel
+from t5x_ext.models.parallel_decoder import ParallelDecoder
 from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
 from t5x_ext.models.transformer import Transformer
 
 
 def model_of(config: LayerConfig, **options: Any) -> Any:
-    """The model that a config describes: `EncoderDecoder`, `LanguageModel` or `Encoder`.
+    """The model that a config describes: `EncoderDecoder`, `ParallelDecoder`, `LanguageModel` or `Encoder`.
 
     Args:
-      config: of one of the three.
+      config: of one of the four.
       options: attributes of the model, as `placement` or `parts`.
     """
+    if isinstance(config, ParallelConfig):
+        return ParallelDecoder(config, **options)
     if isinstance(config, TransformerConfig):
         return EncoderDecoder(config, **options)
     if isinstance(config, DecoderConfig):

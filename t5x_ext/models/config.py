@@ -1,7 +1,8 @@
 """The one description of a model: sizes and switches, and the operations that follow from them.
 
-`LayerConfig` is what layers read. Three models are built from the same layers, each with a config of its own:
-`TransformerConfig` (encoder and decoder), `DecoderConfig` (a language model) and `EncoderConfig` (an encoder alone).
+`LayerConfig` is what layers read. Four models are built from the same layers, each with a config of its own:
+`TransformerConfig` (encoder and decoder), `ParallelConfig` (whose decoder writes all tokens at once), `DecoderConfig`
+(a language model) and `EncoderConfig` (an encoder alone).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -21,7 +22,10 @@ NormKind = Literal["layernorm", "rmsnorm"]
 TiedEmbeddings = Literal["all", "decoder", "none"]
 ComputeDtype = Literal["float32", "bfloat16"]
 ActivationName = Literal["relu", "gelu"]
+DecoderInput = Literal["copy", "unknown"]
 Remat = Literal["none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+
+Config = TypeVar("Config", bound="LayerConfig")
 
 Lengths = Sequence[int] | Sequence[float] | np.ndarray
 """Tokens of each example."""
@@ -114,7 +118,7 @@ class LayerConfig:
         """Width of one attention head."""
         return self.embed_dim // self.num_heads
 
-    def shallow(self) -> Self:
+    def shallow(self: Config) -> Config:
         """The same model with one layer a stack."""
         changes: dict[str, Any] = dict.fromkeys(self.stacks, 1) | dict.fromkeys(self.stacks.values(), LayerSharing())
         return dataclasses.replace(self, **changes)
@@ -124,7 +128,7 @@ class LayerConfig:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+    def from_json(cls: type[Config], fields: Mapping[str, Any]) -> Config:
         """The config of a `to_json` dictionary of this kind; missing fields take their defaults.
 
         Raises:
@@ -137,7 +141,7 @@ class LayerConfig:
         for name in cls.stacks.values():
             if isinstance(values.get(name), Mapping):
                 values[name] = _build(LayerSharing, values[name], name)
-        config: Self = _build(cls, values, "model")
+        config: Config = _build(cls, values, "model")
         return config
 
     def _layer_flops(self, tokens: np.ndarray) -> np.ndarray:
@@ -198,6 +202,60 @@ class TransformerConfig(LayerConfig):
         decoder = self._layer_flops(t) + self._causal_flops(t) + cross_attention
         output = 2 * t * d * self.vocab_size
         return float(np.sum(self.encoder_layers * encoder + self.decoder_layers * decoder + output))
+
+
+@dataclass(frozen=True)
+class ParallelConfig(TransformerConfig):
+    """An encoder-decoder that writes all tokens at once (Gu et al., arXiv 1711.02281; GLAT, arXiv 2008.07905).
+
+    Attributes:
+      decoder_input: what the decoder reads: `copy` spreads the source's embeddings evenly over the target's positions
+        (`parallel_decoder.uniform_copy`); `unknown` is the embedding of the unknown token everywhere.
+      max_target_length: classes of the length head, in tokens, end of sentence included; longer targets count as
+        `max_target_length - 1`.
+      upsample: None: the encoder predicts the target's length. A number: there is no length head, and the decoder has
+        so many positions for each source token; for CTC, which needs at least as many as the target has tokens.
+      auxiliary_layers: layers of a second decoder, used in training only, that reads the decoder's input without
+        revealed tokens (ParaGen's GLAT with an auxiliary decoder has 2); 0: there is none.
+      unk_id: the unknown token, which is also CTC's blank; training replaces it by that of the vocabulary it uses.
+
+    The other attributes, and errors, are those of `TransformerConfig`.
+    """
+
+    kind: ClassVar[str] = "parallel"
+
+    decoder_input: DecoderInput = "copy"
+    max_target_length: int = 256
+    upsample: int | None = None
+    auxiliary_layers: int = 0
+    unk_id: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least = lambda value, least: _is_integer(value) and value >= least
+        _require(self, "decoder_input", self.decoder_input in get_args(DecoderInput), "copy or unknown")
+        _require(self, "max_target_length", at_least(self.max_target_length, 2), "an integer, 2 or more")
+        _require(self, "upsample", self.upsample is None or at_least(self.upsample, 1), "a positive integer, or None")
+        for name in ("auxiliary_layers", "unk_id"):
+            _require(self, name, at_least(getattr(self, name), 0), "an integer, 0 or more")
+        if self.upsample is not None and self.auxiliary_layers:
+            raise UserError("ParallelConfig.auxiliary_layers goes with a length head, not with upsample")
+
+    def flops(self, source_lengths: Lengths, target_lengths: Lengths) -> float:
+        """Floating point operations of one forward pass, see `TransformerConfig.flops`.
+
+        The decoder's self-attention counts all T * T pairs, and with `upsample` T follows from the source. The second
+        decoder counts; the additional pass of glancing, which has no gradient, does not.
+        """
+        s, t = np.asarray(source_lengths, np.float64), np.asarray(target_lengths, np.float64)
+        t = t if self.upsample is None else self.upsample * s
+        d = self.embed_dim
+        later_pairs = self.decoder_layers * 2 * t * (t - 1) * d
+        cross_attention = 4 * t * d * d + 4 * s * d * d + 4 * t * s * d
+        auxiliary = self.auxiliary_layers * (self._layer_flops(t) + 4 * t * t * d + cross_attention)
+        second_output = 2 * t * d * self.vocab_size if self.auxiliary_layers else 0 * t
+        length_head = 2 * d * self.max_target_length if self.upsample is None else 0
+        return super().flops(s, t) + float(np.sum(later_pairs + auxiliary + second_output + length_head))
 
 
 @dataclass(frozen=True)
@@ -265,7 +323,7 @@ class EncoderConfig(LayerConfig):
         return float(np.sum(self.layers * (self._layer_flops(tokens) + 4 * tokens * tokens * self.embed_dim)))
 
 
-CONFIGS: tuple[type[LayerConfig], ...] = (TransformerConfig, DecoderConfig, EncoderConfig)
+CONFIGS: tuple[type[LayerConfig], ...] = (TransformerConfig, ParallelConfig, DecoderConfig, EncoderConfig)
 """The configs of models."""
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.contracts import Batch
+from t5x_ext.contracts import AnyArray, Batch
 from t5x_ext.models.config import TransformerConfig
 from t5x_ext.models.sublayers import Aux, Dropout, KeyValue, compute_dtype
 from t5x_ext.models.transformer import TABLES, Embedding, Transformer, causal_mask, one_token, segment_mask, under
@@ -55,9 +55,9 @@ class EncoderDecoder(Transformer):
 
     def encode(
         self,
-        source_tokens: Int[Array, "batch source_length"],
-        source_segment_ids: Int[Array, "batch source_length"],
-        source_positions: Int[Array, "batch source_length"],
+        source_tokens: Int[AnyArray, "batch source_length"],
+        source_segment_ids: Int[AnyArray, "batch source_length"],
+        source_positions: Int[AnyArray, "batch source_length"],
         deterministic: bool = True,
     ) -> Float[Array, "batch source_length embed"]:
         """The encoder's output, after its final norm; values at padding (segment 0) mean nothing."""
@@ -81,11 +81,11 @@ class EncoderDecoder(Transformer):
 
     def decode_step(
         self,
-        tokens: Int[Array, " rows"],
+        tokens: Int[AnyArray, " rows"],
         position: Int[Array, ""],
         cache: KeyValue,
         memory: KeyValue,
-        source_mask: Bool[Array, "rows source_length"],
+        source_mask: Bool[AnyArray, "rows source_length"],
     ) -> tuple[Float[Array, "rows vocab"], KeyValue]:
         """One step of incremental decoding.
 
@@ -117,12 +117,14 @@ class EncoderDecoder(Transformer):
             *(f"target_{name}" for name in ("inputs", "segment_ids", "positions")),
         )
 
-    def _encode(self, tokens: Array, segment_ids: Array, positions: Array, deterministic: bool) -> tuple[Array, Aux]:
+    def _encode(
+        self, tokens: AnyArray, segment_ids: AnyArray, positions: AnyArray, deterministic: bool
+    ) -> tuple[Array, Aux]:
         deterministic = self._deterministic(deterministic)
         x = self._embed(self.source_table, tokens, positions, deterministic)
         mask = segment_mask(segment_ids, segment_ids)
         x, aux = self.encoder(lambda layer, x, _: layer(x, mask, deterministic), x, deterministic=deterministic)
         return self.encoder.normalize(x), aux
 
-    def _embed(self, table: Embedding, tokens: Array, positions: Array, deterministic: bool) -> Array:
+    def _embed(self, table: Embedding, tokens: AnyArray, positions: AnyArray, deterministic: bool) -> Array:
         return self._dropped(self._scaled(table(tokens)) + self._position_vectors(positions), deterministic)

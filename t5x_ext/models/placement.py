@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Axes
+from t5x_ext.contracts import AnyArray, Axes
 
 
+@runtime_checkable
 class Placement(Protocol):
     """Says where arrays lie while they are computed with; see `parallel.MeshPlacement`. Values never change."""
 
@@ -23,7 +24,7 @@ class Placement(Protocol):
         ...
 
     def lookup(
-        self, table: Float[Array, "vocab embed"], tokens: Int[Array, "batch length"], dtype: jnp.dtype
+        self, table: Float[Array, "vocab embed"], tokens: Int[AnyArray, "batch length"], dtype: jnp.dtype
     ) -> Float[Array, "batch length embed"]:
         """The table's rows of tokens, cast to `dtype`; gradients of equal tokens add up in the table's dtype."""
         ...
@@ -42,7 +43,7 @@ class Unplaced:
         return weight
 
     def lookup(
-        self, table: Float[Array, "vocab embed"], tokens: Int[Array, "batch length"], dtype: jnp.dtype
+        self, table: Float[Array, "vocab embed"], tokens: Int[AnyArray, "batch length"], dtype: jnp.dtype
     ) -> Float[Array, "batch length embed"]:
         """The rows of `table`."""
         return jnp.take(table, tokens, axis=0).astype(dtype)

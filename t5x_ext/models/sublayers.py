@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from t5x_ext.contracts import Axes
+from t5x_ext.contracts import AnyArray, Axes
 from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.placement import UNPLACED, Placement
 
-Positions = Callable[[Int[Array, "..."], int], Float[Array, "... embed"]]
+Positions = Callable[[Int[AnyArray, "..."], int], Float[Array, "... embed"]]
 """`(positions, embed_dim) -> vectors`, added to embeddings."""
 
 Factory = Callable[..., nn.Module]
@@ -46,7 +46,7 @@ class KeyValue(NamedTuple):
     value: Float[Array, "*batch length heads head_dim"]
 
 
-def sinusoidal_positions(positions: Int[Array, "..."], embed_dim: int) -> Float[Array, "... embed"]:
+def sinusoidal_positions(positions: Int[AnyArray, "..."], embed_dim: int) -> Float[Array, "... embed"]:
     """Sines in the first half, cosines in the second, wavelengths from 2 pi to 20,000 pi (fairseq's arrangement).
 
     Positions count from 0 (fairseq starts at 2).

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.contracts import Batch, Params, PyTree
+from t5x_ext.contracts import AnyArray, Batch, Params, PyTree
 from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.layers import Layer
 from t5x_ext.models.parts import LayerParts
@@ -59,7 +58,7 @@ class Embedding(nn.Module):
         init = nn.initializers.normal(width**-0.5)
         self.table = self.param("table", named_axes(init, (self.axis, "embed")), (self.rows, width))
 
-    def __call__(self, rows: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+    def __call__(self, rows: Int[AnyArray, "batch length"]) -> Float[Array, "batch length embed"]:
         """The vectors of some rows."""
         return self.placement.lookup(self.table, rows, compute_dtype(self.config))
 
@@ -139,7 +138,7 @@ class Transformer(nn.Module):
     def _scaled(self, vectors: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         return vectors * math.sqrt(self.config.embed_dim) if self.config.scale_embedding else vectors
 
-    def _position_vectors(self, positions: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
+    def _position_vectors(self, positions: Int[AnyArray, "batch length"]) -> Float[Array, "batch length embed"]:
         return self.positions(positions, self.config.embed_dim).astype(compute_dtype(self.config))
 
     def _dropped(
@@ -161,13 +160,13 @@ def one_token(*names: str) -> dict[str, Int[Array, "1 1"]]:
 
 
 def segment_mask(
-    queries: Int[Array | np.ndarray, "batch length"], keys: Int[Array | np.ndarray, "batch memory_length"]
+    queries: Int[AnyArray, "batch length"], keys: Int[AnyArray, "batch memory_length"]
 ) -> Bool[Array, "batch length memory_length"]:
     """True where query and key belong to the same example and the key is not padding."""
     return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
 
 
-def causal_mask(segment_ids: Int[Array | np.ndarray, "batch length"]) -> Bool[Array, "batch length length"]:
+def causal_mask(segment_ids: Int[AnyArray, "batch length"]) -> Bool[Array, "batch length length"]:
     """True where the key belongs to the query's example and is not after it."""
     length = segment_ids.shape[1]
     return segment_mask(segment_ids, segment_ids) & jnp.tril(jnp.ones((length, length), bool))

@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from t5x_ext.objectives.cross_entropy import LabelSmoothedCrossEntropy
+from t5x_ext.objectives.ctc import Ctc
+from t5x_ext.objectives.glancing import Glancing, ParallelCrossEntropy
+from t5x_ext.objectives.nodes import NodeCrossEntropy
 
-__all__ = ["LabelSmoothedCrossEntropy"]
+__all__ = ["Ctc", "Glancing", "LabelSmoothedCrossEntropy", "NodeCrossEntropy", "ParallelCrossEntropy"]

@@ -56,20 +56,32 @@ class LabelSmoothedCrossEntropy:
 
     def __call__(self, params: Params, batch: Batch, context: Context) -> Loss:
         """The loss of a batch as sums; dropout is on in training."""
-        hidden = self._hidden(params, batch, context)
-        labels, weights = batch["target_labels"], self.label_weights(batch, context)
+        weights = self.label_weights(batch, context)
+        total = self.sums(params, self._hidden(params, batch, context), batch["target_labels"], weights)
+        weight = jnp.sum(weights)
+        return Loss(total[0], weight, {"nll": (total[1], weight), "accuracy": (total[2], weight)})
+
+    def sums(
+        self,
+        params: Params,
+        hidden: Float[Array, "batch length embed"],
+        labels: Int[Array, "batch length"],
+        weights: Float[Array, "batch length"],
+    ) -> Float[Array, " sums"]:
+        """Weighted sums of loss, negative log-likelihood and hits, from the output of the model's last layer.
+
+        The loss alone has a gradient.
+        """
 
         def sums(hidden: Array, labels: Array, weights: Array) -> Float[Array, " sums"]:
             return self._sums(self._project(params, hidden), labels, weights)
 
         rows, length = labels.shape
-        positions = _positions_of_a_chunk(rows, length, self.chunk_tokens)
-        chunks = tuple(_chunks_of_positions(a, positions) for a in (hidden, labels, weights))
+        positions = positions_of_a_chunk(rows, length, self.chunk_tokens)
+        chunks = tuple(chunks_of_positions(a, positions) for a in (hidden, labels, weights))
         # What `sums` takes from the parameters becomes an argument, so that its gradient can be asked for by name.
         sums_of, used = jax.closure_convert(sums, *(chunk[0] for chunk in chunks))
-        total = _sum_over_chunks(sums_of, tuple(used), *chunks)
-        weight = jnp.sum(weights)
-        return Loss(total[0], weight, {"nll": (total[1], weight), "accuracy": (total[2], weight)})
+        return _sum_over_chunks(sums_of, tuple(used), *chunks)
 
     def logits(self, params: Params, batch: Batch, context: Context) -> Float[Array, "batch length vocab"]:
         """Scores of every label position, float32."""
@@ -160,13 +172,13 @@ def _scale_gradients(
 _sum_over_chunks.defvjp(_sum_with_gradients, _scale_gradients)
 
 
-def _positions_of_a_chunk(rows: int, length: int, chunk_tokens: int) -> int:
+def positions_of_a_chunk(rows: int, length: int, chunk_tokens: int) -> int:
     """Label positions of a row that are in a chunk: as even as they come, since what is missing is padded."""
     chunks = -(-length // max(1, chunk_tokens // rows))
     return -(-length // chunks)
 
 
-def _chunks_of_positions(a: Array, positions: int) -> Array:
+def chunks_of_positions(a: Array, positions: int) -> Array:
     """[batch, length, ...] as [chunks, batch, positions, ...], zeros at the end.
 
     Chunks are cut along the length, so that a batch split over devices stays split.

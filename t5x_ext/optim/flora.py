@@ -276,9 +276,14 @@ def flora(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompressedSum:
-    """The compressed sum of a parameter's gradients; `shape` is static."""
+    """The compressed sum of a parameter's gradients.
 
-    sum: Float[Array, "..."]  # float32
+    Attributes:
+      sum: float32.
+      shape: of the parameter, static.
+    """
+
+    sum: Float[Array, "..."]
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 

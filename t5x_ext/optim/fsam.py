@@ -80,8 +80,8 @@ def fsam(
     first update too. With sparsity 0 this is SAM. With sparsity 1 nothing is perturbed, no second gradient is computed,
     and the result is that of the base optimizer, bit for bit.
 
-    A gradient that is not finite perturbs nothing and does not change mask and count: the base optimizer gets it
-    unperturbed. A second gradient that is not finite goes to the base optimizer too;
+    If the gradient is not finite, nothing is perturbed, mask and count do not change, and the base optimizer gets this
+    gradient. A second gradient that is not finite goes to the base optimizer too;
     `fsam(optax.apply_if_finite(optimizer, n))` skips such updates.
 
     It must be outermost. It works inside `optax.chain`, but transformations before it (clipping) see the first gradient

@@ -38,6 +38,7 @@ class PruningGroup:
       scope: `"global"` ranks the entries of all tensors of the group together, `"local"` those of each tensor alone.
       importance: what entries are ranked by: their `"magnitude"`, or their `"value"`, for logits, of which a strongly
         negative one means an entry that hardly counts.
+      name: of the group in logs, as in `density/weights`; "": its first pattern.
 
     Raises:
       UserError: for values out of range.
@@ -48,6 +49,7 @@ class PruningGroup:
     initial_density: float = 1.0
     scope: Literal["global", "local"] = "global"
     importance: Literal["magnitude", "value"] = "magnitude"
+    name: str = ""
 
     def __post_init__(self) -> None:
         name = "PruningGroup"
@@ -104,6 +106,12 @@ class GradualPruningState(NamedTuple):
     count: Int[Array, ""]  # type: ignore[assignment]  # int32: updates done
     mask: PyTree  # uint8, `bits.packed_shape` of each parameter of a group, None for others; 1 where active
     opt_state: PyTree  # of the inner optimizer
+    density: dict[str, Float[Array, ""]]  # float32: active part of each group, by its name
+
+    @property
+    def metrics(self) -> dict[str, Float[Array, ""]]:
+        """What the training step reports: `density/weights`, ..."""
+        return {f"density/{name}": value for name, value in self.density.items()}
 
 
 def gradual_pruning(
@@ -149,7 +157,7 @@ def gradual_pruning(
       begin: the update after which the first density holds; 0, or at least 1 with an initial density below 1.
       regrowth: death and growth; None: entries once pruned stay so.
       slots: what happens to moments of the inner optimizer: `"keep"` nothing; `"reset"` those of entries that grow
-        become 0; `"mask"` those of inactive entries are 0 after every update, as the authors' code does with SGD.
+        become 0; `"mask"` those of inactive entries are 0 after every update too, as the authors' code does with SGD.
       axes: tree of axis names, such as `models.logical_axes` gives: every layer of a stack is then a tensor of its own.
         None: every array is one tensor.
       authors_rule: the rule of the released code for the sake of comparison: entries strictly above the
@@ -200,7 +208,8 @@ def gradual_pruning(
         words: list[Array | None] = [None] * len(leaves)
         for tensor in tensors:
             words[tensor.number] = pack(jnp.ones(leaves[tensor.number].shape, bool))
-        return GradualPruningState(jnp.zeros((), jnp.int32), jax.tree.unflatten(structure, words), opt_state)
+        mask, dense = jax.tree.unflatten(structure, words), dict.fromkeys(plan.names, jnp.ones((), jnp.float32))
+        return GradualPruningState(jnp.zeros((), jnp.int32), mask, opt_state, dense)
 
     def update(
         grads: PyTree, state: GradualPruningState, params: Params | None = None, **extra_args: Any
@@ -213,29 +222,30 @@ def gradual_pruning(
         old, structure = jax.tree.flatten(params)
         moves, words = jax.tree.leaves(updates), jax.tree.leaves(state.mask)
 
-        def event() -> tuple[list[Array], list[Array]]:
-            """The packed masks, and of those the entries that keep their values; what grows starts from 0."""
+        def event() -> tuple[list[Array], list[Array], dict[str, Array]]:
+            """The packed masks, of those the entries that keep their values (what grows starts from 0), densities."""
             active = [unpack(word, tensor.shape) for word, tensor in zip(words, tensors, strict=True)]
             values = [_moved(old[t.number], moves[t.number], mask) for t, mask in zip(tensors, active, strict=True)]
             number = (count - begin) // every  # of the event
             pruned = plan.prune(tensors, values, active, number)
             if regrowth is None:
                 packed = list(map(pack, pruned))
-                return packed, packed
+                return packed, packed, plan.densities(tensors, pruned)
             scores = _growth_scores(regrowth.score, tensors, grads, _slots(opt_state, params), (seed, count))
             grown = [plan.regrow(*each, number) for each in zip(tensors, values, pruned, scores, strict=True)]
-            return list(map(pack, grown)), [pack(p & g) for p, g in zip(pruned, grown, strict=True)]
+            kept = [pack(p & g) for p, g in zip(pruned, grown, strict=True)]
+            return list(map(pack, grown)), kept, plan.densities(tensors, grown)
 
-        words, kept = jax.lax.cond(plan.is_due(count), event, lambda: (words, words))
+        words, kept, density = jax.lax.cond(plan.is_due(count), event, lambda: (words, words, state.density))
         if slots != "keep":
-            spared = words if slots == "mask" else [~word | keeps for word, keeps in zip(words, kept, strict=True)]
+            spared = kept if slots == "mask" else [~word | keeps for word, keeps in zip(words, kept, strict=True)]
             masks = [unpack(word, tensor.shape) for word, tensor in zip(spared, tensors, strict=True)]
             opt_state = _masked_slots(opt_state, params, tensors, masks)
         for tensor, word in zip(tensors, kept, strict=True):
             leaf = old[tensor.number]
             moves[tensor.number] = jnp.where(unpack(word, leaf.shape), moves[tensor.number], -leaf)
         mask = jax.tree.unflatten(jax.tree.structure(state.mask), words)
-        return jax.tree.unflatten(structure, moves), GradualPruningState(count, mask, opt_state)
+        return jax.tree.unflatten(structure, moves), GradualPruningState(count, mask, opt_state, density)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -308,6 +318,11 @@ class _Plan(NamedTuple):
     strict: bool
 
     @property
+    def names(self) -> list[str]:
+        """Names of the groups."""
+        return [group.name or group.patterns[0] for group in self.groups]
+
+    @property
     def events(self) -> int:
         """F: events from `begin` on, the one at `begin` not counted."""
         return (self.end - self.begin) // self.every
@@ -324,6 +339,8 @@ class _Plan(NamedTuple):
                 f"{_OWNER}: every = {self.every} leaves {max(self.events, 0)} events between begin = {self.begin} and "
                 f"end = {self.end}; at least 3 are needed to reach the final density gradually"
             )
+        if len(set(self.names)) < len(self.names):
+            raise UserError(f"{_OWNER}: two groups have one name: {', '.join(self.names)}; set PruningGroup.name")
         if self.begin == 0 and any(group.initial_density < 1 for group in self.groups):
             raise UserError(f"{_OWNER}: begin = 0 must be at least 1 with an initial_density below 1: updates prune")
 
@@ -383,6 +400,15 @@ class _Plan(NamedTuple):
             return survivors | top_k_mask(jnp.where(survivors, -1.0, score), dead)
 
         return tensor.each(one, values, active, score, shared=(self._shares()[event],))
+
+    def densities(self, tensors: Sequence[_Tensor], masks: Sequence[Array]) -> dict[str, Array]:
+        """The active part of each group."""
+        found = {}
+        for number, name in enumerate(self.names):
+            own = [(mask, tensor) for mask, tensor in zip(masks, tensors, strict=True) if tensor.group == number]
+            active = sum(jnp.sum(mask, dtype=jnp.float32) for mask, _ in own)
+            found[name] = jnp.asarray(active / self._entries([tensor for _, tensor in own]), jnp.float32)
+        return found
 
     @property
     def _last(self) -> int:

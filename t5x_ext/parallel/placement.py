@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Axes
+from t5x_ext.contracts import AnyArray, Axes
 from t5x_ext.parallel.mesh import BATCH_AXES, batch_devices
 from t5x_ext.parallel.rules import AxisRules
 from t5x_ext.parallel.shardings import AxisSharding, partition_spec
@@ -41,7 +41,7 @@ class MeshPlacement:
         return weight if kept == gathered else _gathered(kept, gathered, weight)
 
     def lookup(
-        self, table: Float[Array, "vocab embed"], tokens: Int[Array, "batch length"], dtype: jnp.dtype
+        self, table: Float[Array, "vocab embed"], tokens: Int[AnyArray, "batch length"], dtype: jnp.dtype
     ) -> Float[Array, "batch length embed"]:
         """Embeddings from a table that stays sharded: a device looks up its columns for all tokens of its group.
 

@@ -31,11 +31,15 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """One array: element type (`bf16`), dims, bytes of its elements, and memory space.
+    """One array.
 
-    `memory_space` 0 is the device's main memory (HBM); the TPU compiler marks its on-chip memories 1 (VMEM) and above,
-    and host memory 5. `padded_bytes` is what its tiled layout allocates: `bf16[8,100]` in tiles of (8, 128) takes
-    as much as `bf16[8,128]`.
+    Attributes:
+      dtype: element type, as `bf16`.
+      dims: its shape.
+      bytes: of its elements.
+      padded_bytes: what its tiled layout allocates: `bf16[8,100]` in tiles of (8, 128) takes as much as `bf16[8,128]`.
+      memory_space: 0 is the device's main memory (HBM); the TPU compiler marks its on-chip memories 1 (VMEM) and
+        above, and host memory 5.
     """
 
     dtype: str
@@ -67,8 +71,14 @@ def leaves(shape: Shape) -> Iterator[Array]:
 class Instruction:
     """One instruction: `%name = shape opcode(operands), attributes`.
 
-    `arguments` is the text between the parentheses (a constant's literal, a parameter's number); `operands` the names
-    in it; `attributes` everything after it, metadata and backend configuration included.
+    Attributes:
+      name: without %.
+      shape: of the result.
+      opcode: as `dot`.
+      arguments: the text between the parentheses (a constant's literal, a parameter's number).
+      operands: the names in `arguments`.
+      attributes: the text after it, metadata and backend configuration included.
+      called: names of the computations that it calls, by the attribute that names them.
     """
 
     name: str
@@ -99,7 +109,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    """A named list of instructions in the order of the text, which after compilation is the schedule."""
+    """A named list of instructions.
+
+    Attributes:
+      name: without %.
+      instructions: by name, in the order of the text, which after compilation is the schedule.
+      root: the instruction whose result is the computation's.
+    """
 
     name: str
     instructions: dict[str, Instruction]
@@ -126,7 +142,15 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """A parsed module, with `partitions` and `replicas` from its header; devices = partitions * replicas."""
+    """A parsed module.
+
+    Attributes:
+      name: of the module.
+      computations: by name.
+      entry: the computation that runs first.
+      partitions: from the header; there are partitions * replicas devices.
+      replicas: from the header.
+    """
 
     name: str
     computations: dict[str, Computation]

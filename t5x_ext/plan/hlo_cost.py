@@ -66,7 +66,16 @@ class CollectiveOp:
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of a step of one kind, axes, groups and dtype; `bytes` is the sum of their payloads."""
+    """All collectives of a step of one kind, axes, groups and dtype.
+
+    Attributes:
+      kind: see `CollectiveOp`, like the next three.
+      axes: mesh axes of a group.
+      group_size: devices in a group.
+      dtype: of the (first) array.
+      count: executions a step.
+      bytes: the sum of their payloads.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -78,7 +87,18 @@ class Collective:
 
 @dataclass(frozen=True)
 class Buffer:
-    """An array that an instruction writes to HBM; `padded_bytes` is the size of its tiled layout."""
+    """An array that an instruction writes to HBM.
+
+    Attributes:
+      dtype: element type.
+      dims: its shape.
+      bytes: of its elements.
+      padded_bytes: of its tiled layout.
+      name: of the instruction.
+      opcode: of the instruction.
+      op_name: the instruction's origin in the traced program.
+      computation: that the instruction is in.
+    """
 
     dtype: str
     dims: tuple[int, ...]

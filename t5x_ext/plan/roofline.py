@@ -38,7 +38,12 @@ _PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
 @dataclass(frozen=True)
 class Ring:
-    """One axis of the network for a group of devices: how many of them it connects, and bytes/s a device (`W`)."""
+    """One axis of the network, for a group of devices.
+
+    Attributes:
+      size: devices of the group along it.
+      bandwidth: bytes/s a device (`W`).
+    """
 
     size: int
     bandwidth: float
@@ -46,7 +51,13 @@ class Ring:
 
 @dataclass(frozen=True)
 class CollectiveTime:
-    """Seconds a step that a collective keeps each network busy: the one inside a slice and the one between slices."""
+    """The time of a collective in a step.
+
+    Attributes:
+      collective: the collective.
+      seconds: on the network inside a slice or node.
+      slice_seconds: on the network between them.
+    """
 
     collective: Collective
     seconds: float
@@ -55,9 +66,14 @@ class CollectiveTime:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds a step that each resource is busy, at least.
+    """Lower bounds on the seconds a step that each resource is busy.
 
-    `network_seconds` is the network inside a slice or node, `slice_network_seconds` the one between them.
+    Attributes:
+      compute_seconds: of the cores.
+      hbm_seconds: of the memory.
+      network_seconds: of the network inside a slice or node.
+      slice_network_seconds: of the network between them.
+      collectives: time of each collective.
     """
 
     compute_seconds: float

@@ -11,6 +11,7 @@ from t5x_ext.tasks.held_out import HeldOutLoss
 from t5x_ext.tasks.language_model import LanguageModeling
 from t5x_ext.tasks.of_run import text_task, with_data, with_model
 from t5x_ext.tasks.opening import open_run
+from t5x_ext.tasks.parallel_translation import ParallelTranslation
 from t5x_ext.tasks.sentences import SentenceEncoder
 from t5x_ext.tasks.translation import Translation
 
@@ -18,6 +19,7 @@ __all__ = [
     "Classification",
     "HeldOutLoss",
     "LanguageModeling",
+    "ParallelTranslation",
     "SentenceEncoder",
     "TextClassifier",
     "Translation",

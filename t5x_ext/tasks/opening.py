@@ -18,6 +18,7 @@ Opener = Callable[[str, str | int], Any]
 OPENERS: dict[str, Opener] = {
     "translation": Translator.from_run,
     "language_model": Translator.from_run,
+    "parallel_translation": Translator.from_run,
     TASK: TextClassifier.from_run,
     ENCODER_TASK: SentenceEncoder.from_run,
 }

@@ -7,21 +7,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
 from t5x_ext.checkpoints import RunFolder
 from t5x_ext.contracts import FamilyCorpus, Frozen, Params, PyTree, TranslationBatch, UserError
-from t5x_ext.data import DataConfig, PreparedData, TextDirection, prepare
+from t5x_ext.data import DataConfig, PreparedData, TextDirection, Vocabulary, prepare
 from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
 from t5x_ext.models import (
     UNPLACED,
-    EncoderDecoder,
     LayerParts,
     Placement,
+    Transformer,
     TransformerConfig,
     init_params,
     logical_axes,
@@ -54,6 +54,9 @@ class Translation:
       decode_every: updates between decodings, or epochs or examples; None: `EvaluationConfig.every`.
       test_decode: search used for the final test.
     """
+
+    kind: ClassVar[str] = "translation"
+    """Name of the task in `model.json`."""
 
     data: DataConfig
     model: TransformerConfig
@@ -95,10 +98,14 @@ class Translation:
         batch = packed_arrays(self.data.batch, TranslationBatch.__annotations__)
         return Definition(model, partial(init_params, model), logical_axes(model), batch)
 
-    def build(self, sizes: Mapping[str, int], placement: Placement = UNPLACED) -> EncoderDecoder:
+    def build(self, sizes: Mapping[str, int], placement: Placement = UNPLACED) -> Transformer:
         """The model, with the size of the vocabulary in use."""
-        model: EncoderDecoder = model_of(self.sized(sizes), parts=self.parts, placement=placement)
+        model: Transformer = model_of(self.sized(sizes), parts=self.parts, placement=placement)
         return model
+
+    def sizes(self, vocabulary: Vocabulary) -> dict[str, int]:
+        """What the model takes from the data."""
+        return {"vocab_size": vocabulary.size}
 
     def sized(self, sizes: Mapping[str, int]) -> TransformerConfig:
         """The model's config with the size of the vocabulary in use."""
@@ -115,14 +122,14 @@ class PreparedTranslation:
     Attributes:
       task: what is learned.
       data: vocabulary, batches and held-out text.
-      sizes: `vocab_size`.
+      sizes: what the model takes from the data, as `{"vocab_size": 32000}`.
       batches: training batches.
     """
 
     def __init__(self, task: Translation, data: PreparedData):
         """Joins a task and its data."""
         self.task, self.data = task, data
-        self.sizes = {"vocab_size": data.vocabulary.size}
+        self.sizes = task.sizes(data.vocabulary)
         self.batches = TextBatches(data.batches, data.description, task.sized(self.sizes).flops)
 
     @property
@@ -163,7 +170,7 @@ class PreparedTranslation:
 
     def record(self) -> dict[str, Any]:
         """Model, tags, directions and the vocabulary's fingerprint."""
-        return text_record("translation", model_to_json(self.task.build(self.sizes)), self.task.data, self.data)
+        return text_record(self.task.kind, model_to_json(self.task.build(self.sizes)), self.task.data, self.data)
 
     def translator(self, program: Program, params: Params, directions: Sequence[str]) -> Translator:
         """The program's model with these parameters, ready to translate."""

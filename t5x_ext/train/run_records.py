@@ -23,7 +23,7 @@ _MAY_CHANGE = (
     *("Run.checkpoints",),
     *("Run.max_skipped_updates", "Run.max_rewinds", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
     *("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules."),
-    *(".decode", ".test_decode", ".max_lines", "Beam.", "Greedy.", "Sample."),
+    *(".decode", ".test_decode", ".max_lines", "Beam.", "Greedy.", "Sample.", "LengthBeam."),
     *("MinimumLength.", "ForbidTokens.", "NoRepeatNgrams."),
 )
 """Settings that a restart may change: they do not touch what has been learned so far. Devices may be others, too."""

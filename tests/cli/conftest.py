@@ -107,9 +107,11 @@ from t5x_ext import tasks
 from t5x_ext import train
 
 STEPS = 12
-train.Run:
+tasks.Translation:
     data = @data.DataConfig()
     model = @models.VegaTiny()
+train.Run:
+    task = @tasks.Translation()
     optimizer = @optim.adam()
     steps = %STEPS
     log_every = 4

@@ -133,7 +133,7 @@ def test_decoder_input_is_the_labels_shifted_within_segments(batches, vocabulary
 def test_batch_is_the_same_for_any_number_of_hosts(batches, hosts):
     share = ROWS // hosts
     for index in range(3):
-        parts = [batches.rows(index, host * share, (host + 1) * share) for host in range(hosts)]
+        parts = [batches.read(index, host * share, (host + 1) * share) for host in range(hosts)]
         assert_equal({key: np.concatenate([part[key] for part in parts]) for key in KEYS}, batches[index])
 
 
@@ -147,7 +147,7 @@ def test_hosts_read_only_their_rows(make_batches, monkeypatch):
         "read_tokens",
         lambda self, records: read.append(len(records)) or original(self, records),
     )
-    batches.rows(0, 0, 2)
+    batches.read(0, 0, 2)
     assert sum(read) == len(batches.plan.examples(0, 0, 2).rows) < whole
     assert len(read) <= 2, "one read a cache"
 
@@ -159,7 +159,7 @@ def test_empty_rows_are_all_padding(make_batches):
     empty = batch["target_segment_ids"].max(axis=1) == 0
     assert empty.any()
     assert not any(batch[key][empty].any() for key in KEYS)
-    assert_equal(batches.rows(0, 3998, 4000), {key: batch[key][3998:] for key in KEYS})
+    assert_equal(batches.read(0, 3998, 4000), {key: batch[key][3998:] for key in KEYS})
 
 
 def test_every_text_is_there_once_an_epoch(batches, make_corpus):
@@ -239,14 +239,14 @@ def test_skipped_batches_do_not_appear(make_batches):
 )
 def test_failure_in_a_reading_thread_reaches_the_consumer(make_batches, monkeypatch, num_threads, raised, told):
     batches = make_batches()
-    rows = PackedBatches.rows
+    read = PackedBatches.read
 
     def fail(self, index, *part):
         if index == 7:
             raise raised
-        return rows(self, index, *part)
+        return read(self, index, *part)
 
-    monkeypatch.setattr(PackedBatches, "rows", fail)
+    monkeypatch.setattr(PackedBatches, "read", fail)
     iterator = batch_iterator(batches, start=3, num_threads=num_threads)
     for _ in range(4):
         next(iterator)

@@ -44,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True)
 class FixedModel(Model):
-    """Logits [position, vocab], whatever came before."""
+    """Logits [position, vocab] that do not depend on the tokens before."""
 
     logits: np.ndarray
 

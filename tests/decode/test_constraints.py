@@ -87,10 +87,10 @@ def test_samples_are_of_what_is_allowed(toy, search, sequences, case):
     constraints, allowed = CASES[case]
     model = toy(5, vocab_size=6, sharpness=0.3)
     found = search(model, Sample(n_best=20, top_p=0.9), rows=4, max_length=8, constraints=constraints)
-    drawn = [sequence for row in range(4) for sequence in sequences(found, row)]
-    assert len(drawn) == 80
-    assert len(set(drawn)) > 15
-    assert all(allowed(sequence[:-1]) for sequence in drawn)
+    samples = [sequence for row in range(4) for sequence in sequences(found, row)]
+    assert len(samples) == 80
+    assert len(set(samples)) > 15
+    assert all(allowed(sequence[:-1]) for sequence in samples)
 
 
 @pytest.mark.parametrize("strategy", [Beam(beam_size=3, n_best=3), Greedy(), Sample(n_best=2)])

@@ -1,4 +1,4 @@
-"""Decoding on several devices: what one device gives, whatever is cut."""
+"""Decoding on several devices: what one device gives for every sharding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from t5x_ext.models import EncoderDecoder
 from t5x_ext.parallel import MeshConfig, MeshPlacement, fsdp_tensor, make_mesh
 from t5x_ext.parallel.batches import batch_sharding
 
-MESHES = {"copies": MeshConfig(), "cut": MeshConfig(data=2, fsdp=2, tensor=2)}
+MESHES = {"copies": MeshConfig(), "sharded": MeshConfig(data=2, fsdp=2, tensor=2)}
 # Eight rows are one for each device; with the empty line there are fewer lines than rows.
 LINES = ["a dog", "", "cat and dog", "here", "there are cats today", "x y z"]
 SETTINGS = {
@@ -43,11 +43,11 @@ def check_equal(found, expected):
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize(("mesh", "settings"), [("copies", "sample"), ("cut", "beam"), ("cut", "constrained")])
+@pytest.mark.parametrize(("mesh", "settings"), [("copies", "sample"), ("sharded", "beam"), ("sharded", "constrained")])
 def test_eight_devices_give_what_one_gives(translator, mesh, settings):
     placed = on_mesh(translator, MESHES[mesh])
-    cut = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.params)]
-    assert all(cut) if mesh == "cut" else not any(cut)
+    sharded = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.params)]
+    assert all(sharded) if mesh == "sharded" else not any(sharded)
     assert placed.fingerprint() == translator.fingerprint()
     config = SETTINGS[settings]
     check_equal(
@@ -58,7 +58,7 @@ def test_eight_devices_give_what_one_gives(translator, mesh, settings):
 
 @pytest.mark.devices(8)
 def test_eight_devices_score_as_one_does(translator):
-    both = (on_mesh(translator, MESHES["cut"]), translator)
+    both = (on_mesh(translator, MESHES["sharded"]), translator)
     scores, expected = ([score.log_prob for score in t.score(LINES, LINES[::-1], "en", "de")] for t in both)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
@@ -88,9 +88,9 @@ def test_a_device_works_on_its_own_rows_only(translator):
 
 @pytest.mark.devices(8)
 def test_no_device_has_the_scores_of_all_rows(translator):
-    """Where the vocabulary may be cut, too."""
+    """Also where the vocabulary may be sharded."""
     vocab_size = translator.vocabulary.size
-    text = searched(on_mesh(translator, MESHES["cut"]))
+    text = searched(on_mesh(translator, MESHES["sharded"]))
     assert f"f32[6,{vocab_size}]" in text
     assert f"f32[24,{vocab_size}]" not in text
 
@@ -113,7 +113,7 @@ def searched(placed: Translator) -> str:
 
 @pytest.mark.devices(8)
 def test_an_ensemble_on_a_mesh_keeps_its_members_where_they_are(translator):
-    placed = on_mesh(translator, MESHES["cut"])
+    placed = on_mesh(translator, MESHES["sharded"])
     both = Translator.ensemble([placed, placed])
     for one, stacked in zip(jax.tree.leaves(placed.params), jax.tree.leaves(both.params)):
         assert stacked.sharding.is_equivalent_to(
@@ -126,16 +126,16 @@ def test_an_ensemble_on_a_mesh_keeps_its_members_where_they_are(translator):
 
 
 @pytest.mark.devices(8)
-def test_batches_of_a_mesh_are_cut_evenly():
-    """Each copy of the model has the tokens of one device; rows divide among the devices that cut them."""
-    copies, cut = (make_mesh(mesh) for mesh in MESHES.values())
+def test_batches_of_a_mesh_are_sharded_evenly():
+    """Each copy of the model has the tokens of one device; rows divide among the devices that share them."""
+    copies, sharded = (make_mesh(mesh) for mesh in MESHES.values())
     shapes = lambda lengths, mesh: {(b.rows, b.length) for b in plan_batches(lengths, 64, mesh)}
     assert shapes([5] * 100, None) == {(4, 16)}
     assert shapes([5] * 100, copies) == {(32, 16)}
-    assert shapes([5] * 100, cut) == {(8, 16)}
+    assert shapes([5] * 100, sharded) == {(8, 16)}
     assert shapes([60] * 100, None) == {(1, 64)}
     assert shapes([60] * 100, copies) == {(8, 64)}
-    assert shapes([60] * 100, cut) == {(4, 64)}
+    assert shapes([60] * 100, sharded) == {(4, 64)}
     assert shapes([5], copies) == {(8, 16)}
 
 

@@ -159,7 +159,7 @@ def test_long_lines_are_cut_and_counted(translator, caplog):
     config = DecodeConfig(Greedy(), max_source_length=12)
     with caplog.at_level(logging.WARNING):
         cut = translator.translate_n_best([line, "a"], "en", "de", config)
-    assert "1 of 2 lines have more than 12 tokens" in caplog.text
+    assert "1 of 2 lines are longer than 12 tokens" in caplog.text
     assert cut[0] == translator.translate_n_best([line + line, "a"], "en", "de", config)[0]
 
 

@@ -29,7 +29,7 @@ from t5x_ext.optim import (
     mean_accumulator,
     sam,
 )
-from t5x_ext.train.step import split_rows
+from t5x_ext.train.microbatches import split_rows
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,12 @@ def _ginger(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
 
 
 def _gradual_pruning(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
-    # Half of a network; functions whose minimum is dense keep all entries.
-    group = PruningGroup(["^(?!.*scale)"], 0.5 if axes else 1.0)
-    return gradual_pruning(adam(learning_rate), [group], end=3, every=1, regrowth=Regrowth(0.2, 0.1), axes=axes)
+    # A tenth of a network: what falls on the other side of a threshold in bfloat16 is small. Functions stay dense.
+    group, regrowth = (
+        PruningGroup(["kernel", "layers/(in|mlp)"], 0.9 if axes else 1.0),
+        Regrowth(0.05, 0.05, "gradient"),
+    )
+    return gradual_pruning(adam(learning_rate), [group], end=3, every=1, regrowth=regrowth, axes=axes)
 
 
 def _optax_sam(learning_rate: Any, axes: Any) -> optax.GradientTransformation:

@@ -117,7 +117,7 @@ CGP_INNER = {
 def test_gradual_pruning_is_that_of_the_authors(inner):
     """Their strict thresholds with the ties of features that all begin at 1, death, growth, and no last event."""
     recorded, (moments, score, slots) = RECORDED["cgp"][inner], CGP_INNER[inner]
-    groups = [PruningGroup(["weight$"], 0.3), PruningGroup(["edge_weight"], 0.5), PruningGroup(["x_weight"], 0.5)]
+    groups = [PruningGroup(["[.]weight$"], 0.3), PruningGroup(["edge_weight"], 0.5), PruningGroup(["x_weight"], 0.5)]
     optimizer = gradual_pruning(
         optax.chain(optax.add_decayed_weights(0.01), moments, optax.scale(-0.05)),
         groups,
@@ -133,4 +133,4 @@ def test_gradual_pruning_is_that_of_the_authors(inner):
         updates, state = update(shaped(gradient, CGP_SHAPES), state, params)
         params = optax.apply_updates(params, updates)
         for name, leaf in shaped(expected, CGP_SHAPES).items():
-            np.testing.assert_allclose(params[name], leaf, atol=3e-6, err_msg=f"{name} after update {step}")
+            np.testing.assert_allclose(params[name], leaf, atol=1e-5, err_msg=f"{name} after update {step}")

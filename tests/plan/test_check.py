@@ -21,6 +21,7 @@ from t5x_ext.plan.compiling import read_refusal
 from t5x_ext.plan.estimate import Temporaries, estimate_decoding, estimate_temporaries, stored_bytes
 from t5x_ext.plan.report import DeviceMemory
 from t5x_ext.plan.topology import find_target
+from t5x_ext.tasks import with_data
 from t5x_ext.train.program import make_program
 
 VOCAB_SIZE = 512
@@ -213,7 +214,7 @@ def test_model_flops_are_those_of_rows_full_of_examples(make_run):
     assert (source_tokens, target_tokens) == (512, 512)
     assert training_flops(config, run, 100)[0] == pytest.approx(3 * 16 * config.flops([32], [32]))
     batch = BatchConfig(rows=16, source_length=64, target_length=32, packing=False)
-    padded = dataclasses.replace(run, data=dataclasses.replace(run.task.data, batch=batch))
+    padded = with_data(run, dataclasses.replace(run.task.data, batch=batch))
     flops, source_tokens, target_tokens = training_flops(config, padded, 8)
     assert flops == pytest.approx(3 * 16 * config.flops([16], [8]))
     assert (source_tokens, target_tokens) == (256, 128)

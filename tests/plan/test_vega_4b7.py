@@ -74,7 +74,7 @@ def test_the_update_of_a_million_tokens_fits_and_can_be_fast(topology):
     bound = roofline(hlo, target.hardware, dict(program.mesh.shape), coordinates)
     flops, _, target_tokens = training_flops(program.model.config, run, 32)
     assert target_tokens >= 1_000_000
-    # On v6e memory traffic holds it back, see README.md.
+    # On v6e memory traffic holds it back, see docs/planning.md.
     least = 0.5 if topology == "v6e:8x8" else 0.6
     assert mfu_bound(flops, bound.overlapped, target.hardware, program.mesh.size) >= least
     assert bound.serial > bound.overlapped

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from t5x_ext.checkpoints import write_json
 from t5x_ext.contracts import UserError
-from t5x_ext.pipeline.artefact import Artefact, TextFiles, describe
+from t5x_ext.pipeline.artefact import Artefact, TextFiles
+from t5x_ext.pipeline.stage_folder import FORMAT
+from t5x_ext.storage.files import write_json
 from t5x_ext.study import Arm, MeasuredRun, TranslationBleu
 from t5x_ext.study.bleu import bleu_of_counts, counts_of
 from t5x_ext.study.statistics import resampled
@@ -50,7 +51,10 @@ def test_translations_of_a_stage_are_scored_by_direction(tmp_path):
         files = ("in", f"hyp.{pair[1]}")
         texts.append(TextFiles("t", pair, files, len(lines), reference=f"ref.{pair[1]}"))
     (tmp_path / "stage").mkdir()
-    write_json(tmp_path / "stage/artefact.json", describe(tmp_path, "stage", Artefact("corpora", tuple(texts))))
+    write_json(
+        tmp_path / "stage/artefact.json",
+        {"format": FORMAT, "artefact": Artefact("corpora", tuple(texts)).to_json(), "outputs": {}},
+    )
     values = TranslationBleu()(MeasuredRun(tmp_path, Arm("a", part="stage"), 0, None, ""))
     expected = [sacrebleu.corpus_bleu(text, [REFERENCES]).score for text in (WORSE, BETTER)]
     assert values == pytest.approx({"bleu": np.mean(expected), "bleu/en-de": expected[0], "bleu/de-en": expected[1]})

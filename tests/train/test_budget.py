@@ -11,7 +11,7 @@ from t5x_ext.train import Budget, CheckpointConfig, EvaluationConfig, hooks
 from t5x_ext.train.budget import Spent, StopAtBudget, spent_by
 from t5x_ext.train.log import Log
 
-EVALUATION = EvaluationConfig(every=0, max_lines=0)
+EVALUATION = EvaluationConfig(every=0)
 
 
 @pytest.fixture

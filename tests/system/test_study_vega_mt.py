@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,13 @@ import pytest
 import sacrebleu
 from matplotlib.image import imread
 
-from t5x_ext.cli.gin_config import build_parts
-from t5x_ext.pipeline import Pipeline
+from t5x_ext.cli.gin_config import build_parts, build_run
+from t5x_ext.pipeline import Pipeline, Train
+from t5x_ext.study import Study
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+QUICK = Path(__file__).with_name("vega_mt_quick.gin")
+ARMS = "runs/vega_mt_multi30k_arms.gin"
+STUDY = "studies/vega_mt_multi30k.gin"
 DIRECTIONS = ("en-de", "de-en", "en-cs", "cs-en")
 WORDS = {
     "en": ["a", "the", "dog", "cat", "man", "runs", "sits", "red", "blue", "near", "house", "tree"],
@@ -27,24 +29,28 @@ WORDS = {
     "cs": ["jeden", "ten", "pes", "kočka", "muž", "běží", "sedí", "červený", "modrý", "u", "dům", "strom"],
 }
 # Of the arms one with its control, and one that is scored in two directions only.
-FEW = """
+FEW = f"""
 from __gin__ import dynamic_registration
 from t5x_ext import pipeline
 from t5x_ext import vega_mt
 
-include '{arms}'
+include '{ARMS}'
 pipeline.Pipeline.stages = [
     @bitext/pipeline.Texts(), @past/pipeline.Texts(), @dev/pipeline.Texts(), @test/pipeline.Texts(),
     @clean/pipeline.Clean(),
     @pretrain/pipeline.Train(), @pretrain_test/pipeline.Translate(),
     @bit_switch/pipeline.Train(), @bit_switch_test/pipeline.Translate(),
     @onward1/pipeline.Train(), @onward1_test/pipeline.Translate(),
-    @scores/pipeline.Evaluate(), @controlled/pipeline.Evaluate(),
 ]
-scores/pipeline.Evaluate.translations = ['pretrain_test', 'onward1_test']
-scores/pipeline.Evaluate.baseline = 'pretrain_test'
-controlled/pipeline.Evaluate.translations = ['pretrain_test', 'bit_switch_test', 'onward1_test']
-controlled/pipeline.Evaluate.baseline = 'pretrain_test'
+"""
+FEW_STUDY = f"""
+from __gin__ import dynamic_registration
+from t5x_ext import study
+
+include '{STUDY}'
+DATA_DIR = '.'
+study.Study.arms = [@pretrain/study.Arm(), @bit_switch/study.Arm(), @onward1/study.Arm()]
+study.Study.gin_files = ['few.gin', '{QUICK}']
 """
 
 
@@ -58,66 +64,82 @@ def write_texts(folder: Path) -> None:
             (folder / f"{stem}.{language}").write_text(text, encoding="utf-8")
 
 
-def bench(folder: Path, *flags: str) -> str:
-    """What the script prints; programs that run for seconds are compiled quickly."""
+def run_study(folder: Path) -> dict[str, dict]:
+    """The arms that were found, by name; programs that run for seconds are compiled quickly."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_vega_mt.py"), "--quick", "--data_dir=.", "--output_dir=out", *flags],
+        [sys.executable, "-m", "t5x_ext", "study", "--gin_file=study.gin", "--output_dir=out", "--json_out=study.json"],
         cwd=folder,
         env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return {arm["name"]: arm for arm in json.loads((folder / "study.json").read_text(encoding="utf-8"))["arms"]}
 
 
 def test_figures_are_those_of_the_translations(tmp_path):
     write_texts(tmp_path)
-    (tmp_path / "few.gin").write_text(FEW.format(arms=SCRIPTS / "vega_mt_arms.gin"), encoding="utf-8")
-    bench(tmp_path, "--gin_file=few.gin")
+    (tmp_path / "few.gin").write_text(FEW, encoding="utf-8")
+    (tmp_path / "study.gin").write_text(FEW_STUDY, encoding="utf-8")
+    run_study(tmp_path)
     learn(tmp_path)
-    printed = bench(tmp_path, "--gin_file=few.gin", "--json_out=study.json", "--figure_out=study.png")
-    found = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
-    rows = {row["stage"]: row for row in found["controlled"]}
-    assert list(rows) == ["pretrain", "bit_switch", "onward1"]
-    assert found["seconds"].keys() >= rows.keys()
-    assert set(rows["bit_switch"]["bleu"]) == {"en-de", "en-cs"}
-    assert 20 < min(rows["onward1"]["bleu"].values()) < max(rows["onward1"]["bleu"].values()) < 90
-    for row in rows.values():
-        for direction, value in row["bleu"].items():
-            assert value == pytest.approx(bleu(tmp_path, row["stage"], direction))
-        assert row["mean"] == pytest.approx(np.mean(list(row["bleu"].values())))
-    for direction, value in rows["onward1"]["bleu"].items():
-        assert rows["onward1"]["difference"][direction]["value"] == pytest.approx(value, abs=0.1)
-    mean = f"{rows['onward1']['mean']:.1f} (+{rows['onward1']['mean_difference']['value']:.1f}, "
-    assert re.search(rf"^\| no round, updates of one \| P1 pretraining.*{re.escape(mean)}", printed, flags=re.MULTILINE)
-    assert (imread(tmp_path / "study.png")[..., :3].min(axis=2) < 0.9).mean() > 0.005
+    arms = run_study(tmp_path)
+    assert list(arms) == ["pretrain", "bit_switch", "onward1"]
+    assert set(arms["bit_switch"]["values"]) == {"bleu", "bleu/en-de", "bleu/en-cs"}
+    for name, arm in arms.items():
+        by_direction = {key: value["mean"] for key, value in arm["values"].items() if key != "bleu"}
+        assert by_direction == pytest.approx({key: bleu(tmp_path, name, key.split("/")[1]) for key in by_direction})
+        assert arm["values"]["bleu"]["mean"] == pytest.approx(np.mean(list(by_direction.values())))
+    found = arms["onward1"]["values"]
+    assert 20 < min(value["mean"] for value in found.values()) < max(value["mean"] for value in found.values()) < 90
+    for value in found.values():
+        assert value["against"] == "pretrain"
+        resampled = value["resampled"]
+        assert resampled["low"] <= resampled["difference"] <= resampled["high"]
+        assert resampled["difference"] == pytest.approx(value["mean"], abs=0.1)  # of nothing learned
+    table = (tmp_path / "out/table.md").read_text(encoding="utf-8")
+    assert re.search(
+        r"^\| no round, updates of one +\| P1 pretraining, both directions +\| 1 ", table, flags=re.MULTILINE
+    )
+    picture = imread(tmp_path / "out/figures/arms_bleu.png")
+    assert (picture[..., :3].min(axis=2) < 0.9).mean() > 0.005
 
 
 def learn(folder: Path) -> None:
-    """Has an arm of two updates say what is worth scoring, ever less so; takes the scores back."""
-    for wrong, path in enumerate(sorted((folder / "out/onward1_test").glob("test_*"))):
+    """Has an arm of two updates say what is worth scoring, ever less so; takes back what was measured."""
+    stage = folder / "out/arms/pipeline/seed_0/onward1_test"
+    for wrong, path in enumerate(sorted(stage.glob("test_*"))):
         reference = (folder / f"test_2016_flickr{path.suffix}").read_text(encoding="utf-8").splitlines()
         lines = [line if number > wrong else line.replace(" ", "  x ", 3) for number, line in enumerate(reference)]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    for stage in ("scores", "controlled"):
-        shutil.rmtree(folder / "out" / stage)
+    (folder / "out/arms/pipeline/seed_0.measured.json").unlink()
 
 
 def bleu(folder: Path, stage: str, direction: str) -> float:
-    """By sacreBLEU itself, of the files as they lie there."""
+    """By sacreBLEU itself, of the files as they are stored."""
     source, target = direction.split("-")
     pair = f"en-{target if source == 'en' else source}"
-    hypothesis = folder / f"out/{stage}_test/test_2016_flickr.{pair}.{direction}.{target}"
+    hypothesis = folder / f"out/arms/pipeline/seed_0/{stage}_test/test_2016_flickr.{pair}.{direction}.{target}"
     lines = [
         path.read_text(encoding="utf-8").splitlines() for path in (hypothesis, folder / f"test_2016_flickr.{target}")
     ]
     return sacrebleu.corpus_bleu(lines[0], [lines[1]]).score
 
 
+def test_every_arm_of_the_study_is_a_stage_that_translates_and_has_the_control_of_the_pipeline():
+    study, _ = build_run([STUDY], root=Study)
+    pipeline, _ = build_run([ARMS], root=Pipeline)
+    stages = {stage.name: stage for stage in pipeline.stages}
+    assert {arm.part for arm in study.arms} == {name for name in stages if name.endswith("_test")}
+    controls = {arm.part: study.baseline_of(arm).part for arm in study.arms if study.baseline_of(arm)}
+    assert controls.items() >= stages["controlled"].baseline.items()
+    trained = {stage.name for stage in pipeline.stages if isinstance(stage, Train)} - {"lm", "past_lm"}
+    assert {arm.name for arm in study.arms} >= trained
+
+
 def settings() -> dict[str, dict[str, str]]:
     """What every stage of the study is bound to, by its name, without scopes."""
-    pipeline, texts = build_parts("stages", [str(SCRIPTS / "vega_mt_arms.gin")], root=Pipeline)
+    pipeline, texts = build_parts("stages", [ARMS], root=Pipeline)
     found = {}
     for stage, text in zip(pipeline.stages, texts):
         pairs = re.findall(rf"^{stage.name}/t5x_ext\.(?:\w+\.)*?(\w+\.\w+) = (.*)$", text, flags=re.MULTILINE)
@@ -157,26 +179,3 @@ def test_controls_have_as_many_updates():
     assert bound["further"]["linear_decay.total_steps"] == bound["further"]["Run.steps"]
     assert steps["onward1"] == steps["onward2"] == steps["retrain1"] == steps["retrain2"]
     assert int(bound["bit_switch"]["DataConfig.bidirectional_steps"]) * 3 == steps["pretrain"]
-
-
-def test_intervals_are_of_what_bleu_is_summed_from(tmp_path, monkeypatch):
-    """The sums give sacreBLEU's score; equal translations differ by nothing; better ones by an interval about it."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import vega_mt_study
-
-    draw = random.Random(1)
-    references = [" ".join(draw.choices("abcdefgh", k=9)) for _ in range(60)]
-    worse = [line[:-4] + draw.choice(("x y", "g h")) for line in references]
-    better = [one if number % 3 else two for number, (one, two) in enumerate(zip(references, worse))]
-    lines = {"before": worse, "after": better}
-    counts = {}
-    for name, text in lines.items():
-        counts[name] = vega_mt_study.counts_of(text, references, "en")
-        exact = sacrebleu.corpus_bleu(text, [references]).score
-        assert vega_mt_study.bleu_of_counts(counts[name].sum(axis=0)) == pytest.approx(exact)
-    same = vega_mt_study.differences({"en-de": (counts["before"], counts["before"])})
-    assert same["en-de"] == same["mean"] == (0, 0, 0)
-    two = vega_mt_study.differences({"en-de": tuple(counts.values()), "de-en": tuple(counts.values())})
-    # The lines are the same in both directions, so the second one tells nothing new.
-    assert two["mean"] == pytest.approx(two["en-de"])
-    assert 0 < two["mean"].low < two["mean"].value < two["mean"].high < 100
