@@ -42,7 +42,12 @@ RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIP
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
 STAGES = [name for name in FILES if name.startswith("pipelines/")]  # dry-run by the files that include them
 STUDIES = [name for name in FILES if name.startswith("studies/")]
-FRAGMENTS = [name for name in FILES if name not in (*RUNS, *PIPELINES, *OPTIMIZERS, *STAGES, *STUDIES)]
+METHODS = [name for name in FILES if name.startswith("methods/")]  # dry-run by the files that include them
+FRAGMENTS = [
+    name
+    for name in FILES
+    if name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *OPTIMIZERS, *STAGES, *STUDIES, *METHODS)
+]
 QUICKSTART = "runs/quickstart.gin"
 TWO_FILES = ["--train_source=a.en", "--train_target=a.de", "--source_language=en", "--target_language=de"]
 

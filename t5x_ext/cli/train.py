@@ -148,15 +148,31 @@ def _summary(run_dir: str, results: dict[str, Any]) -> str:
             mark = "=" if sample["translation"] == sample["reference"] else "≠"
             lines += [f"       {sample['translation']}", f"     {mark} {sample['reference']}"]
         lines.append("")
+    lines += _classes(results)
     lines += [
         f"learning curve  {folder.learning_curve_png}",
         f"TensorBoard     {folder.tensorboard}   (tensorboard --logdir {folder.tensorboard})",
         f"checkpoints     {folder.checkpoints}",
         f"results         {folder.results_json}",
         "",
-        f"Translate:      t5x_ext translate --run_dir={run_dir} --input=-{_languages(folder)}",
+        _use(folder, run_dir),
     ]
     return "\n".join(lines)
+
+
+def _use(folder: RunFolder, run_dir: str) -> str:
+    """What to do with the model."""
+    from t5x_ext.checkpoints.run_folder import TEXT_TASKS
+
+    if folder.read_record()["task"] in TEXT_TASKS:
+        return f"Translate:      t5x_ext translate --run_dir={run_dir} --input=-{_languages(folder)}"
+    return f"Use:            t5x_ext.load({run_dir!r}) in Python"
+
+
+def _classes(results: dict[str, Any]) -> list[str]:
+    """Scores of a classification."""
+    scores = " · ".join(f"{name} {results[name]:.4f}" for name in ("accuracy", "f1", "matthews") if name in results)
+    return [f"test: {scores} on {results['examples']:,} examples", ""] if scores else []
 
 
 def _efficiency(results: dict[str, Any]) -> list[str]:

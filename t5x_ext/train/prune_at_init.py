@@ -78,6 +78,7 @@ class PruneAtInit(Hook):
             loop.state = jax.jit(_with_masks, out_shardings=place)(loop.state, masks)
         total, kept = sum(row.entries for row in rows), sum(row.kept for row in rows)
         loop.memory.hooks["prune_at_init"] = {"entries": total, "kept": kept}
+        loop.save = "masks"  # a run that is rewound must find them in a checkpoint
         if is_primary():
             say(f"masked {len(rows)} matrices: {kept:,} of {total:,} entries are trained")
             folder = epath.Path(session.store.directory).parent
