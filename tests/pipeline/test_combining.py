@@ -28,6 +28,7 @@ from t5x_ext.pipeline import (
     choose_greedily,
     execute,
 )
+from t5x_ext.tasks import Translation
 from t5x_ext.train import CheckpointConfig, Run
 
 GREEDY = DecodeConfig(Greedy())
@@ -104,7 +105,7 @@ def test_averages_that_cannot_be(tmp_path):
 @pytest.mark.parametrize("setting", ["last", "best"])
 def test_runs_that_keep_too_few_are_refused_before_anything_is_trained(setting):
     data, kept = DataConfig((Lines("a", ("en", "de"), ()),)), CheckpointConfig(keep_last=3, keep_best=3)
-    train = Train("p1", Run(data, TransformerConfig(), optax.sgd(0.1), 2, checkpoints=kept))
+    train = Train("p1", Run(Translation(data, TransformerConfig()), optax.sgd(0.1), 2, checkpoints=kept))
     Pipeline((train, Average("mean", "p1", **{setting: 3})))
     message = f"Average.{setting}=4, but the runs of 'p1' keep 3; set CheckpointConfig.keep_{setting} of 'p1' to 4"
     with pytest.raises(UserError, match=message):

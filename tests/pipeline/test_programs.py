@@ -26,6 +26,7 @@ from t5x_ext.pipeline import (
     Translate,
     decoding_work,
 )
+from t5x_ext.tasks import Translation
 from t5x_ext.train import CheckpointConfig, Run
 from t5x_ext.vega_mt import CycleTranslate, Synthesize
 
@@ -35,7 +36,7 @@ TEXTS = Given("texts", texts=(("a", ("en", "de"), (("one", "eins"),)),))
 
 def run_with(size: int = 300, **changes) -> Run:
     data = DataConfig((Lines("a", ("en", "de"), ()),), vocabulary=VocabularyConfig(size=size))
-    return replace(Run(data, TransformerConfig(), optax.sgd(0.1), 2, num_microbatches=2), **changes)
+    return replace(Run(Translation(data, TransformerConfig()), optax.sgd(0.1), 2, num_microbatches=2), **changes)
 
 
 @dataclass(frozen=True)

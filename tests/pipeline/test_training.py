@@ -15,7 +15,7 @@ from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, VocabularyConfig
 from t5x_ext.models import TransformerConfig
 from t5x_ext.pipeline import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
-from t5x_ext.tasks import Translation
+from t5x_ext.tasks import Translation, with_data, with_model
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
 from t5x_ext.vega_mt import NoisyDev
 
@@ -83,9 +83,9 @@ def test_texts_take_the_place_of_the_run_s_own(run, asked, tmp_path):
     artefacts = made(tmp_path, TEXTS, Train("p1", run, corpora=("texts",), upsample={"texts": 2}))
     (done, folder, init_from), *_ = asked
     assert (folder, init_from) == ("p1/run", None)
-    assert names(done.data) == [("a", "en-de", None), ("b", "en-cs", None)] * 2
-    assert done.data.bidirectional
-    assert replace(done, data=run.task.data) == run
+    assert names(done.task.data) == [("a", "en-de", None), ("b", "en-cs", None)] * 2
+    assert done.task.data.bidirectional
+    assert with_data(done, run.task.data) == run
     assert artefacts["p1"].models == (Model(("en-de", "de-en", "en-cs", "cs-en"), (Weights("p1/run", 2),)),)
 
 
@@ -108,22 +108,22 @@ def test_each_direction_gets_a_model_from_that_of_all(run, asked, tmp_path):
     out = str(tmp_path / "out")
     assert all(init == InitFrom(f"{out}/p1/run", 2, False) for _, _, init in asked[1:5])
     assert asked[5][2] == InitFrom(f"{out}/p4/de-en", 2, False)
-    backward = asked[2][0].data
+    backward = asked[2][0].task.data
     assert (backward.bidirectional, backward.bidirectional_steps) == (False, None)
     assert names(backward) == [("a", "de-en", None)]
     assert list(backward.train[0].pairs()) == [pair[::-1] for pair in PAIRS]
     assert list(backward.valid[0].pairs()) == [pair[::-1] for pair in PAIRS[:2]]
-    assert asked[3][0].data.valid == ()
-    assert asked[4][0].data.valid == ()
+    assert asked[3][0].task.data.valid == ()
+    assert asked[4][0].task.data.valid == ()
     assert artefacts["p4"].model_for("de-en") == Model(("de-en",), (Weights("p4/de-en", 2),))
     assert artefacts["p4"].directions == ("en-de", "de-en", "en-cs", "cs-en")
 
 
 def test_a_language_model_reads_each_side_by_itself(run, asked, tmp_path):
-    model = replace(run.task.model, encoder_layers=0)
-    lm = Train("lm", replace(run, model=model), corpora=("texts", "mono"), languages=("de",), vocabulary="p1")
+    lm_run = with_model(run, encoder_layers=0)
+    lm = Train("lm", lm_run, corpora=("texts", "mono"), languages=("de",), vocabulary="p1")
     made(tmp_path, TEXTS, MONO, Train("p1", run, corpora=("texts",)), lm)
-    data = asked[1][0].data
+    data = asked[1][0].task.data
     assert [(corpus.name, corpus.languages) for corpus in data.train] == [
         ("a.de", ("de", "de")),
         ("c.de", ("de", "de")),
@@ -152,7 +152,7 @@ def test_texts_for_one_direction_are_not_read_in_the_other(run, asked, tmp_path)
     written = Written("written", texts=(("a", ("en", "de"), PAIRS),))
     stage = Train("p3", run, corpora=("texts", "written"), provenance=True)
     made(tmp_path, TEXTS, written, stage)
-    data = asked[0][0].data
+    data = asked[0][0].task.data
     assert names(data) == [
         *(("a", "en-de", None), ("a", "de-en", None), ("b", "en-cs", None), ("b", "cs-en", None)),
         *(("forward", "en-de", "target"), ("backward", "de-en", "source")),
@@ -160,8 +160,8 @@ def test_texts_for_one_direction_are_not_read_in_the_other(run, asked, tmp_path)
     assert not data.bidirectional
     assert [corpus.languages for corpus in data.valid] == [("en", "de"), ("de", "en")]
     made(tmp_path / "plain", TEXTS, written, replace(stage, provenance=False))
-    assert {marked for _, _, marked in names(asked[1][0].data)} == {None}
-    switching = replace(run, data=replace(run.task.data, bidirectional_steps=1))
+    assert {marked for _, _, marked in names(asked[1][0].task.data)} == {None}
+    switching = with_data(run, replace(run.task.data, bidirectional_steps=1))
     with pytest.raises(UserError, match="stage 'p3': bidirectional_steps changes the direction of every corpus"):
         made(tmp_path / "switching", TEXTS, written, replace(stage, run=switching))
 
@@ -172,14 +172,14 @@ def test_noisy_text_is_translated_from_and_never_into(run, asked, tmp_path):
     held_out = Train("p1", run, corpora=("texts",), valid=("texts", "noisy"))
     learned = Train("p5", run, corpora=("noisy",), valid=("noisy",), per_direction=True, directions=("de-en",))
     made(tmp_path, TEXTS, noisy, held_out, learned)
-    data = asked[0][0].data
+    data = asked[0][0].task.data
     assert not data.bidirectional
     assert [(corpus.name, "-".join(corpus.languages)) for corpus in data.valid] == [
         *(("a", "en-de"), ("a", "de-en"), ("b", "en-cs"), ("b", "cs-en"), ("a.noisy.en-de", "en-de")),
         *(("a.noisy.de-en", "de-en"), ("b.noisy.en-cs", "en-cs"), ("b.noisy.cs-en", "cs-en")),
     ]
     assert [name for name, _, _ in names(data)] == ["a", "a", "b", "b"]
-    data = asked[1][0].data
+    data = asked[1][0].task.data
     assert names(data) == [("a.noisy.de-en", "de-en", None)]
     assert [corpus.name for corpus in data.valid] == ["a.noisy.de-en"]
     assert [target for _, target in data.train[0].pairs()] == [pair[0] for pair in PAIRS]
