@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_chec
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
@@ -211,6 +211,60 @@ TokensToLogits: TypeAlias = Callable[
     [Int[Array, " rows"], Int[Array, ""], Cache], tuple[Float[Array, "rows vocab"], Cache]
 ]
 """`(tokens, position, cache) -> (logits, cache)`: one decoding step, all rows at the same position."""
+
+
+@runtime_checkable
+class Decodable(Protocol):
+    """A Flax module that a search can decode with.
+
+    All but `abstract_params` run through `model.apply({"params": params}, ..., method="encode")`. The source is encoded
+    once, its `cross_memory` computed once, and `decode_step` called for one target position after the other. `rows` are
+    hypotheses; several of a sentence may share one memory, which the search maps over.
+    """
+
+    def apply(self, variables: Mapping[str, Params], *args: Any, method: str, **kwargs: Any) -> Any:
+        """Calls a method with parameters."""
+        ...
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters."""
+        ...
+
+    def encode(
+        self,
+        source_tokens: Int[Array, "batch source_length"],
+        source_segment_ids: Int[Array, "batch source_length"],
+        source_positions: Int[Array, "batch source_length"],
+    ) -> Float[Array, "batch source_length embed"]:
+        """What the decoder reads of the source; segment ids are 0 at padding, where values mean nothing."""
+        ...
+
+    def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> PyTree:
+        """What the decoder's layers keep of it: arrays [layers, batch, source_length, ...]."""
+        ...
+
+    def empty_cache(self, rows: int, max_length: int) -> Cache:
+        """A cache with room for `max_length` target positions: arrays [layers, rows, max_length, ...]."""
+        ...
+
+    def decode_step(
+        self,
+        tokens: Int[Array, " rows"],
+        position: Int[Array, ""],
+        cache: Cache,
+        memory: PyTree,
+        source_mask: Bool[Array, "rows source_length"],
+    ) -> tuple[Float[Array, "rows vocab"], Cache]:
+        """Scores of the token after `position`, float32, and the cache with this position written.
+
+        Args:
+          tokens: decoder input at `position`; EOS at position 0.
+          position: the same for all rows; those before it are in the cache.
+          cache: from `empty_cache` or the step before.
+          memory: from `cross_memory`, its axis 1 aligned with `tokens`.
+          source_mask: True where the source has a token.
+        """
+        ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from t5x_ext.cli.run_flags import DEFAULT_RUN, define_run_flags, run_from_flags
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
 from t5x_ext.decode import Beam
+from t5x_ext.models import num_params
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.pipeline import Pipeline, Stage, Train
 from t5x_ext.train import Run
@@ -60,7 +61,7 @@ def trace(run: Run) -> None:
     """Traces one update; what comes out must be a state like the one that went in."""
     program = program_of(run)
     state = program.template
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == program.model.config.num_params()
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == num_params(program.model)
     after, metrics = jax.eval_shape(program.step(), state, program.batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     kind = lambda leaf: (leaf.shape, leaf.dtype)
@@ -122,7 +123,7 @@ def test_the_large_pipeline_is_the_tiny_one_with_other_sizes_and_texts(names):
     runs = {name: stage.run for name, stage in by_name.items() if isinstance(stage, Train)}
     for run in runs.values():
         assert run.task.data.batch.rows % (LARGE[names] * run.num_microbatches) == 0
-    sizes = {name: dataclasses.replace(run.task.model, vocab_size=128_009).num_params() for name, run in runs.items()}
+    sizes = {name: num_params(dataclasses.replace(run.task.model, vocab_size=128_009)) for name, run in runs.items()}
     assert {name for name, size in sizes.items() if size == 4_693_321_728} == runs.keys() - {"lm", "past_lm"}
     assert by_name["best_test"].decode.search == Beam(beam_size=5, length_penalty="fairseq", alpha=1.0)
 

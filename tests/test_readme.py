@@ -39,6 +39,8 @@ _SHORT = {
     "--gin.CheckpointConfig.every=1 --gin.PEAK=0.01 --gin.inverse_sqrt.warmup_steps=10 --gin.VocabularyConfig.size=600 "
     "--gin.TransformerConfig.embed_dim=32 --gin.TransformerConfig.mlp_dim=32 --gin.TransformerConfig.num_heads=2 "
     "--gin.TransformerConfig.encoder_layers=1 --gin.TransformerConfig.decoder_layers=1 --gin.BatchConfig.rows=8 "
+    "--gin.DecoderConfig.embed_dim=32 --gin.DecoderConfig.mlp_dim=32 --gin.DecoderConfig.num_heads=2 "
+    "--gin.DecoderConfig.layers=1 "
     "--gin.BatchConfig.source_length=48 --gin.BatchConfig.target_length=48 --gin.forward/Beam.beam_size=2 "
     "--gin.finetune/Train.directions=\"['en-de']\" --gin.generalise/Train.directions=\"['en-de']\"",
 }

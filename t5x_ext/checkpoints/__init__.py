@@ -1,4 +1,4 @@
-"""What is kept: a verified store of checkpoints, averages of them, and the names of files in a run folder."""
+"""A verified store of checkpoints, averages of them, and the names of files in a run folder."""
 
 from t5x_ext.checkpoints.averaging import average_params, average_run
 from t5x_ext.checkpoints.references import BASE, Reference, read_references, run_params, write_references

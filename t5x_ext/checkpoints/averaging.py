@@ -19,11 +19,11 @@ from t5x_ext.storage.folders import whole_folder
 def average_params(checkpoints: Iterable[Params]) -> Params:
     """The mean of several parameter trees, leaf by leaf, in their own dtypes.
 
-    Sums run in float64, so k equal float32 (or narrower) checkpoints average to exactly their own bits: k times such a
-    number is exact in float64. One tree is held at a time besides the sum, so pass a generator for large models.
+    Sums are float64, in which k times a float32 (or narrower) number is exact: the mean of equal checkpoints has the
+    same bits. Only one tree is in memory besides the sum, so pass a generator for large models.
 
     Args:
-      checkpoints: trees of numpy arrays of one structure, as `CheckpointStore.restore_params` gives.
+      checkpoints: trees of numpy arrays with the same structure, from `CheckpointStore.restore_params`.
 
     Returns:
       A tree of numpy arrays.
@@ -51,17 +51,17 @@ def average_params(checkpoints: Iterable[Params]) -> Params:
 
 
 def average_run(source: RunFolder, steps: Sequence[int], output: str | Path) -> None:
-    """Writes a run folder whose weights are the mean over checkpoints of another; it appears whole or not at all.
+    """Writes a run folder whose weights are the mean over checkpoints of another; it appears when it is complete.
 
-    Of a run's processes one does it, by itself.
+    Of several processes only one may call it.
 
     Args:
       source: the run, local or remote.
       steps: its checkpoints.
-      output: a local folder that does not exist, or is empty; its one checkpoint is called as the newest of `steps`.
+      output: a local folder that does not exist, or is empty; its only checkpoint has the newest of `steps`.
 
     Raises:
-      UserError: if a checkpoint is missing or damaged, or something else has the path `output`.
+      UserError: if a checkpoint is missing or damaged, or `output` exists.
     """
     with whole_folder(Path(output), None, "the averaged run") as draft:
         target = RunFolder(draft)

@@ -1,6 +1,6 @@
-"""The folder of a run's checkpoints: a folder a step, which of them are whole, and what the others are.
+"""The folder of a run's checkpoints: one folder a step, and which of them are complete.
 
-A step `00000012` that is saved again makes `00000012.1` beside it. A folder is whole when it has `digests.json`.
+If step `00000012` is saved again, the new folder is `00000012.1`. A folder is complete when it has `digests.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FOLDER_NAME = re.compile(r"([0-9]+)(?:\.([0-9]+))?")
 
 
 class Saved(NamedTuple):
-    """A folder of one saved step; saving the same step again makes a new revision beside it."""
+    """A folder of one saved step; saving the same step again makes a new revision."""
 
     step: int
     revision: int
@@ -43,7 +43,7 @@ class CheckpointFolders:
       directory: a local path or a bucket (`gs://...`); it need not exist.
 
     Attributes:
-      directory: the same, absolute.
+      directory: the directory, as an absolute path.
     """
 
     def __init__(self, directory: epath.PathLike) -> None:
@@ -52,7 +52,7 @@ class CheckpointFolders:
         self._mentioned: set[epath.Path] = set()
 
     def prepare(self) -> None:
-        """Makes the directory, and deletes what interrupted saves have left in it.
+        """Makes the directory, and deletes the files of interrupted saves.
 
         Raises:
           UserError: if it is a file.
@@ -62,15 +62,15 @@ class CheckpointFolders:
         self.delete_unfinished()
 
     def is_visible(self) -> bool:
-        """Whether this process sees the directory; a bucket has no empty folders to see."""
+        """Whether this process sees the directory; True for a bucket, which has no empty folders."""
         return is_remote(self.directory) or self.directory.exists()
 
     def free_bytes(self) -> int | None:
-        """Free bytes of the local disk; None for a bucket, which has no end."""
+        """Free bytes of the local disk; None for a bucket."""
         return None if is_remote(self.directory) else shutil.disk_usage(self.directory).free
 
     def named(self, step: int, revision: int) -> epath.Path:
-        """Where a step is saved; what was said of an earlier folder of that name no longer counts."""
+        """The folder of a step; forgets refusals of an earlier folder of that name."""
         folder = self.directory / (f"{step:08d}.{revision}" if revision else f"{step:08d}")
         self._refused.discard(folder)
         self._mentioned.discard(folder)
@@ -88,7 +88,7 @@ class CheckpointFolders:
         return sorted(saved for folder in self.directory.iterdir() if (saved := parse(folder)))
 
     def finished(self) -> list[Saved]:
-        """Those whose save has finished and that were not refused, ascending."""
+        """Folders whose save has finished and that were not refused, ascending."""
         return [
             saved for saved in self.all() if saved.folder not in self._refused and (saved.folder / DIGESTS).exists()
         ]
@@ -100,18 +100,18 @@ class CheckpointFolders:
             try:
                 metas[saved.step] = read_meta(saved.folder)
             except (OSError, ValueError, LookupError, TypeError, UserError) as error:
-                # Not verified here: a load would refuse this folder, saying why.
+                # Not verified here: loading it would refuse the folder with the reason.
                 logger.debug("checkpoint %s has no readable record: %s", saved.folder, error)
         return metas
 
     def refuse(self, folder: epath.Path, damage: str) -> None:
-        """Lets a folder count for nothing from here on; says so once."""
+        """Ignores a folder from here on; warns once."""
         if folder not in self._refused | self._mentioned:
             logger.warning("checkpoint %s refused: %s", folder, damage)
         self._refused.add(folder)
 
     def mention_unfinished(self) -> None:
-        """Says once of each folder without digests that it counts for nothing."""
+        """Warns once about each folder without digests, which is ignored."""
         if not self.directory.is_dir():
             return
         for folder in self.directory.iterdir():
@@ -123,14 +123,14 @@ class CheckpointFolders:
                 logger.warning("checkpoint %s refused: %s", folder, damage)
 
     def delete_unfinished(self) -> None:
-        """Deletes what interrupted saves have left; not while a save is under way."""
+        """Deletes the files of interrupted saves; must not be called during a save."""
         if self.directory.is_dir():
             for folder in self.directory.iterdir():
                 if _TEMPORARY in folder.name or (parse(folder) and not (folder / DIGESTS).exists()):
                     delete(folder)
 
     def delete_for_good(self, folder: epath.Path) -> None:
-        """Deletes what a failed save has left, and what its other writers add: Orbax reports the first that failed."""
+        """Deletes a failed save's files, also those that other writers add after Orbax has reported an error."""
         looks_clean = 0
         for _ in range(100):
             self.delete_unfinished()
@@ -154,9 +154,9 @@ def parse(folder: epath.Path) -> Saved | None:
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint, or what is in its place; what cannot be deleted is only a loss of room, and is logged."""
+    """Deletes a checkpoint, or a file at its path; an error is logged, because it only costs disk space."""
     try:
-        # The digests go first, so that a deletion that is interrupted leaves no folder that looks whole.
+        # The digests are deleted first, so that an interrupted deletion leaves no folder that looks complete.
         if (folder / DIGESTS).exists():
             (folder / DIGESTS).rmtree()
         if folder.exists():
@@ -169,7 +169,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     """The record of a checkpoint: its step, metrics, leaves and `extra`.
 
     Raises:
-      UserError: if it is of another format.
+      UserError: if it has another format.
     """
     meta = json.loads((folder / "meta" / "metadata").read_text())
     if meta.get("format") != FORMAT:
@@ -178,5 +178,5 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
 
 
 def recorded_specs(meta: Mapping[str, Any]) -> dict[str, LeafSpec]:
-    """Shape and dtype of every array of a checkpoint by name, as its record says."""
+    """Shape and dtype of every array of a checkpoint by name, from its record."""
     return {name: LeafSpec(tuple(shape), dtype) for name, (shape, dtype) in meta["leaves"].items()}

@@ -1,6 +1,6 @@
-"""Arrays in a checkpoint's folder, through Orbax: the state, and apart from it each kind of weights.
+"""Reading and writing the arrays of a checkpoint by Orbax: the state, and separately each kind of weights.
 
-Orbax is imported on first use: that takes as long as importing the rest of the room.
+Orbax is imported on first use, because that is slow.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from t5x_ext.checkpoints import trees
 from t5x_ext.storage.processes import TIMEOUT_SECONDS
 
 WEIGHTS = ("params", "ema")
-"""Parts of a state that are stored apart, so that reading parameters touches nothing else."""
+"""Parts of a state that are stored separately, so that reading parameters reads nothing else."""
 
 STATE = "state"
-"""The part of a state that is not weights."""
+"""The rest of a state."""
 
 
 def make_checkpointer(*, alone: bool) -> Any:
-    """An `AsyncCheckpointer` of all processes, or of this one alone."""
+    """An `AsyncCheckpointer` for all processes, or for this one only."""
     ocp = _orbax()
     options = _only_here() if alone else ocp.options.MultiprocessingOptions()
-    # Trained weights are noise to a compressor: it would cost time and save little.
+    # Without compression: weights hardly compress, and it costs time.
     trees_of_arrays = {
         item: ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
         for item in (STATE, *WEIGHTS)
@@ -46,7 +46,7 @@ def make_checkpointer(*, alone: bool) -> Any:
 
 @contextmanager
 def lone_reader() -> Iterator[Any]:
-    """A reader that waits for no other process."""
+    """A reader that does not wait for other processes."""
     ocp, options = _orbax(), _only_here()
     handlers = {item: ocp.PyTreeCheckpointHandler(multiprocessing_options=options) for item in (STATE, *WEIGHTS)}
     composite = ocp.CompositeCheckpointHandler(
@@ -59,19 +59,19 @@ def lone_reader() -> Iterator[Any]:
 def start_writing(
     checkpointer: Any, folder: epath.Path, arrays: Mapping[str, jax.Array | np.ndarray], meta: Mapping[str, Any]
 ) -> None:
-    """Begins to write arrays by name, and the record, in the background; returns when they are copied to the host."""
+    """Starts writing arrays by name, and the record, in the background; returns when they are copied to the host."""
     ocp = _orbax()
     items = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(arrays).items()}
     checkpointer.save(folder, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
 
 def read(reader: Any, folder: epath.Path, requests: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays by name.
+    """Reads arrays by name.
 
     Args:
-      reader: what `make_checkpointer` or `lone_reader` gives.
+      reader: from `make_checkpointer` or `lone_reader`.
       folder: the checkpoint.
-      requests: by name, what `request_like` or `request_numpy` gives.
+      requests: by name, from `request_like` or `request_numpy`.
     """
     ocp = _orbax()
     items = {item: ocp.args.PyTreeRestore(item=tree, restore_args=tree) for item, tree in _items(requests).items()}
@@ -80,7 +80,7 @@ def read(reader: Any, folder: epath.Path, requests: Mapping[str, Any]) -> dict[s
 
 
 def request_like(leaf: Any) -> Any:
-    """Asks for an array like a leaf: with its sharding, or on the first device; NumPy for anything not of JAX."""
+    """A request for an array like a leaf: with its sharding, or on the first device; NumPy if it is not JAX's."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return request_numpy()
     plain = jax.eval_shape(jax.random.key_data, leaf) if trees.is_key(leaf) else leaf
@@ -89,23 +89,23 @@ def request_like(leaf: Any) -> Any:
 
 
 def request_numpy() -> Any:
-    """Asks for a NumPy array."""
+    """A request for a NumPy array."""
     return _orbax().RestoreArgs(restore_type=np.ndarray)
 
 
 def item_of(name: str) -> str:
-    """The part of a checkpoint's folder that holds an array, or a file, by its name."""
+    """The part of a checkpoint's folder that an array, or a file, is in, by its name."""
     head = name.split("/")[0]
     return head if head in WEIGHTS else STATE
 
 
 def is_stored(spec: trees.LeafSpec) -> bool:
-    """Whether an array is in the folder: Orbax refuses arrays without elements, whose shape and dtype say all."""
+    """Whether an array is in the folder: Orbax refuses arrays without elements, which the record describes."""
     return 0 not in spec.shape
 
 
 def empty_like(leaf: Any) -> Any:
-    """An array that is not stored, of the kind of a leaf."""
+    """An array like a leaf, for one that is not stored."""
     return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else jnp.zeros(leaf.shape, leaf.dtype)
 
 
@@ -116,13 +116,13 @@ def _orbax() -> Any:
 
 
 def _only_here() -> Any:
-    """Orbax' options for what waits for no other process."""
+    """Orbax' options for not waiting for other processes."""
     here = jax.process_index()
     return _orbax().options.MultiprocessingOptions(primary_host=here, active_processes={here})
 
 
 def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Nested dictionaries a part of the folder, full names kept inside."""
+    """Dictionaries of arrays by the part of the folder, with full names."""
     parts: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
         parts.setdefault(item_of(name), {})[name] = leaf

@@ -1,4 +1,4 @@
-"""Parameters that a run only reads, by reference to the run that they came from."""
+"""Parameters that a run only reads, by reference to the run that they are from."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BASE = "base"
 
 
 class Reference(NamedTuple):
-    """Weights of another run, with what tells that they are still the same."""
+    """Weights of another run, with a digest to check that they have not changed."""
 
     run_dir: str  # absolute, or an address
     step: int
-    digest: str  # of the weights as they are there
-    rename: dict[str, str]  # from a regular expression on names there to what replaces it, in order
-    only: tuple[str, ...]  # patterns on the new names: those that are taken; empty: all
+    digest: str  # of the other run's weights
+    rename: dict[str, str]  # from a regular expression on the other run's names to its replacement, in order
+    only: tuple[str, ...]  # patterns on the new names of parameters to read; empty: all
 
     @classmethod
     def to_run(
@@ -43,14 +43,14 @@ class Reference(NamedTuple):
         """The parameters by their new names, as NumPy arrays.
 
         Raises:
-          UserError: if they are gone, or no longer what they were.
+          UserError: if they are missing or have changed.
         """
         try:
             params = run_params(RunFolder(self.run_dir), self.step)
         except UserError as error:
             raise UserError(
                 f"the weights that this run did not train are those of step {self.step} of {self.run_dir}, which must "
-                f"stay where they were: {error}"
+                f"not be moved: {error}"
             ) from error
         if params_digest(params) != self.digest:
             raise UserError(
@@ -59,7 +59,7 @@ class Reference(NamedTuple):
         return self.taken(params)
 
     def taken(self, params: Params) -> dict[str, Any]:
-        """Leaves of the other run under their new names, those that are not wanted left out.
+        """Leaves of the other run under their new names, without those that are not asked for.
 
         Raises:
           UserError: if a pattern matches nothing, or two leaves get one name.
@@ -93,15 +93,15 @@ class Reference(NamedTuple):
         return self._replace(run_dir=str(folder.path / path) if inside else path, only=tuple(self.only))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """As JSON."""
         return self._asdict() | {"only": list(self.only)}
 
 
 def write_references(folder: RunFolder, references: Mapping[str, Reference]) -> None:
-    """Records what a run only reads, by name; nothing where there is nothing."""
+    """Records the parameters that a run only reads, by name; writes no file if there are none."""
     if references:
         folder.path.mkdir(parents=True, exist_ok=True)
-        # What is inside the folder moves with it.
+        # Relative, because runs inside the folder move with it.
         inside = f"{os.path.abspath(folder.path)}/"
         records = {name: reference.to_json() for name, reference in references.items()}
         for record in records.values():
@@ -110,7 +110,7 @@ def write_references(folder: RunFolder, references: Mapping[str, Reference]) -> 
 
 
 def read_references(folder: RunFolder) -> dict[str, Reference]:
-    """What `write_references` has recorded; an empty dictionary where there is no record.
+    """What `write_references` has recorded; an empty dictionary if there is no record.
 
     Raises:
       UserError: if the record is damaged.
@@ -126,16 +126,16 @@ def read_references(folder: RunFolder) -> dict[str, Reference]:
 
 
 def run_params(folder: RunFolder, which: str | int = "best") -> Params:
-    """All parameters of a run to decode or measure with, as NumPy arrays: their EMA where the run kept one.
+    """All parameters of a run to decode or evaluate with, as NumPy arrays: their EMA if the run has one.
 
-    Those that the run did not train are read from where they came from.
+    Parameters that the run did not train are read from the runs that they are from.
 
     Args:
       folder: of the run.
       which: `best`, `last` or a step.
 
     Raises:
-      UserError: if there is no such checkpoint, or what it was trained on top of is gone.
+      UserError: if there is no such checkpoint, or the parameters that it was trained on top of are missing.
     """
     with CheckpointStore(folder.checkpoints) as store:
         trained = store.evaluation_params(store.checked_name(which))

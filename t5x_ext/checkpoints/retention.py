@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, the best, and those that a rule keeps."""
+"""Which checkpoints are kept: the newest, the best, and those that a rule keeps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from t5x_ext.contracts import UserError
 
 @dataclass(frozen=True)
 class Retention:
-    """How many checkpoints stay; a step stays when it is among the newest or the best, or kept for good.
+    """Which checkpoints are kept: a step among the newest or the best, or one that a rule keeps.
 
-    Args:
-      keep_last: newest steps that stay, at least 1.
-      keep_best: best steps that stay besides, by `metric`; 0 for none.
-      metric: the name of the metric that decides, among those given to `save`; None when nothing is selected.
+    Attributes:
+      keep_last: number of newest steps to keep, at least 1.
+      keep_best: number of best steps to keep as well, by `metric`; 0 for none.
+      metric: name of the metric, among those given to `save`; None: no selection.
       mode: whether the largest (`max`) or the smallest (`min`) value is best.
-      keep: from a step to whether it stays for good, whatever else does; None for no such steps.
+      keep: whether a step is kept for good; None: no such steps.
     """
 
     keep_last: int = 3
@@ -37,13 +37,13 @@ class Retention:
             raise UserError(f"mode = {self.mode!r} must be 'max' or 'min'")
 
     def ranked(self, values: Mapping[int, float | None]) -> list[int]:
-        """Steps from best to worst; those without a finite value are left out, of equal ones the newer comes first."""
+        """Steps from best to worst, without those that have no finite value; of equal ones the newer comes first."""
         sign = -1.0 if self.mode == "max" else 1.0
         finite = [(sign * value, -step) for step, value in values.items() if value is not None and math.isfinite(value)]
         return [-negative for _, negative in sorted(finite)]
 
     def kept(self, values: Mapping[int, float | None]) -> set[int]:
-        """Of the given steps (with their value of the metric), those that stay.
+        """Of the given steps (with their value of the metric), those to keep.
 
         >>> sorted(Retention(keep_last=2, keep_best=1, metric="bleu").kept({1: 30.0, 2: 10.0, 3: 20.0, 4: None}))
         [1, 3, 4]

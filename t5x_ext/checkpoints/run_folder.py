@@ -1,4 +1,4 @@
-"""The names of files in a run folder, and the record that says what model it holds."""
+"""The names of files in a run folder, and the record that describes its model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MODEL_FORMAT = 1
 
 
 TRANSLATION = "translation"
-"""The task of folders from before there were tasks."""
+"""The task of folders without one, from before there were tasks."""
 
 TEXT_TASKS = (TRANSLATION, "language_model", "parallel_translation")
 """Tasks whose runs have a vocabulary, tags and directions."""
 
 
 class ModelRecord(NamedTuple):
-    """What a reader needs to build the model of a run on text and to use it, as JSON."""
+    """What is needed to build and use the model of a run on text, as JSON."""
 
     model: dict[str, Any]  # the fields of its config
     tags: dict[str, Any]  # the fields of a TagPolicy
@@ -32,7 +32,7 @@ class ModelRecord(NamedTuple):
 
 
 class RunFolder:
-    """Paths inside the folder of one run, which may live in a bucket.
+    """Paths inside the folder of one run, which may be in a bucket.
 
     Args:
       path: the folder; it need not exist yet.
@@ -58,7 +58,7 @@ class RunFolder:
         return f"RunFolder({str(self.path)!r})"
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Writes `model.json` atomically, making the folder if there is none.
+        """Writes `model.json` atomically, making the folder if it does not exist.
 
         Args:
           record: JSON with `"task"`, the kind of task, and what its readers need.
@@ -67,10 +67,10 @@ class RunFolder:
         write_json(self.model_json, {"format": MODEL_FORMAT, **record})
 
     def read_record(self) -> dict[str, Any]:
-        """Reads `model.json`, whatever task it is of; `"task"` is always there.
+        """Reads `model.json` of any task; the result always has `"task"`.
 
         Raises:
-          UserError: if the folder is not that of a run, or its record is damaged or of another format.
+          UserError: if the folder is not that of a run, or its record is damaged or has another format.
         """
         if not self.model_json.exists():
             missing = "does not exist" if not self.path.exists() else "is not the folder of a run: it has no model.json"

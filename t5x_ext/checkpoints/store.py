@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, atomic, verified, and never all lost at once."""
+"""The checkpoints of a run: atomic, verified, and written in the background."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Which = Literal["best", "last"] | int
 """A checkpoint: the best by metric (the newest if no metric was recorded), the newest, or that of a step."""
 
 _SYSTEM_ERROR = re.compile(r": ([A-Z][^:\[\]]*) \[(?:\w+=.*)?os_error_code=", re.DOTALL)
-"""How TensorStore ends a message: the words of the operating system, then notes in brackets, its number among them."""
+"""The end of TensorStore's messages: that of the operating system, then notes in brackets with its number."""
 
 
 class SaveError(UserError):
@@ -46,20 +46,20 @@ class SaveError(UserError):
 class CheckpointStore:
     """Checkpoints in one directory, a folder a step, through Orbax.
 
-    A save blocks for the copy from device to host only. In the background the folder is written under a temporary name,
-    renamed, and then given `digests.json` (size and SHA-256 of every file): only then it counts as whole, and only then
-    older ones are deleted. A load verifies the digests first. Folders that an interrupted save left behind are
-    deleted when the next save begins.
+    A save blocks only for the copy from device to host. In the background the folder is written under a temporary name,
+    renamed, and then given `digests.json` (size and SHA-256 of every file). Only then it counts as complete, and older
+    ones are deleted. A load verifies the digests first. Folders of interrupted saves are deleted when the next save
+    begins.
 
-    One run at a time writes to a directory; any number may read. Where a run has several processes, all of them see the
-    directory, and all of them call `save`, `wait`, `restore` and `discard_after` in the same order; every process
-    writes, digests and verifies its share. The other methods each process may call by itself.
+    One run at a time writes to a directory; any number may read. If a run has several processes, all of them must see
+    the directory, and call `save`, `wait`, `restore` and `discard_after` in the same order; every process writes,
+    digests and verifies its share. The other methods may be called by each process independently.
 
     Args:
       directory: a local path or a bucket (`gs://...`); made by the first save.
-      retention: which steps stay. For reading alone it is not needed: the checkpoints know by which metric they were
-        selected.
-      alone: whether this process saves arrays of its own, of which the other processes of its run know nothing.
+      retention: which steps are kept. It is not needed for reading, because checkpoints record the metric by which they
+        were selected.
+      alone: whether this process saves its own arrays, independent of the other processes of its run.
     """
 
     def __init__(self, directory: epath.PathLike, retention: Retention | None = None, *, alone: bool = False) -> None:
@@ -70,7 +70,7 @@ class CheckpointStore:
 
     @property
     def directory(self) -> epath.Path:
-        """Where the checkpoints are, as an absolute path."""
+        """The directory, as an absolute path."""
         return self._folders.directory
 
     def __enter__(self) -> CheckpointStore:
@@ -89,13 +89,13 @@ class CheckpointStore:
         """Starts saving; waits only for an earlier save and for the copy of `state` to the host.
 
         Args:
-          step: updates done so far; saving a step again replaces it once the new one is whole.
+          step: number of updates so far; saving a step again replaces it once the new one is complete.
           state: any tree of arrays, typed random keys and Python numbers. It may be donated as soon as this returns.
-          extra: what else a resumed run needs, as JSON (the data position, for example).
-          metrics: values that retention selects by.
+          extra: what else is needed to resume the run, as JSON (the position in the data, for example).
+          metrics: values by which retention selects.
 
         Raises:
-          SaveError: if an earlier save failed in the background, or a local disk has no room for this one.
+          SaveError: if an earlier save failed in the background, or the local disk has too little space.
         """
         self.wait()
         leaves = trees.flatten(state)
@@ -119,7 +119,7 @@ class CheckpointStore:
         self._pending = self._finalizer.submit(self._finish, folder, num_bytes)
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Waits for the save in progress, if any.
 
         Raises:
           SaveError: if it failed.
@@ -141,13 +141,12 @@ class CheckpointStore:
                 self._checkpointer.close()
 
     def discard_after(self, step: int) -> None:
-        """Deletes every checkpoint of a later step, so that the newest one left is where a restart begins.
+        """Deletes every checkpoint of a later step, so that a restart begins at this step or before.
 
-        For going back behind a part of training that went wrong. All processes call it, and it returns when the files
-        are gone for all of them.
+        It is for rewinding a run. All processes must call it; it returns when the files are deleted for all of them.
 
         Args:
-          step: the newest step that stays; it need not exist.
+          step: the newest step to keep; it need not exist.
 
         Raises:
           SaveError: if an earlier save failed in the background.
@@ -162,17 +161,17 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps whose save has finished, ascending. Their files are verified when they are loaded.
 
-        What an interrupted save has left behind is mentioned once, as a warning.
+        Folders of interrupted saves are logged once, as a warning.
         """
         self._mention_unfinished()
         return sorted({saved.step for saved in self._folders.finished()})
 
     def best_step(self) -> int | None:
-        """The best finished step by the metric of the retention (or the one the newest checkpoint names), if any."""
+        """The best finished step by the metric of the retention (or of the newest checkpoint's record), if any."""
         return next(iter(self.ranked_steps()), None)
 
     def ranked_steps(self) -> list[int]:
-        """Finished steps from best to worst by that metric; those that were not measured are left out."""
+        """Finished steps from best to worst by that metric, without those that were not evaluated."""
         metas = self._folders.metas()
         if not metas:
             return []
@@ -182,21 +181,21 @@ class CheckpointStore:
     def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Loads a state and its `extra`, after verifying every file.
 
-        Without `step` the newest whole checkpoint is taken; each newer one that had to be refused is logged as a
-        warning with the reason.
+        Without `step` the newest undamaged checkpoint is loaded; newer ones that are damaged are logged as warnings
+        with the reason.
 
         Args:
-          template: a tree of arrays or `jax.ShapeDtypeStruct`s like the saved state. Leaves come back with the
-            template's sharding, which may differ from that of the save; without one, on the first device. NumPy arrays
-            and Python numbers come back as such.
+          template: a tree of arrays or `jax.ShapeDtypeStruct`s like the saved state. Leaves get the template's
+            sharding, which may differ from that of the save; without one, they are on the first device. NumPy arrays
+            and Python numbers keep their types.
           step: exactly this step, or None.
 
         Returns:
           `(state, extra)`.
 
         Raises:
-          UserError: if there is no whole checkpoint, or it is of a format that this version cannot read.
-          StructureError: if it holds another tree; `details` lists the differences.
+          UserError: if there is no undamaged checkpoint, or this version cannot read its format.
+          StructureError: if it has another tree; `details` lists the differences.
         """
         self.wait()
         self._mention_unfinished()
@@ -215,11 +214,11 @@ class CheckpointStore:
         return jax.tree.unflatten(jax.tree.structure(template), restored), meta["extra"]
 
     def restore_params(self, which: Which = "best", subtree: Literal["params", "ema"] = "params") -> Params:
-        """Loads only the parameters, as NumPy arrays, knowing nothing about the rest of the state.
+        """Loads only the parameters, as NumPy arrays, without a template.
 
         Args:
-          which: `best` and `last` fall back to the next whole one, with a warning.
-          subtree: `params`, or `ema` for the averaged weights.
+          which: `best` and `last` fall back to the next undamaged one, with a warning.
+          subtree: `params`, or `ema` for their EMA.
 
         Returns:
           Nested dictionaries of NumPy arrays.
@@ -234,11 +233,11 @@ class CheckpointStore:
         return _read_weights(folder, subtree, specs)
 
     def evaluation_params(self, which: Which = "best") -> Params:
-        """Loads the weights that a run is evaluated and decodes with: their EMA if the run kept one, else the last.
+        """Loads the weights for evaluation and decoding: the EMA if the run has one, else the parameters.
 
         Args:
-          which: `best` and `last` fall back to the next whole one, with a warning. An EMA that is damaged is never
-            replaced by the parameters beside it.
+          which: `best` and `last` fall back to the next undamaged one, with a warning. A damaged EMA is never replaced
+            by the parameters of the same checkpoint.
 
         Returns:
           Nested dictionaries of NumPy arrays.
@@ -253,7 +252,7 @@ class CheckpointStore:
         raise UserError(f"checkpoint {folder} holds no weights")
 
     def step_of(self, which: str | int) -> int:
-        """The finished step that a name means: the best by metric (or the newest), the newest, or that step.
+        """The finished step for a name: the best by metric (or the newest), the newest, or that step.
 
         Raises:
           UserError: if there is no checkpoint.
@@ -294,10 +293,10 @@ class CheckpointStore:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def _new_folder(self, step: int, num_bytes: int) -> epath.Path:
-        """Where a step will be saved, the same for all processes, after checking that there is room.
+        """The folder for a step, the same for all processes, after checking the disk space.
 
         Raises:
-          SaveError: on all processes, if there is none.
+          SaveError: on all processes if there is too little.
           UserError: if the processes do not see the same directory.
         """
         answer: dict[str, Any] = {}
@@ -305,7 +304,7 @@ class CheckpointStore:
             self._folders.prepare()
             revision = max((saved.revision + 1 for saved in self._folders.all() if saved.step == step), default=0)
             answer = {"revision": revision, "free": self._folders.free_bytes()}
-        # Only one process may decide: another may see files that the first has already deleted.
+        # Only one process decides, because another may see files that the first has already deleted.
         answer = json.loads(self._everyone.gather(json.dumps(answer))[0])
         seen = self._everyone.gather("yes" if self._folders.is_visible() else "no")
         if blind := [index for index, sees in enumerate(seen) if sees == "no"]:
@@ -319,10 +318,10 @@ class CheckpointStore:
         return folder
 
     def _finish(self, folder: epath.Path, num_bytes: int) -> None:
-        """In the background: after Orbax has renamed the folder, proves it whole, then deletes what need not stay.
+        """In the background, after Orbax has renamed the folder: writes digests, then deletes what is not kept.
 
         Raises:
-          SaveError: if any of it failed.
+          SaveError: if any of it fails.
         """
         everyone = self._everyone
         try:
@@ -341,7 +340,7 @@ class CheckpointStore:
         logger.debug("checkpoint %s saved", folder)
 
     def _cleared(self, folder: epath.Path, reason: object, num_bytes: int) -> SaveError:
-        """Why a save failed, after deleting what there is of it: it is of no use, and a full disk needs the room."""
+        """The error of a failed save, after deleting its files, because a full disk needs the space."""
         if self._everyone.index == 0:
             self._folders.delete_for_good(folder)
         text = str(reason) or repr(reason)
@@ -354,7 +353,7 @@ class CheckpointStore:
         return SaveError(f"checkpoint {folder} could not be saved: {text}{room}; {left}")
 
     def _mention_unfinished(self) -> None:
-        """Says once of each folder without digests that it counts for nothing; not while a save is under way."""
+        """Warns once about each folder without digests, unless a save is in progress."""
         if self._pending is None:
             self._folders.mention_unfinished()
 
@@ -369,7 +368,7 @@ class CheckpointStore:
                 delete(saved.folder)
 
     def _chosen(self, which: Which, subtree: Callable[[epath.Path], str]) -> epath.Path:
-        """The checkpoint `which`, its record and one kind of weights verified; `subtree` says of a folder, which."""
+        """The checkpoint `which`, with its record and the weights `subtree(folder)` verified."""
         self.wait()
 
         def wanted(folder: epath.Path) -> Callable[[str], bool]:
@@ -386,16 +385,16 @@ class CheckpointStore:
         wanted: Callable[[epath.Path], Callable[[str], bool]] = lambda folder: lambda name: True,
         together: Processes = ALONE,
     ) -> Saved:
-        """The first folder without damage: of `step`, or of the steps `first` in their order, then the newest.
+        """The first undamaged folder: of `step`, or of the steps `first` in their order, then the newest.
 
-        Of a folder the files are verified for which `wanted(folder)` is true.
+        Verifies the files for which `wanted(folder)` is true.
         """
         order = {step: rank for rank, step in enumerate(first)}
         folders = [saved for saved in self._folders.all() if step is None or saved.step == step]
         folders.sort(key=lambda saved: (order.get(saved.step, len(order)), -saved.step, -saved.revision))
         reasons = []
         names = (saved.folder.name for saved in folders)
-        # Process 0 says which one is next, so that all look at the same, whatever their file system shows them.
+        # Process 0 names the next one, so that all processes check the same, even if their views of the files differ.
         while name := together.gather(next(names, ""))[0]:
             folder = self.directory / name
             found = together.gather(find_damage(folder, wanted(folder), together.index, together.count) or "")
@@ -412,7 +411,7 @@ class CheckpointStore:
 
 
 def _evaluated(folder: epath.Path) -> str:
-    """Which weights of a checkpoint are evaluated: its EMA if it has files of one."""
+    """The kind of weights to evaluate: the EMA if the checkpoint has files of one."""
     return "ema" if any(name.startswith("ema/") for name in recorded_files(folder)) else "params"
 
 
@@ -439,5 +438,5 @@ def _readable(num_bytes: float) -> str:
 
 
 def _finite_or_none(value: float) -> float | None:
-    """Strict JSON knows no NaN, and a NaN is never best."""
+    """None for NaN and infinity, which strict JSON does not have and which are never best."""
     return float(value) if math.isfinite(value) else None

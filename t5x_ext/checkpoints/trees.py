@@ -1,4 +1,4 @@
-"""A training state as named arrays: what is written, what is compared, and how it becomes a state again."""
+"""A training state as named arrays: flattening, comparing, and restoring it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t5x_ext.contracts import PyTree, UserError, path_name
 
 
 class LeafSpec(NamedTuple):
-    """Shape and dtype of an array; that of typed random keys reads like `key<fry>`."""
+    """Shape and dtype of an array; the dtype of typed random keys is like `key<fry>`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -65,7 +65,7 @@ def leaf_spec(name: str, leaf: Any) -> LeafSpec:
 
 
 def to_stored(leaf: Any) -> jax.Array | np.ndarray:
-    """A plain array that Orbax can write. NumPy arrays are copied: the caller may go on changing them."""
+    """A plain array that Orbax can write. NumPy arrays are copied, so the caller may change them."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
@@ -89,9 +89,9 @@ def check_structure(stored: PyTree, wanted: PyTree, where: str) -> None:
     """Checks that two trees hold arrays of the same names, shapes and dtypes.
 
     Args:
-      stored: arrays as they were loaded.
+      stored: arrays as loaded.
       wanted: arrays or `jax.ShapeDtypeStruct`s as the model has them.
-      where: what `stored` is, to begin the message with.
+      where: what `stored` is, for the start of the message.
 
     Raises:
       StructureError: if they differ.

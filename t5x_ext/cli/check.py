@@ -90,9 +90,12 @@ def main(values: flags.FlagValues) -> int:
     values["vocab_size"].value = None
     work = _work_of_stage(values) if values.stage else _work_of_run(values)
     if values.program == "decode" and work.decode is None:
-        from t5x_ext.tasks import text_task
+        from t5x_ext.tasks import Translation, text_task
 
-        work = work._replace(decode=text_task(work.run).test_decode)
+        task = text_task(work.run)
+        if not isinstance(task, Translation):
+            raise UsageError("--program=decode goes with a translation; a language model decodes nothing")
+        work = work._replace(decode=task.test_decode)
 
     from t5x_ext.plan.topology import find_target
 

@@ -54,6 +54,7 @@ def build_run(
         class refuses; the message begins with the file and line, or the flag.
     """
     config = _read(gin_files, bindings)
+    _refuse_study(config, root)
     builder = _Builder(config)
     run = builder.call(root or _default_root(), (), "")
     _refuse_unused(config, builder)
@@ -115,6 +116,13 @@ def _read(gin_files: Sequence[str], bindings: Sequence[str | Source]) -> Config:
     for binding in bindings:
         config.read(binding if isinstance(binding, Source) else Source.from_flag(binding))
     return config
+
+
+def _refuse_study(config: Config, root: type | None) -> None:
+    """Names the command for a study, which binds nothing that another one could use."""
+    for (_, target, name), binding in config.bindings.items():
+        if (_name(target), name) == ("Study", "arms") and target is not root:
+            raise UserError(f"{binding.where}: this is a study; t5x_ext study runs it")
 
 
 def _default_root() -> type:

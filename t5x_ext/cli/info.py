@@ -18,7 +18,7 @@ from t5x_ext.cli.messages import UsageError, did_you_mean
 from t5x_ext.storage.remote import is_remote
 
 if TYPE_CHECKING:
-    from t5x_ext.models import LayerSharing, TransformerConfig
+    from t5x_ext.models import LayerConfig, Transformer
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -46,49 +46,54 @@ def main(values: flags.FlagValues) -> None:
     report("\n".join(_lines(result)), result, values.json_out)
 
 
-def _model(values: flags.FlagValues, run: dict[str, Any]) -> TransformerConfig:
-    from t5x_ext.models import PRESETS, TransformerConfig
+def _model(values: flags.FlagValues, run: dict[str, Any]) -> Transformer:
+    from t5x_ext.models import PRESETS, model_from_json, model_of
 
-    if values.run_dir:
-        return TransformerConfig.from_json(run["model"])
-    if values.gin_file:
-        return _model_of_gin(values)
-    if values.preset not in PRESETS:
+    if not (values.run_dir or values.gin_file or values.preset in PRESETS):
         raise UsageError(f"--preset={values.preset} is unknown{did_you_mean(values.preset, PRESETS)}")
-    return PRESETS[values.preset]()
+    model: Transformer
+    if values.run_dir:
+        model = model_from_json(run["model"])
+    else:
+        model = model_of(_config_of_gin(values) if values.gin_file else PRESETS[values.preset]())
+    return model
 
 
-def _model_of_gin(values: flags.FlagValues) -> TransformerConfig:
+def _config_of_gin(values: flags.FlagValues) -> LayerConfig:
     """The model of a gin file with the vocabulary that it asks for; its corpora need not be there."""
     import dataclasses
 
     from t5x_ext.cli.gin_config import build_field
     from t5x_ext.data import DataConfig
-    from t5x_ext.tasks import Translation
+    from t5x_ext.tasks import LanguageModeling, Translation
 
-    model = build_field("model", values.gin_file, values.gin, root=Translation)
+    fields = (build_field("model", values.gin_file, values.gin, root=task) for task in (Translation, LanguageModeling))
+    model = next((field for field in fields if field is not None), None)
     if model is None:
-        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model")
+        raise UsageError(f"--gin_file={values.gin_file[-1]} binds no Translation.model and no LanguageModeling.model")
     vocabulary = build_field("vocabulary", values.gin_file, values.gin, root=DataConfig)
     return dataclasses.replace(model, vocab_size=vocabulary.size) if vocabulary else model
 
 
-def _describe(model: TransformerConfig, length: int) -> dict[str, Any]:
+def _describe(model: Transformer, length: int) -> dict[str, Any]:
     """Sizes and costs of a model."""
-    flops = model.flops([length], [length])
-    return {
-        "model": model.to_json(),
-        "parameters": model.num_params(),
-        "megabytes_of_weights": round(4 * model.num_params() / 1e6, 1),
-        "encoder_layer_map": _layer_map(model.encoder_sharing, model.encoder_layers),
-        "decoder_layer_map": _layer_map(model.decoder_sharing, model.decoder_layers),
-        f"forward_flops_{length}_to_{length}": flops,
-        "training_flops_a_target_token": 3 * flops / length,
+    from t5x_ext.models import TransformerConfig, model_to_json, num_params
+
+    config: Any = model.config
+    translates = isinstance(config, TransformerConfig)
+    flops = config.flops([length], [length]) if translates else config.flops([length])
+    maps = {
+        layers: list(getattr(config, sharing).layer_map(getattr(config, layers)))
+        for layers, sharing in config.stacks.items()
     }
-
-
-def _layer_map(sharing: LayerSharing, layers: int) -> list[int]:
-    return list(sharing.layer_map(layers)) if layers else []
+    return {
+        "model": model_to_json(model),
+        "parameters": num_params(model),
+        "megabytes_of_weights": round(4 * num_params(model) / 1e6, 1),
+        **{f"{layers.removesuffix('layers')}layer_map": layer_map for layers, layer_map in maps.items()},
+        f"forward_flops_{length}_to_{length}" if translates else f"forward_flops_{length}": flops,
+        "training_flops_a_target_token" if translates else "training_flops_a_token": 3 * flops / length,
+    }
 
 
 def _run(run_dir: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "BLEU, chrF and TER with signatures, paired tests, a score per domain",
     "average": "average several checkpoints of a run into a new run folder",
     "pipeline": "run the stages of a pipeline, from raw text to scores; running it again goes on",
+    "study": "compare arms over seeds: runs, a table with tests, pictures, a report; rerun to resume",
     "info": "describe a run folder, a model preset or a gin file: parameters, layers, FLOPs, sizes",
     "check": "compile a run for a TPU topology that is not here: memory, collectives, least step time; search",
     "doctor": "check this machine: versions, devices, gin path, write access",

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from t5x_ext.train import InitFrom, Run
 
 _SHAPE_FIELDS = (
-    "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers", "encoder_sharing", "decoder_sharing",
+    "kind", "embed_dim", "mlp_dim", "num_heads", "encoder_layers", "decoder_layers", "encoder_sharing",
+    "decoder_sharing", "layers", "sharing",
     "norm", "use_bias", "final_norm", "tied_embeddings",
 )  # fmt: skip
 _INIT_FROM = re.compile(r"(?P<run_dir>.+?)(:(?P<checkpoint>best|last|\d+))?")
@@ -110,23 +111,21 @@ def _init_from(values: flags.FlagValues, run: Run) -> InitFrom | None:
 
 def _check_same_text_model(init_from: str, folder: RunFolder, run: Run) -> None:
     """Refuses a model of another shape, and a vocabulary without the languages of the run."""
-    import dataclasses
-
     from t5x_ext.data import Vocabulary
-    from t5x_ext.models import TransformerConfig
+    from t5x_ext.models import model_from_json
 
     task: Any = run.task
     known = Vocabulary.load(str(folder.vocabulary)).languages
     for language in (language for corpus in task.data.train for language in corpus.languages):
         if language not in known:
             raise UsageError(f"--init_from={init_from}: its vocabulary has no tag for {language}, only {known}")
-    theirs = TransformerConfig.from_json(folder.read_model().model)
-    ours = TransformerConfig.from_json(dataclasses.replace(task.model, vocab_size=theirs.vocab_size).to_json())
+    theirs, ours = model_from_json(folder.read_model().model).config, task.model
     for name in _SHAPE_FIELDS:
-        if getattr(theirs, name) != getattr(ours, name):
+        there, here = getattr(theirs, name, None), getattr(ours, name, None)
+        if there != here:
             raise UsageError(
-                f"--init_from={init_from} holds another model: {name} is {getattr(theirs, name)} there, "
-                f"{getattr(ours, name)} here; give the gin file that it was trained with"
+                f"--init_from={init_from} holds another model: {name} is {there} there, {here} here; "
+                "give the gin file that it was trained with"
             )
 
 

@@ -179,8 +179,8 @@ class ParallelText:
 def monolingual_text(path: str, language: str, name: str = "") -> ParallelText:
     """A text of one language as a corpus: every line is paired with itself.
 
-    It trains a language model (`TransformerConfig.encoder_layers = 0`), which reads the second side only. Both sides
-    have the same length, so rows are packed as densely as a single side would be.
+    It trains a language model (`models.DecoderConfig`), which reads the second side only. Both sides have the
+    same length, so rows are packed as densely as a single side would be.
 
     Args:
       path: UTF-8 text, as `ParallelText` reads it.

@@ -176,8 +176,8 @@ class PackedBatches:
     def example_lengths(self, index: int) -> tuple[Int[np.ndarray, " examples"], Int[np.ndarray, " examples"]]:
         """Source and target tokens of every example of batch `index`, all rows of all hosts, int64; reads no tokens.
 
-        Tags and end of sentence are counted, padding is not. `TransformerConfig.flops` of these lengths are the model
-        FLOPs of the batch.
+        Tags and end of sentence are counted, padding is not. `flops` of the model's config of these lengths are the
+        model FLOPs of the batch.
         """
         examples = self.plan.examples(index)
         return examples.source_lengths, examples.target_lengths

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from t5x_ext.contracts import Params, PyTree, UserError
-from t5x_ext.models import EncoderDecoder, Placement, TransformerConfig
+from t5x_ext.models import LayerConfig, Placement, Transformer
 
 Combine = Literal["log_prob", "probability"]
 
@@ -40,12 +40,12 @@ class Ensemble:
       combine: what is averaged.
     """
 
-    model: EncoderDecoder
+    model: Transformer
     members: int
     combine: Combine = "log_prob"
 
     @property
-    def config(self) -> TransformerConfig:
+    def config(self) -> LayerConfig:
         """Sizes and switches of a member."""
         return self.model.config
 
@@ -55,7 +55,7 @@ class Ensemble:
         return self.model.placement
 
     def apply(self, variables: dict[str, Params], *arguments: Any, method: str) -> Any:
-        """As `EncoderDecoder.apply`, deterministic, for the methods that decoding and scoring call.
+        """As `Transformer.apply`, deterministic, for the methods that decoding and scoring call.
 
         Args:
           variables: `{"params": tree}` whose leaves are [members, ...].
@@ -92,7 +92,7 @@ def stack_members(params: list[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
 
 
-def member_shapes(model: EncoderDecoder | Ensemble, one: PyTree) -> PyTree:
+def member_shapes(model: Transformer | Ensemble, one: PyTree) -> PyTree:
     """Shapes of all parameters of a model, or of all members, from those of one."""
     if not isinstance(model, Ensemble):
         return one

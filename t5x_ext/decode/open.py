@@ -17,7 +17,7 @@ from t5x_ext.contracts import Params, PyTree, UserError
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary
 from t5x_ext.decode.ensemble import Combine, Ensemble, member_shapes, stack_members
-from t5x_ext.models import UNPLACED, EncoderDecoder, TransformerConfig, init_params, logical_axes
+from t5x_ext.models import UNPLACED, Transformer, logical_axes, model_from_json
 from t5x_ext.parallel import AxisRules, MeshPlacement, tree_shardings
 from t5x_ext.storage.digests import params_digest
 
@@ -25,7 +25,7 @@ from t5x_ext.storage.digests import params_digest
 class Opened(NamedTuple):
     """The parts of a translator."""
 
-    model: EncoderDecoder | Ensemble
+    model: Transformer | Ensemble
     params: Params
     vocabulary: Vocabulary
     tags: TagPolicy
@@ -55,7 +55,7 @@ def open_run(
     run = RunFolder(run_dir)
     record = run.read_model()
     placement = UNPLACED if mesh is None else MeshPlacement(mesh, axis_rules or AxisRules())
-    model = EncoderDecoder(TransformerConfig.from_json(record.model), placement=placement)
+    model = model_from_json(record.model, placement)
     vocabulary = Vocabulary.load(str(run.vocabulary))
     if vocabulary.fingerprint() != record.vocabulary:
         raise UserError(f"{run.vocabulary} is not the vocabulary that this model was trained with; restore it")
@@ -113,12 +113,9 @@ def place(opened: Opened) -> Opened:
     return opened._replace(params=_placed(model, opened.params))
 
 
-def abstract_params(model: EncoderDecoder | Ensemble) -> PyTree:
+def abstract_params(model: Transformer | Ensemble) -> PyTree:
     """Shapes and dtypes of all parameters of a model, or of all members of an ensemble; nothing is allocated."""
-    one = model.model if isinstance(model, Ensemble) else model
-    own = getattr(one, "abstract_params", None)
-    shapes = own() if own else jax.eval_shape(lambda: init_params(one.config, jax.random.key(0)))
-    return member_shapes(model, shapes)
+    return member_shapes(model, _member(model).abstract_params())
 
 
 def fingerprint(opened: Opened) -> str:
@@ -134,12 +131,12 @@ def fingerprint(opened: Opened) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:
+def _placed(model: Transformer | Ensemble, params: Params) -> Params:
     """Parameters as JAX arrays, NumPy arrays placed as the model wants them."""
     placement = model.placement
     if not isinstance(placement, MeshPlacement):
         return jax.tree.map(jnp.asarray, params)
-    axes = logical_axes(model.config)
+    axes = logical_axes(_member(model))
     if isinstance(model, Ensemble):
         axes = jax.tree.map(lambda names: (None, *names), axes, is_leaf=lambda node: isinstance(node, tuple))
     shardings = tree_shardings(placement.mesh, placement.rules, axes, params)
@@ -147,7 +144,11 @@ def _placed(model: EncoderDecoder | Ensemble, params: Params) -> Params:
     return jax.tree.map(put, params, shardings)
 
 
-def _unplaced(model: EncoderDecoder | Ensemble) -> EncoderDecoder | Ensemble:
+def _member(model: Transformer | Ensemble) -> Transformer:
+    return model.model if isinstance(model, Ensemble) else model
+
+
+def _unplaced(model: Transformer | Ensemble) -> Transformer | Ensemble:
     if isinstance(model, Ensemble):
         return dataclasses.replace(model, model=model.model.clone(placement=UNPLACED))
     return model.clone(placement=UNPLACED)

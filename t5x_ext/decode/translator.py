@@ -24,7 +24,7 @@ from t5x_ext.decode.ensemble import Combine, Ensemble
 from t5x_ext.decode.open import Opened, fingerprint, join_members, open_run, place
 from t5x_ext.decode.programs import decode_batch, random_key, without_seed
 from t5x_ext.decode.scoring import Score, label_log_probs
-from t5x_ext.models import EncoderDecoder
+from t5x_ext.models import Transformer
 from t5x_ext.parallel import AxisRules
 from t5x_ext.parallel.batches import batch_sharding
 
@@ -57,7 +57,7 @@ class Translator:
 
     def __init__(
         self,
-        model: EncoderDecoder | Ensemble,
+        model: Transformer | Ensemble,
         params: Params,
         vocabulary: Vocabulary,
         tags: TagPolicy,

@@ -1,34 +1,66 @@
-"""What is computed: the config of an encoder-decoder Transformer, its layers, and how they share parameters.
+"""What is computed: configs of Transformers, the three models over one set of layers, how layers share parameters.
 
-`TransformerConfig` (and its presets) describes a model, `EncoderDecoder` computes it, `init_params` makes its
-parameters, `logical_axes` names their axes, `LayerSharing` says which layers of a stack use the same parameters.
+`TransformerConfig` describes an `EncoderDecoder`, `DecoderConfig` a `LanguageModel`, `EncoderConfig` an `Encoder`;
+`LayerParts` says what their layers are made of, `LayerSharing` which layers of a stack use the same parameters.
+`init_params` makes parameters, `logical_axes` names their axes, `num_params` counts them; `model_to_json` and
+`model_from_json` write and read what a run folder says of its model.
 """
 
 from __future__ import annotations
 
-from t5x_ext.models.config import TransformerConfig
-from t5x_ext.models.encoder_decoder import EncoderDecoder, init_params, logical_axes
-from t5x_ext.models.layers import KeyValue, sinusoidal_positions
+from t5x_ext.models.building import (
+    count_params,
+    init_params,
+    logical_axes,
+    model_from_json,
+    model_of,
+    model_to_json,
+    num_params,
+)
+from t5x_ext.models.config import DecoderConfig, EncoderConfig, LayerConfig, TransformerConfig, config_from_json
+from t5x_ext.models.encoder import Encoder
+from t5x_ext.models.encoder_decoder import EncoderDecoder
+from t5x_ext.models.language_model import LanguageModel
+from t5x_ext.models.layers import Layer
+from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
-from t5x_ext.models.presets import PRESETS, Base, Big, Vega4B7, VegaTiny
-from t5x_ext.models.sharing import LayerSharing, Run
+from t5x_ext.models.presets import PRESETS, Base, Big, MiniLM, Vega4B7, VegaTiny
+from t5x_ext.models.sharing import LayerRun, LayerSharing
 from t5x_ext.models.stack import Stack
+from t5x_ext.models.sublayers import Aux, KeyValue, sinusoidal_positions
+from t5x_ext.models.transformer import Transformer
 
 __all__ = [
     "PRESETS",
     "UNPLACED",
+    "Aux",
     "Base",
     "Big",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
     "EncoderDecoder",
     "KeyValue",
+    "LanguageModel",
+    "Layer",
+    "LayerConfig",
+    "LayerParts",
+    "LayerRun",
     "LayerSharing",
+    "MiniLM",
     "Placement",
-    "Run",
     "Stack",
+    "Transformer",
     "TransformerConfig",
     "Vega4B7",
     "VegaTiny",
+    "config_from_json",
+    "count_params",
     "init_params",
     "logical_axes",
+    "model_from_json",
+    "model_of",
+    "model_to_json",
+    "num_params",
     "sinusoidal_positions",
 ]

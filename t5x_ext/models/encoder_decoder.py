@@ -2,114 +2,54 @@
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.contracts import Batch, Params, PyTree, TranslationBatch, UserError
+from t5x_ext.contracts import Batch
 from t5x_ext.models.config import TransformerConfig
-from t5x_ext.models.layers import (
-    Activation,
-    DecoderLayer,
-    Dropout,
-    EncoderLayer,
-    KeyValue,
-    Positions,
-    compute_dtype,
-    einsum_float32,
-    named_axes,
-    sinusoidal_positions,
-)
-from t5x_ext.models.placement import UNPLACED, Placement
-from t5x_ext.models.stack import Stack
+from t5x_ext.models.sublayers import Aux, Dropout, KeyValue, compute_dtype
+from t5x_ext.models.transformer import TABLES, Embedding, Transformer, causal_mask, one_token, segment_mask, under
 
 
-class Embedding(nn.Module):
-    """A table of token vectors, normal with deviation embed_dim**-0.5, read by token or as an output projection."""
+class EncoderDecoder(Transformer):
+    """An encoder-decoder Transformer over packed rows (`contracts.Decodable`); see `Transformer` for its attributes.
 
-    config: TransformerConfig
-    placement: Placement = UNPLACED
-
-    def setup(self) -> None:
-        """Creates the table."""
-        config = self.config
-        init = nn.initializers.normal(config.embed_dim**-0.5)
-        shape = (config.vocab_size, config.embed_dim)
-        self.table = self.param("table", named_axes(init, ("vocab", "embed")), shape)
-
-    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... embed"]:
-        """The vectors of tokens."""
-        return self.placement.lookup(self.table, tokens, compute_dtype(self.config))
-
-    def project(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
-        """Scores of every token, accumulated in float32."""
-        dtype = compute_dtype(self.config)
-        table = self.placement.weight(self.table.astype(dtype), ("vocab", "embed"))
-        return einsum_float32("...e,ve->...v", hidden.astype(dtype), table)
-
-
-class EncoderDecoder(nn.Module):
-    """An encoder-decoder Transformer over packed rows, or with `encoder_layers=0` its decoder alone.
-
-    Without an encoder `hidden` and `project` give the scores of a language model of the target side; `encode` raises
-    UserError.
-
-    Every method runs through `model.apply({"params": params}, ..., method="name", rngs={"dropout": key})`. Dropout is
-    applied only with `deterministic=False` and an rng `dropout`; the rng may be of any JAX implementation (`rbg` is
-    cheaper than the default on every device).
-
-    Attributes:
-      config: sizes and switches.
-      activation: of the feed-forward sub-layers.
-      positions: `(positions int [...], embed_dim) -> float [..., embed_dim]`, added to the embeddings.
-      placement: where arrays lie on a mesh of devices.
+    Reads of a batch `source_tokens`, `source_segment_ids`, `source_positions`, `target_inputs`, `target_segment_ids`
+    and `target_positions`, see `contracts.TranslationBatch`. Side outputs are under `encoder/` and `decoder/`.
     """
 
     config: TransformerConfig
-    activation: Activation = nn.relu
-    positions: Positions = sinusoidal_positions
-    placement: Placement = UNPLACED
 
     def setup(self) -> None:
         """Creates tables and stacks."""
         config = self.config
-        names = _TABLES[config.tied_embeddings]
-        tables = {name: Embedding(config, self.placement, name=name) for name in dict.fromkeys(names)}
-        self.source_table, self.target_table, self.output_table = (tables[name] for name in names)
+        self.source_table, self.target_table, self.output_table = self._tables(*TABLES[config.tied_embeddings])
         self.dropout = Dropout(config.dropout)
-        if config.has_encoder:
-            self.encoder = Stack(
-                config, EncoderLayer, self.activation, config.encoder_layers, config.encoder_sharing, self.placement
-            )
-        # A layer of a language model is one of an encoder that sees no later position.
-        decoder_layer = DecoderLayer if config.has_encoder else EncoderLayer
-        self.decoder = Stack(
-            config, decoder_layer, self.activation, config.decoder_layers, config.decoder_sharing, self.placement
-        )
+        self.encoder = self._stack(config.encoder_layers, config.encoder_sharing)
+        self.decoder = self._stack(config.decoder_layers, config.decoder_sharing, with_cross_attention=True)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length vocab"]:
         """Scores of every label given the labels before it, float32."""
         return self.project(self.hidden(batch, deterministic))
 
-    def hidden(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length embed"]:
-        """The decoder's output, after its final norm, in the compute dtype; `project` turns it into scores."""
+    def hidden_and_aux(
+        self, batch: Batch, deterministic: bool = True
+    ) -> tuple[Float[Array, "batch length embed"], Aux]:
+        """The decoder's output, and the side outputs of both stacks, see `Transformer.hidden_and_aux`."""
         source_ids, target_ids = batch["source_segment_ids"], batch["target_segment_ids"]
-        length = target_ids.shape[1]
-        self_mask = _segment_mask(target_ids, target_ids) & jnp.tril(jnp.ones((length, length), bool))
-        reads: tuple[Array, ...] = (self_mask,)
-        if self.config.has_encoder:
-            encoded = self.encode(batch["source_tokens"], source_ids, batch["source_positions"], deterministic)
-            reads = (encoded, self_mask, _segment_mask(target_ids, source_ids))
+        encoded, encoder_aux = self._encode(
+            batch["source_tokens"], source_ids, batch["source_positions"], deterministic
+        )
         deterministic = self._deterministic(deterministic)
+        masks = causal_mask(target_ids), segment_mask(target_ids, source_ids)
         x = self._embed(self.target_table, batch["target_inputs"], batch["target_positions"], deterministic)
-        x, _ = self.decoder(lambda layer, x, _: (layer(x, *reads, deterministic), None), x, deterministic=deterministic)
-        return self.decoder.normalize(x)
+        call = lambda layer, x, _: layer(x, masks[0], deterministic, encoded, masks[1])
+        x, decoder_aux = self.decoder(call, x, deterministic=deterministic)
+        return self.decoder.normalize(x), under("encoder", encoder_aux) | under("decoder", decoder_aux)
 
-    def project(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+    def project(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """Scores of every token of the vocabulary, float32."""
         return self.output_table.project(hidden)
 
@@ -121,16 +61,7 @@ class EncoderDecoder(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch source_length embed"]:
         """The encoder's output, after its final norm; values at padding (segment 0) mean nothing."""
-        if not self.config.has_encoder:
-            raise UserError(
-                "encoder_layers is 0: this is a language model, which scores texts and translates none; where a run "
-                "decodes, set EvaluationConfig.max_lines = 0 and give no test corpora"
-            )
-        deterministic = self._deterministic(deterministic)
-        x = self._embed(self.source_table, source_tokens, source_positions, deterministic)
-        mask = _segment_mask(source_segment_ids, source_segment_ids)
-        x, _ = self.encoder(lambda layer, x, _: (layer(x, mask, deterministic), None), x, deterministic=deterministic)
-        return self.encoder.normalize(x)
+        return self._encode(source_tokens, source_segment_ids, source_positions, deterministic)[0]
 
     def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> KeyValue:
         """Keys and values of cross-attention, [layers, batch, source_length, heads, head_dim] with N layers."""
@@ -171,51 +102,27 @@ class EncoderDecoder(nn.Module):
         positions = jnp.broadcast_to(position, (tokens.shape[0], 1))
         x = self._embed(self.target_table, tokens[:, None], positions, deterministic=True)
         x, new = self.decoder(
-            lambda layer, x, own: layer(x, *own, position, source_mask[:, None], method="step"), x, (cache, memory)
+            lambda layer, x, own: layer(x, own[0], position, own[1], source_mask[:, None], method="step"),
+            x,
+            (cache, memory),
         )
         cache = jax.tree.map(lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, position, 2), cache, new)
         return self.project(self.decoder.normalize(x)[:, 0]), cache
 
-    def _deterministic(self, deterministic: bool) -> bool:
-        return deterministic or not self.has_rng("dropout")
+    @nn.nowrap
+    def dummy_batch(self) -> dict[str, Int[Array, "1 1"]]:
+        """The arrays that the model reads, with one row and one token."""
+        return one_token(
+            *(f"source_{name}" for name in ("tokens", "segment_ids", "positions")),
+            *(f"target_{name}" for name in ("inputs", "segment_ids", "positions")),
+        )
+
+    def _encode(self, tokens: Array, segment_ids: Array, positions: Array, deterministic: bool) -> tuple[Array, Aux]:
+        deterministic = self._deterministic(deterministic)
+        x = self._embed(self.source_table, tokens, positions, deterministic)
+        mask = segment_mask(segment_ids, segment_ids)
+        x, aux = self.encoder(lambda layer, x, _: layer(x, mask, deterministic), x, deterministic=deterministic)
+        return self.encoder.normalize(x), aux
 
     def _embed(self, table: Embedding, tokens: Array, positions: Array, deterministic: bool) -> Array:
-        x = table(tokens)
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.embed_dim)
-        x = x + self.positions(positions, self.config.embed_dim).astype(x.dtype)
-        return self.dropout(self.placement.activation(x, ("batch", "length", "embed")), deterministic)
-
-
-_TABLES = {
-    "all": ("embedding", "embedding", "embedding"),
-    "decoder": ("source_embedding", "target_embedding", "target_embedding"),
-    "none": ("source_embedding", "target_embedding", "output_embedding"),
-}
-"""Names of the tables for source, target and output."""
-
-
-def init_params(config: TransformerConfig, key: Array) -> Params:
-    """The parameters of a new model: nested dictionaries of float32 arrays. Traceable by `jit` and `eval_shape`."""
-    return jax.jit(lambda key: meta.unbox(_init_boxed(config, key)))(key)
-
-
-def logical_axes(config: TransformerConfig) -> PyTree:
-    """The parameter tree with a tuple of logical axis names (`contracts.AXIS_NAMES`) for each array.
-
-    Nothing is allocated. The leaves are tuples: map over the result with `is_leaf=lambda x: isinstance(x, tuple)`.
-    """
-    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
-    return jax.tree.map(lambda box: box.names, boxed, is_leaf=meta.is_axis_metadata)
-
-
-def _init_boxed(config: TransformerConfig, key: Array) -> PyTree:
-    token = jnp.zeros((1, 1), jnp.int32)
-    return EncoderDecoder(config).init(key, dict.fromkeys(TranslationBatch.__annotations__, token))["params"]
-
-
-def _segment_mask(
-    queries: Int[Array, "batch length"], keys: Int[Array, "batch memory_length"]
-) -> Bool[Array, "batch length memory_length"]:
-    """True where query and key belong to the same example and the key is not padding."""
-    return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+        return self._dropped(self._scaled(table(tokens)) + self._position_vectors(positions), deterministic)

@@ -1,345 +1,131 @@
-"""The parts of a Transformer layer: projections, norms, dropout, attention, feed-forward, and the two kinds of layer.
+"""The layer of every Transformer here: self-attention, attention to an encoder's output if asked for, feed-forward.
 
 A layer is a module without neighbours: `Stack` holds the parameters of many and applies one template to each.
-Parameters are float32 and carry logical axis names; activations have the config's compute dtype.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
-from t5x_ext.models.config import TransformerConfig
+from t5x_ext.models.config import LayerConfig
+from t5x_ext.models.parts import LayerParts
 from t5x_ext.models.placement import UNPLACED, Placement
-
-Activation = Callable[[Array], Array]
-Positions = Callable[[Int[Array, "..."], int], Float[Array, "... embed"]]
-
-MASKED = -1e9
-"""Attention score where attention is not allowed: finite, so that rows without any allowed key stay finite."""
+from t5x_ext.models.sublayers import Aux, KeyValue
 
 
-class KeyValue(NamedTuple):
-    """Keys and values of attention, per head."""
+class Layer(nn.Module):
+    """Self-attention, attention to an encoder's output if `with_cross_attention`, and feed-forward, each residual.
 
-    key: Float[Array, "*batch length heads head_dim"]
-    value: Float[Array, "*batch length heads head_dim"]
-
-
-def sinusoidal_positions(positions: Int[Array, "..."], embed_dim: int) -> Float[Array, "... embed"]:
-    """Sines in the first half, cosines in the second, wavelengths from 2 pi to 20,000 pi (fairseq's arrangement).
-
-    Positions count from 0 (fairseq starts at 2).
-    """
-    half = embed_dim // 2
-    frequencies = jnp.exp(jnp.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def compute_dtype(config: TransformerConfig) -> jnp.dtype:
-    """The dtype of activations and matrix products."""
-    return jnp.dtype(config.compute_dtype)
-
-
-def einsum_float32(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A product of two arrays of one dtype, summed and returned in float32.
-
-    The products of its gradient take the dtype of `a` and `b` too. JAX alone would multiply the float32 gradient by a
-    bfloat16 array, which makes both of these products float32.
-    """
-    if a.dtype == jnp.float32:
-        return jnp.einsum(subscripts, a, b)
-    return _einsum_widened(subscripts, a, b)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum_widened(subscripts: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-
-
-def _einsum_forward(subscripts: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _einsum_widened(subscripts, a, b), (a, b)
-
-
-def _einsum_backward(subscripts: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
-    return transpose(gradient.astype(operands[0].dtype))
-
-
-_einsum_widened.defvjp(_einsum_forward, _einsum_backward)
-
-
-def named_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Callable[..., Any]:
-    """The initialiser `init`, its result boxed with the logical names of its axes."""
-    return nn.with_logical_partitioning(init, axes)
-
-
-class Dropout(nn.Module):
-    """Zeroes values with probability `rate` and scales the others to keep the mean; reads the rng `dropout`.
-
-    The rate is rounded to a multiple of 1/256 (0.1 becomes 26/256), so that one random word serves four values: random
-    bits are the costly part of dropout on a CPU.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."], deterministic: bool) -> Float[Array, "..."]:
-        """Returns `x` with values dropped, or `x` itself when deterministic."""
-        if deterministic or self.rate == 0.0:
-            return x
-        dropped = min(max(round(self.rate * 256), 1), 255)
-        keep = random_bytes(self.make_rng("dropout"), x.shape) >= dropped
-        return jnp.where(keep, x * (256 / (256 - dropped)), jnp.zeros_like(x))
-
-
-def random_bytes(key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Independent uniform integers in [0, 256), four from each random word."""
-    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 4)), jnp.uint32)
-    # Side by side along the last axis, so that leading axes may stay split over devices.
-    parts = [(words >> shift) & 0xFF for shift in (0, 8, 16, 24)]
-    return jnp.concatenate(parts, axis=-1)[..., : shape[-1]]
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, computed in float32, returned in the dtype of its input."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-        """Returns `x` normalised and scaled."""
-        config, width = self.config, x.shape[-1]
-        scale = self.param("scale", named_axes(nn.initializers.ones, ("embed",)), (width,))
-        y = x.astype(jnp.float32)
-        if config.norm == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_epsilon) * scale
-        if config.norm == "layernorm" and config.use_bias:
-            y = y + self.param("bias", named_axes(nn.initializers.zeros, ("embed",)), (width,))
-        return y.astype(x.dtype)
-
-
-class Projection(nn.Module):
-    """A linear map from the last axes of its input to new ones, Xavier-uniform with a gain, bias zero.
+    Side outputs of sub-layers are named `self_attention/...`, `cross_attention/...` and `feed_forward/...`.
 
     Attributes:
-      config: gives dtype and whether there is a bias.
-      features: sizes of the new axes.
-      axes: logical names of the kernel's axes, the contracted ones first; as many of the input's last axes are
-        contracted as there are names beyond `features`.
-      gain: of the uniform initialiser.
-      placement: where the kernel lies while it is used.
+      config: sizes and switches.
+      parts: what the sub-layers are.
+      placement: where arrays are stored on a mesh of devices.
+      with_cross_attention: True in the decoder of an encoder-decoder.
     """
 
-    config: TransformerConfig
-    features: tuple[int, ...]
-    axes: tuple[str, ...]
-    gain: float = 1.0
+    config: LayerConfig
+    parts: LayerParts = LayerParts()
     placement: Placement = UNPLACED
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns the map of `x` in the compute dtype."""
-        contracted = len(self.axes) - len(self.features)
-        init = nn.initializers.variance_scaling(
-            self.gain**2, "fan_avg", "uniform", range(contracted), range(contracted, len(self.axes))
-        )
-        leading, reduced = x.shape[:-contracted], x.shape[-contracted:]
-        kernel = self.param("kernel", named_axes(init, self.axes), reduced + self.features)
-        dtype = compute_dtype(self.config)
-        # As a product of matrices: XLA's CPU gradient of the same contraction over several axes takes twice as long.
-        width = math.prod(reduced)
-        kernel = self.placement.weight(kernel.astype(dtype), self.axes)
-        y = x.reshape(-1, width).astype(dtype) @ kernel.reshape(width, -1)
-        if self.config.use_bias:
-            zeros = named_axes(nn.initializers.zeros, self.axes[contracted:])
-            y = y + self.param("bias", zeros, self.features).reshape(-1).astype(dtype)
-        return y.reshape(leading + self.features)
-
-
-class Attention(nn.Module):
-    """Scaled dot-product attention with several heads; softmax in float32.
-
-    Queries, keys and values start at gain 1/sqrt(2) as in fairseq, the output projection at 1.
-    """
-
-    config: TransformerConfig
-    placement: Placement = UNPLACED
+    with_cross_attention: bool = False
 
     def setup(self) -> None:
-        """Creates the four projections."""
-        config = self.config
-        heads, axes = (config.num_heads, config.head_dim), ("embed", "heads", "head_dim")
-        self.query = Projection(config, heads, axes, math.sqrt(0.5), self.placement)
-        self.key = Projection(config, heads, axes, math.sqrt(0.5), self.placement)
-        self.value = Projection(config, heads, axes, math.sqrt(0.5), self.placement)
-        self.out = Projection(config, (config.embed_dim,), ("heads", "head_dim", "embed"), placement=self.placement)
-        self.dropout = Dropout(config.attention_dropout)
-
-    def keys_and_values(self, x: Float[Array, "batch length embed"]) -> KeyValue:
-        """Keys and values of the attended sequence."""
-        return KeyValue(self.key(x), self.value(x))
+        """Creates the sub-layers."""
+        config, parts, placement = self.config, self.parts, self.placement
+        self.self_attention = parts.attention(config, parts.projection, placement)
+        self.self_attention_residual = parts.residual(config, parts.norm, placement)
+        if self.with_cross_attention:
+            self.cross_attention = parts.attention(config, parts.projection, placement)
+            self.cross_attention_residual = parts.residual(config, parts.norm, placement)
+        self.feed_forward = parts.feed_forward(config, parts.projection, placement)
+        self.feed_forward_residual = parts.residual(config, parts.norm, placement)
 
     def __call__(
         self,
         x: Float[Array, "batch length embed"],
-        memory: KeyValue,
-        mask: Bool[Array, "#batch #length memory_length"],
+        mask: Bool[Array, "#batch length length"],
         deterministic: bool,
-    ) -> Float[Array, "batch length embed"]:
-        """What each query position reads from the `memory` positions where `mask` is True."""
-        query = self.query(x) * self.config.head_dim**-0.5
-        scores = einsum_float32("bqhd,bkhd->bhqk", query, memory.key)
-        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
-        weights = self.dropout(weights.astype(query.dtype), deterministic)
-        return self.out(jnp.einsum("bhqk,bkhd->bqhd", weights, memory.value))
+        encoded: Float[Array, "batch source_length embed"] | None = None,
+        cross_mask: Bool[Array, "#batch #length source_length"] | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Aux]:
+        """The layer over whole sequences.
 
+        Args:
+          x: the layer's input.
+          mask: `mask[b, q, k]` allows query q to read key k of its own sequence.
+          deterministic: False turns dropout on.
+          encoded: what cross-attention reads; with `with_cross_attention` only.
+          cross_mask: `cross_mask[b, q, k]` allows query q to read position k of `encoded`.
 
-class FeedForward(nn.Module):
-    """Two projections with an activation between."""
-
-    config: TransformerConfig
-    activation: Activation
-    placement: Placement = UNPLACED
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length embed"], deterministic: bool
-    ) -> Float[Array, "batch length embed"]:
-        """Returns the sub-layer's output."""
-        config, placement = self.config, self.placement
-        up = Projection(config, (config.mlp_dim,), ("embed", "mlp"), placement=placement, name="up")
-        down = Projection(config, (config.embed_dim,), ("mlp", "embed"), placement=placement, name="down")
-        inner = placement.activation(self.activation(up(x)), ("batch", "length", "mlp"))
-        return down(Dropout(config.activation_dropout)(inner, deterministic))
-
-
-class Residual(nn.Module):
-    """The frame around a sub-layer: a norm before it or after the sum, dropout before the sum.
-
-    With pre-norm x + dropout(sublayer(norm(x))), with post-norm norm(x + dropout(sublayer(x))).
-    """
-
-    config: TransformerConfig
-    placement: Placement = UNPLACED
-
-    def setup(self) -> None:
-        """Creates norm and dropout."""
-        self.norm = Norm(self.config)
-        self.dropout = Dropout(self.config.dropout)
-
-    def enter(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
-        """What the sub-layer reads."""
-        return self.norm(x) if self.config.norm_placement == "pre" else x
-
-    def leave(
-        self, x: Float[Array, "batch length embed"], y: Float[Array, "batch length embed"], deterministic: bool
-    ) -> Float[Array, "batch length embed"]:
-        """What follows the sub-layer, `x` being the frame's input and `y` the sub-layer's output."""
-        total = self.placement.activation(x + self.dropout(y, deterministic), ("batch", "length", "embed"))
-        return total if self.config.norm_placement == "pre" else self.norm(total)
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward."""
-
-    config: TransformerConfig
-    activation: Activation
-    placement: Placement = UNPLACED
-
-    def setup(self) -> None:
-        """Creates the sub-layers."""
-        self.self_attention = Attention(self.config, self.placement)
-        self.self_attention_residual = Residual(self.config, self.placement)
-        self.feed_forward = FeedForward(self.config, self.activation, self.placement)
-        self.feed_forward_residual = Residual(self.config, self.placement)
-
-    def __call__(
-        self, x: Float[Array, "batch length embed"], mask: Bool[Array, "batch length length"], deterministic: bool
-    ) -> Float[Array, "batch length embed"]:
-        """Returns the layer's output; `mask[b, q, k]` allows query q to read key k."""
-        y = self.self_attention_residual.enter(x)
-        y = self.self_attention(y, self.self_attention.keys_and_values(y), mask, deterministic)
-        x = self.self_attention_residual.leave(x, y, deterministic)
-        y = self.feed_forward(self.feed_forward_residual.enter(x), deterministic)
-        return self.feed_forward_residual.leave(x, y, deterministic)
-
-    def touch(self) -> None:
-        """Runs the layer on one position of zeros, which creates its parameters."""
-        self(jnp.zeros((1, 1, self.config.embed_dim)), jnp.ones((1, 1, 1), bool), True)
-
-
-class DecoderLayer(nn.Module):
-    """Self-attention, attention to the encoder's output, and feed-forward."""
-
-    config: TransformerConfig
-    activation: Activation
-    placement: Placement = UNPLACED
-
-    def setup(self) -> None:
-        """Creates the sub-layers."""
-        self.self_attention = Attention(self.config, self.placement)
-        self.self_attention_residual = Residual(self.config, self.placement)
-        self.cross_attention = Attention(self.config, self.placement)
-        self.cross_attention_residual = Residual(self.config, self.placement)
-        self.feed_forward = FeedForward(self.config, self.activation, self.placement)
-        self.feed_forward_residual = Residual(self.config, self.placement)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch length embed"],
-        encoded: Float[Array, "batch source_length embed"],
-        self_mask: Bool[Array, "batch length length"],
-        cross_mask: Bool[Array, "batch length source_length"],
-        deterministic: bool,
-    ) -> Float[Array, "batch length embed"]:
-        """Returns the layer's output over whole targets."""
-        y = self.self_attention_residual.enter(x)
-        y = self.self_attention(y, self.self_attention.keys_and_values(y), self_mask, deterministic)
-        x = self.self_attention_residual.leave(x, y, deterministic)
-        return self._after_self_attention(x, self.cross_memory(encoded), cross_mask, deterministic)
+        Returns:
+          The layer's output, and the side outputs of its sub-layers.
+        """
+        memory = None if encoded is None else self.cross_memory(encoded)
+        x, _, aux = self._sublayers(x, lambda own: own, mask, memory, cross_mask, deterministic)
+        return x, aux
 
     def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> KeyValue:
         """Keys and values of cross-attention, which stay the same for a whole decoding."""
-        return self.cross_attention.keys_and_values(encoded)
+        memory: KeyValue = self.cross_attention.keys_and_values(encoded)
+        return memory
 
     def step(
         self,
         x: Float[Array, "rows 1 embed"],
         cache: KeyValue,
-        memory: KeyValue,
         position: Int[Array, ""],
-        cross_mask: Bool[Array, "rows 1 source_length"],
+        memory: KeyValue | None = None,
+        cross_mask: Bool[Array, "rows 1 source_length"] | None = None,
     ) -> tuple[Float[Array, "rows 1 embed"], KeyValue]:
-        """One target position, given the keys and values of those before it.
+        """One position, given the keys and values of those before it.
 
         Returns:
           The layer's output, and key and value of this position (length 1) for the caller to store: the cache of the
           whole stack is then written once.
         """
-        y = self.self_attention_residual.enter(x)
-        new = self.self_attention.keys_and_values(y)
-        seen = jax.tree.map(lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, position, 1), cache, new)
-        mask = jnp.arange(seen.key.shape[1])[None, None] <= position
-        x = self.self_attention_residual.leave(x, self.self_attention(y, seen, mask, True), True)
-        return self._after_self_attention(x, memory, cross_mask, True), new
 
-    def touch(self) -> None:
+        def earlier_and(own: KeyValue) -> KeyValue:
+            write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, 1)
+            return KeyValue(write(cache.key, own.key), write(cache.value, own.value))
+
+        mask = jnp.arange(cache.key.shape[1])[None, None] <= position
+        x, own, _ = self._sublayers(x, earlier_and, mask, memory, cross_mask, deterministic=True)
+        return x, own
+
+    def initialise(self) -> None:
         """Runs the layer on one position of zeros, which creates its parameters."""
         x, mask = jnp.zeros((1, 1, self.config.embed_dim)), jnp.ones((1, 1, 1), bool)
-        self(x, x, mask, mask, True)
+        self(x, mask, True, *((x, mask) if self.with_cross_attention else ()))
 
-    def _after_self_attention(self, x: Array, memory: KeyValue, cross_mask: Array, deterministic: bool) -> Array:
-        y = self.cross_attention(self.cross_attention_residual.enter(x), memory, cross_mask, deterministic)
-        x = self.cross_attention_residual.leave(x, y, deterministic)
-        y = self.feed_forward(self.feed_forward_residual.enter(x), deterministic)
-        return self.feed_forward_residual.leave(x, y, deterministic)
+    def _sublayers(
+        self,
+        x: Array,
+        visible: Callable[[KeyValue], KeyValue],
+        mask: Array,
+        memory: KeyValue | None,
+        cross_mask: Array | None,
+        deterministic: bool,
+    ) -> tuple[Array, KeyValue, Aux]:
+        """The output, the keys and values of `x` in self-attention, and side outputs.
+
+        `visible` gives what self-attention reads, from the keys and values of `x`.
+        """
+        y = self.self_attention_residual.enter(x)
+        own = self.self_attention.keys_and_values(y)
+        y, self_aux = self.self_attention(y, visible(own), mask, deterministic)
+        x = self.self_attention_residual.leave(x, y, deterministic)
+        cross_aux: Aux = {}
+        if self.with_cross_attention:
+            y = self.cross_attention_residual.enter(x)
+            y, cross_aux = self.cross_attention(y, memory, cross_mask, deterministic)
+            x = self.cross_attention_residual.leave(x, y, deterministic)
+        y, feed_forward_aux = self.feed_forward(self.feed_forward_residual.enter(x), deterministic)
+        x = self.feed_forward_residual.leave(x, y, deterministic)
+        sides = {"self_attention": self_aux, "cross_attention": cross_aux, "feed_forward": feed_forward_aux}
+        return x, own, {f"{name}/{key}": value for name, aux in sides.items() for key, value in aux.items()}

@@ -1,10 +1,18 @@
-"""Model sizes by name; each only overrides defaults of `TransformerConfig`, and gin overrides them in turn."""
+"""Model sizes by name; each only overrides defaults of its config, and gin overrides them in turn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from t5x_ext.models.config import ComputeDtype, NormPlacement, Remat, TransformerConfig
+from t5x_ext.models.config import (
+    ActivationName,
+    ComputeDtype,
+    EncoderConfig,
+    LayerConfig,
+    NormPlacement,
+    Remat,
+    TransformerConfig,
+)
 from t5x_ext.models.sharing import LayerSharing
 
 
@@ -25,7 +33,7 @@ class VegaTiny(TransformerConfig):
 
 @dataclass(frozen=True)
 class Base(TransformerConfig):
-    """Transformer-base (arXiv 1706.03762): post-norm, no final norms, 60,915,712 parameters at 32,768 pieces."""
+    """Transformer-base (arXiv 1706.03762): post-norm, no final norms, 60,915,712 parameters at 32,768 tokens."""
 
     norm_placement: NormPlacement = "post"
     final_norm: bool = False
@@ -33,7 +41,7 @@ class Base(TransformerConfig):
 
 @dataclass(frozen=True)
 class Big(TransformerConfig):
-    """Transformer-big (arXiv 1706.03762): post-norm, no final norms, 209,911,808 parameters at 32,768 pieces.
+    """Transformer-big (arXiv 1706.03762): post-norm, no final norms, 209,911,808 parameters at 32,768 tokens.
 
     Dropout as in fairseq's `transformer_wmt_en_de_big`: 0.3, and 0.1 on attention weights.
     """
@@ -49,7 +57,7 @@ class Big(TransformerConfig):
 
 @dataclass(frozen=True)
 class Vega4B7(TransformerConfig):
-    """The shape of Vega-MT (arXiv 2209.09444): 24+24 layers, 4,693,321,728 parameters at 128,009 pieces.
+    """The shape of Vega-MT (arXiv 2209.09444): 24+24 layers, 4,693,321,728 parameters at 128,009 tokens.
 
     Inferred from the published total and from the public model whose decoding recipe Vega-MT shares (fairseq's WMT21
     dense-24-wide): pre-norm, ReLU, everything tied, dropout 0.1 everywhere but on inner activations. Executed as its
@@ -68,10 +76,34 @@ class Vega4B7(TransformerConfig):
     remat: Remat = "full"
 
 
-PRESETS: dict[str, type[TransformerConfig]] = {
+@dataclass(frozen=True)
+class MiniLM(EncoderConfig):
+    """The encoder of all-MiniLM-L6-v2 (Wang et al., arXiv 2002.10957): BERT with 6 layers of width 384.
+
+    22,565,376 parameters; the published 22,713,216 have BERT's pooler, which sentence embeddings do not use.
+    """
+
+    vocab_size: int = 30522
+    embed_dim: int = 384
+    mlp_dim: int = 1536
+    num_heads: int = 12
+    layers: int = 6
+    norm_placement: NormPlacement = "post"
+    final_norm: bool = False
+    norm_epsilon: float = 1e-12
+    activation: ActivationName = "gelu"
+    scale_embedding: bool = False
+    max_positions: int | None = 512
+    token_types: int = 2
+    embedding_norm: bool = True
+    attention_dropout: float = 0.1
+
+
+PRESETS: dict[str, type[LayerConfig]] = {
     "vega_tiny": VegaTiny,
     "base": Base,
     "big": Big,
+    "mini_lm": MiniLM,
     "vega_4b7": Vega4B7,
 }
 """Presets by the name that commands and gin files use."""

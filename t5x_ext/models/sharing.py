@@ -12,7 +12,7 @@ Scheme = Literal["none", "universal", "sequence", "cycle", "cycle_rev", "sandwic
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Consecutive positions that walk through consecutive sets: one scan over a slice, without gather or scatter.
 
     Positions `position .. position + (stop - start) * repeat - 1` use the sets `start .. stop - 1`, from the last to
@@ -33,7 +33,7 @@ class Run(NamedTuple):
     def sets(self) -> tuple[int, ...]:
         """The set of each position of the run, in order.
 
-        >>> Run(position=0, start=1, stop=3, reverse=True, repeat=2).sets()
+        >>> LayerRun(position=0, start=1, stop=3, reverse=True, repeat=2).sets()
         (2, 2, 1, 1)
         """
         walk = range(self.start, self.stop)
@@ -123,14 +123,14 @@ class LayerSharing:
             return (0, *(1 for _ in positions[1:-1]), 2)
         return tuple(i % sets for i in positions)
 
-    def runs(self, layers: int) -> tuple[Run, ...]:
-        """The map of `layers` positions cut into runs, longest first from the left.
+    def runs(self, layers: int) -> tuple[LayerRun, ...]:
+        """The map of `layers` positions split into runs, longest first from the left.
 
         >>> [run.sets() for run in LayerSharing("cycle_rev", unique_layers=3).runs(6)]
         [(0, 1, 2), (2, 1, 0)]
         """
         layer_map = self.layer_map(layers)
-        runs: list[Run] = []
+        runs: list[LayerRun] = []
         position = 0
         while position < layers:
             runs.append(_longest_run(layer_map, position))
@@ -138,7 +138,7 @@ class LayerSharing:
         return tuple(runs)
 
 
-def _longest_run(layer_map: tuple[int, ...], position: int) -> Run:
+def _longest_run(layer_map: tuple[int, ...], position: int) -> LayerRun:
     """The longest run of `layer_map` that begins at `position`."""
     rest = layer_map[position:]
     first = rest[0]
@@ -147,8 +147,8 @@ def _longest_run(layer_map: tuple[int, ...], position: int) -> Run:
         run
         for stride in range(1, max(layer_map) + 2)
         for run in (
-            Run(position, first, first + stride, False, repeat),
-            Run(position, first - stride + 1, first + 1, True, repeat),
+            LayerRun(position, first, first + stride, False, repeat),
+            LayerRun(position, first - stride + 1, first + 1, True, repeat),
         )
         if rest[: run.length] == run.sets()
     ]

@@ -1,4 +1,4 @@
-"""Optimizers in Optax's form: Adam, Adafactor, SAM, FSAM, Flora, Ginger, schedules, accumulation, rules by path."""
+"""Optimizers in Optax's form: Adam, Adafactor, SAM, FSAM, Flora, Ginger, gradual pruning, schedules, rules by path."""
 
 from t5x_ext.optim.accumulation import mean_accumulator
 from t5x_ext.optim.adafactor import adafactor
@@ -11,9 +11,12 @@ from t5x_ext.optim.matrices import as_matrices, from_matrices
 from t5x_ext.optim.projections import gaussian, orthogonal
 from t5x_ext.optim.rules import freeze, scale_by_path
 from t5x_ext.optim.schedules import inverse_sqrt, linear_decay
+from t5x_ext.optim.sparsify import PruningGroup, Regrowth, gradual_pruning, pruning_masks
 from t5x_ext.optim.top_k import top_k_mask
 
 __all__ = [
+    "PruningGroup",
+    "Regrowth",
     "adafactor",
     "adam",
     "as_matrices",
@@ -26,11 +29,13 @@ __all__ = [
     "ginger",
     "ginger_curvature_grads",
     "ginger_reference",
+    "gradual_pruning",
     "inverse_sqrt",
     "learning_rate_of",
     "linear_decay",
     "mean_accumulator",
     "orthogonal",
+    "pruning_masks",
     "sam",
     "scale_by_flora",
     "scale_by_ginger",

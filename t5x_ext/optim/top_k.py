@@ -36,7 +36,7 @@ def num_kept(sparsity: float | Fraction, total: int) -> int:
     return math.floor((1 - sparsity) * total)
 
 
-def top_k_mask(scores: PyTree, k: int, *, magnitude: bool = False) -> PyTree:
+def top_k_mask(scores: PyTree, k: int | Count, *, magnitude: bool = False) -> PyTree:
     """True at the k largest scores of all arrays of a tree together, and exactly k of them.
 
     Equal scores are taken in order: of leaves, then row by row within an array, as by a stable sort. -0.0 equals 0.0,
@@ -50,7 +50,8 @@ def top_k_mask(scores: PyTree, k: int, *, magnitude: bool = False) -> PyTree:
     Args:
       scores: arrays of floats, any shapes; compared in float32. The tree may have more than 2^32 entries, one axis may
         not.
-      k: a Python integer from 0 to the number of entries.
+      k: a Python integer from 0 to the number of entries, or a `Count` that is known on the device only and in that
+        range, which is not checked.
       magnitude: compare absolute values, without storing them.
 
     Returns:
@@ -68,14 +69,14 @@ def top_k_mask(scores: PyTree, k: int, *, magnitude: bool = False) -> PyTree:
     """
     leaves, structure = jax.tree.flatten(scores)
     total = sum(leaf.size for leaf in leaves)
-    if not 0 <= k <= total:
+    if isinstance(k, int) and not 0 <= k <= total:
         raise ValueError(f"top_k_mask: k = {k} of {total} entries")
     if any(size >= 2**WORD for leaf in leaves for size in leaf.shape):
         raise UserError("top_k_mask: an axis has 2^32 entries or more; split it into two axes")
-    if k in (0, total):
-        return jax.tree.unflatten(structure, [jnp.full(leaf.shape, k > 0) for leaf in leaves])
+    if total == 0 or (isinstance(k, int) and k in (0, total)):
+        return jax.tree.unflatten(structure, [jnp.full(leaf.shape, k != 0) for leaf in leaves])
     numbered = _numbered(leaves, magnitude)
-    last = _last_taken(numbered, k)
+    last = _last_taken(numbered, as_count(k) if isinstance(k, int) else k)
     masks = [_not_after(leaf, last) for leaf in numbered]
     return jax.tree.unflatten(structure, masks)
 
@@ -108,14 +109,30 @@ def less(a: Count, b: Count) -> Bool[Array, ""]:
     return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 
+def multiply(a: UInt32[Array, ""], b: UInt32[Array, ""]) -> Count:
+    """The product of two words, from the four products of their halves."""
+    half, low_half = WORD // 2, 2 ** (WORD // 2) - 1
+    a_high, a_low, b_high, b_low = a >> half, a & low_half, b >> half, b & low_half
+    low, left, right = a_low * b_low, a_high * b_low, a_low * b_high
+    middle = (low >> half) + (left & low_half) + (right & low_half)
+    high = a_high * b_high + (left >> half) + (right >> half) + (middle >> half)
+    return Count(high, (middle << half) | (low & low_half))
+
+
+def ceil_share(count: Count, share: UInt32[Array, ""]) -> Count:
+    """ceil(count * share / 2^32): a part of a count, without floating point."""
+    of_low, of_high = multiply(count.low, share), multiply(count.high, share)
+    return add(of_high, Count(jnp.uint32(0), of_low.high + (of_low.low > 0)))
+
+
 def sum_words(words: UInt32[Array, "..."]) -> Count:
     """The sum of fewer than 2^31 words, added in groups of few enough bits that no partial sum overflows."""
     bits = WORD - max(words.size, 1).bit_length()
     total = as_count(0)
     for shift in range(0, WORD, bits):
-        piece = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
-        high = piece >> (WORD - shift) if shift else jnp.uint32(0)
-        total = add(total, Count(high, piece << shift))
+        partial = jnp.sum((words >> shift) & (2**bits - 1), dtype=jnp.uint32)
+        high = partial >> (WORD - shift) if shift else jnp.uint32(0)
+        total = add(total, Count(high, partial << shift))
     return total
 
 
@@ -177,11 +194,11 @@ def _numbered(leaves: list[Array], magnitude: bool) -> list[_Leaf]:
     return numbered
 
 
-def _last_taken(leaves: list[_Leaf], k: int) -> tuple[Array, ...]:
+def _last_taken(leaves: list[_Leaf], k: Count) -> tuple[Array, ...]:
     """The digits of the entry that is k-th in their order."""
     rows = leaves[-1].first_row + leaves[-1].rows
     columns = max(leaf.scores.size // max(leaf.rows, 1) for leaf in leaves)
-    rank, missing = _next_digit(leaves, (), WORD, as_count(k))
+    rank, missing = _next_digit(leaves, (), WORD, k)
 
     def among_ties() -> tuple[Array, ...]:
         row, wanted = _next_digit(leaves, (rank,), (rows - 1).bit_length(), missing)

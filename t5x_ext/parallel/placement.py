@@ -69,12 +69,17 @@ class MeshPlacement:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(kept: NamedSharding, gathered: NamedSharding, weight: Array) -> Array:
+    return _gather(kept, gathered, weight)
+
+
+def _gather(kept: NamedSharding, gathered: NamedSharding, weight: Array) -> Array:
     # The first constraint keeps the compiler from gathering before a cast, which would move twice the bytes.
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(weight, kept), gathered)
 
 
 def _gathered_forward(kept: NamedSharding, gathered: NamedSharding, weight: Array) -> tuple[Array, None]:
-    return _gathered(kept, gathered, weight), None
+    # The plain operation: `jvp` of a gradient (a Hessian-vector product) differentiates this, not the custom rule.
+    return _gather(kept, gathered, weight), None
 
 
 def _gathered_backward(kept: NamedSharding, gathered: NamedSharding, _: None, gradient: Array) -> tuple[Array]:

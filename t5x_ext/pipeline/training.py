@@ -13,7 +13,7 @@ from t5x_ext.pipeline.artefact import Artefact, Kind, Model, TextFiles, Weights
 from t5x_ext.pipeline.stage import Interrupted, ModelOrigin, Stage, StageDefaults, StageWork, origin_of
 from t5x_ext.pipeline.texts import corpus_of, reversed_corpus, sides_of
 from t5x_ext.pipeline.workspace import Workspace
-from t5x_ext.tasks import text_task, with_data
+from t5x_ext.tasks import LanguageModeling, text_task, with_data
 from t5x_ext.train import InitFrom, Run, execute
 
 
@@ -37,7 +37,7 @@ class Train(StageDefaults):
       name: of the stage.
       run: a complete run; the fields below replace parts of it.
       corpora: stages whose texts replace the run's training corpora; empty: the run's own are used. A language model
-        (`encoder_layers=0`) is trained on each side by itself.
+        (`tasks.LanguageModeling`) is trained on each side by itself.
       valid: stages whose texts replace the run's validation corpora. The metrics decoded on them are means over corpora
         and directions: with a corpus for each domain, `valid/bleu` is the macro-average over domains.
       init_from: the stage whose weights and vocabulary it starts from.
@@ -84,11 +84,11 @@ class Train(StageDefaults):
         if self.directions and not self.per_direction:
             raise UserError("Train.directions goes with per_direction")
         if self.languages and not self._is_language_model:
-            raise UserError("Train.languages is for language models (encoder_layers=0)")
+            raise UserError("Train.languages is for language models (tasks.LanguageModeling)")
 
     @property
     def _is_language_model(self) -> bool:
-        return text_task(self.run).model.encoder_layers == 0
+        return isinstance(self.run.task, LanguageModeling)
 
     def reads(self) -> Mapping[str, Kind]:
         """Texts, and the stages of weights and vocabulary."""

@@ -78,17 +78,17 @@ def _state_knobs(program: Program, report: CheckReport, estimate: Temporaries, e
     """What makes parameters and the arrays that are sharded like them smaller on a device."""
     memory, mesh, run = report.memory, program.mesh, program.run
     state = memory.params + memory.optimizer + memory.ema
-    pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    devices = pieces * mesh.shape["data"]
-    now = pieces if run.axis_rules.embed == "fsdp" else 1
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    devices = shards * mesh.shape["data"]
+    now = shards if run.axis_rules.embed == "fsdp" else 1
     # Gradients are sharded like the parameters.
-    cut = state + estimate.gradients
+    sharded = state + estimate.gradients
     if now < devices:
         text = f"parameters and optimizer state sharded over all {devices} devices of a slice (parallel/fsdp.gin)"
-        yield _Knob(cut * (1 - now / devices), text)
+        yield _Knob(sharded * (1 - now / devices), text)
     elif state > report.hbm_bytes / 4:
-        more = devices * 2 ** max(1, math.ceil(math.log2(cut / max(cut - excess, 0.1 * cut))))
-        yield _Knob(cut * (1 - devices / more), f"a topology of {more} devices (now {devices})")
+        more = devices * 2 ** max(1, math.ceil(math.log2(sharded / max(sharded - excess, 0.1 * sharded))))
+        yield _Knob(sharded * (1 - devices / more), f"a topology of {more} devices (now {devices})")
     if run.ema_decay is not None:
         yield _Knob(memory.ema, f"Run.ema_decay = None (now {run.ema_decay})")
 

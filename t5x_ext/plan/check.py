@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from t5x_ext.contracts import PyTree, UserError
 from t5x_ext.decode import DecodeConfig, Ensemble
 from t5x_ext.decode.programs import decode_batch, without_seed
-from t5x_ext.models import TransformerConfig
+from t5x_ext.models import DecoderConfig, TransformerConfig
 from t5x_ext.parallel import make_mesh
 from t5x_ext.parallel.batches import batch_sharding
 from t5x_ext.parallel.mesh import batch_devices
@@ -33,6 +33,7 @@ from t5x_ext.plan.report import CheckReport, DeviceMemory
 from t5x_ext.plan.roofline import mfu_bound, roofline
 from t5x_ext.plan.topology import Target
 from t5x_ext.tasks import text_task
+from t5x_ext.tasks.text import pair_flops
 from t5x_ext.train.program import Program, check_rows, make_program
 from t5x_ext.train.run import Run
 
@@ -57,7 +58,7 @@ class _Work(NamedTuple):
 def check(run: Run, vocab_size: int, target: Target, mean_length: int = MEAN_LENGTH) -> CheckReport:
     """Checks one update of a run, with the same program that training compiles.
 
-    Model FLOPs are `3 * TransformerConfig.flops`, for forward and backward pass, of rows filled with examples of one
+    Model FLOPs are `3 * config.flops`, for forward and backward pass, of rows filled with examples of one
     length; without packing a row has one such example, and padding. Short examples need the fewest, because attention
     grows with the square of their length.
 
@@ -113,9 +114,9 @@ def check_decoding(
     """
     run = on_slices(run, target)
     program = make_program(run, {"vocab_size": vocab_size}, _mesh(run, target))
-    pieces = batch_devices(program.mesh)
-    if rows % pieces:
-        raise UserError(f"{rows} rows to decode do not divide among {pieces} devices; take a multiple of {pieces}")
+    shards = batch_devices(program.mesh)
+    if rows % shards:
+        raise UserError(f"{rows} rows to decode do not divide among {shards} devices; take a multiple of {shards}")
     work, lengths = _decoding_work(program, decode, rows, source_length, members)
     mesh_shape, estimate = dict(program.mesh.shape), None
     compiled: Compiled | Refused
@@ -127,7 +128,7 @@ def check_decoding(
         traffic = float(work.unknown_trips * step_traffic)
         compiled = compiled._replace(hlo=dataclasses.replace(compiled.hlo, bytes_accessed=traffic))
     report = _report(work, target, program.mesh, compiled, estimate)
-    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, pieces)))
+    return report if report.fits else dataclasses.replace(report, advice=tuple(_decoding_advice(rows, shards)))
 
 
 def on_slices(run: Run, target: Target) -> Run:
@@ -137,14 +138,14 @@ def on_slices(run: Run, target: Target) -> Run:
     return run
 
 
-def training_flops(config: TransformerConfig, run: Run, mean_length: int) -> tuple[float, int, int]:
+def training_flops(config: TransformerConfig | DecoderConfig, run: Run, mean_length: int) -> tuple[float, int, int]:
     """Model FLOPs of an update, and the real source and target tokens that they are for; see `check`."""
     shape = text_task(run).data.batch
     length = min(mean_length, shape.target_length)
     examples = shape.target_length / length if shape.packing else 1.0
     # Source rows are as full as target rows, so the length of their examples is in proportion to the rows'.
     source_length = length * shape.source_length / shape.target_length
-    flops = 3 * shape.rows * examples * config.flops(np.array([source_length]), np.array([length]))
+    flops = 3 * shape.rows * examples * pair_flops(config)(np.array([source_length]), np.array([length]))
     return flops, round(shape.rows * examples * source_length), round(shape.rows * examples * length)
 
 
@@ -207,7 +208,7 @@ def _decoding_work(
 
 
 def _ensemble(program: Program, members: int) -> tuple[Ensemble, PyTree]:
-    """This number of models of the program's shape, and their parameters, sharded as those of one."""
+    """`members` models of the program's shape, and their parameters, sharded like those of one."""
 
     def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec))
@@ -297,9 +298,9 @@ def _named(buffer: Buffer) -> str:
     return f"{buffer.dtype}[{dims}] {buffer.op_name or buffer.name}"
 
 
-def _decoding_advice(rows: int, pieces: int) -> Iterator[str]:
-    if rows > pieces:
-        fewer = max(pieces, rows // 2 // pieces * pieces)
+def _decoding_advice(rows: int, shards: int) -> Iterator[str]:
+    if rows > shards:
+        fewer = max(shards, rows // 2 // shards * shards)
         yield f"--decode_rows={fewer} (now {rows}): caches of fewer sentences"
     yield "--beam_size: fewer hypotheses have fewer caches"
     yield "--decode_length: shorter sentences have shorter caches"

@@ -47,7 +47,7 @@ class Refused(NamedTuple):
 
 
 @contextmanager
-def _anew() -> Iterator[None]:
+def _without_cache() -> Iterator[None]:
     """Disables JAX's compilation cache: cached programs have no compile time and no output of the partitioner."""
     used = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -60,7 +60,7 @@ def _anew() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@_anew()
+@_without_cache()
 def compile_for(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_trips: int = 1) -> Compiled | Refused:
     """Compiles for the devices that the program was lowered for.
 
@@ -92,7 +92,7 @@ def read_refusal(message: str, seconds: float = 0.0) -> Refused:
     return Refused(_bytes(*needed.groups()) if needed else None, largest, seconds)
 
 
-@_anew()
+@_without_cache()
 def partition(lowered: jax.stages.Lowered, mesh_shape: dict[str, int], unknown_trips: int = 1) -> Compiled:
     """The program of one device after the partitioner, before any device's compiler changes it.
 

@@ -37,14 +37,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from t5x_ext.contracts import Batch, Context, PyTree, TranslationBatch
-from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
+from t5x_ext.contracts import Batch, Context, PyTree
+from t5x_ext.models import UNPLACED, LayerConfig, Transformer
 from t5x_ext.parallel.mesh import batch_devices
 from t5x_ext.tasks import text_task
 from t5x_ext.train.program import Program
+
+_Array = tuple[str, tuple[int, ...], Any]
+"""Name, shape without rows, and dtype of an array of a batch."""
 
 
 class Stored(NamedTuple):
@@ -118,14 +120,15 @@ def estimate_temporaries(program: Program) -> Temporaries:
     shape = text_task(run).data.batch
     rows = max(1, shape.rows // (batch_devices(mesh) * run.num_microbatches))
     params = program.template.params
-    residuals = partial(_residuals, run.objective, rows=rows, lengths=(shape.source_length, shape.target_length))
-    one_layer = dataclasses.replace(config, encoder_layers=int(config.has_encoder), decoder_layers=1, remat="none")
-    recomputed = 0 if config.remat == "none" else residuals(one_layer, parts=_parts(program, one_layer))
+    arrays = tuple((name, leaf.shape[1:], leaf.dtype) for name, leaf in sorted(program.batch.items()))
+    residuals = partial(_residuals, run.objective, parts=_parts(program, config), rows=rows, arrays=arrays)
+    model = program.model.clone(placement=UNPLACED)
+    one_layer = model.clone(config=dataclasses.replace(config.shallow(), remat="none"))
     return Temporaries(
         # With one microbatch XLA unrolls the accumulation loop, so there is no separate accumulator.
         gradients=device_bytes(params) + (accumulated_bytes(program) if run.num_microbatches > 1 else 0),
-        residuals=residuals(config, parts=_parts(program, config)),
-        recomputed=recomputed,
+        residuals=residuals(model),
+        recomputed=0 if config.remat == "none" else residuals(one_layer),
         gathered=_gathered(program),
         scores=2 * 4 * _chunk_tokens(program, rows) * config.vocab_size // _tensor(mesh, run.axis_rules.vocab),
     )
@@ -182,13 +185,13 @@ def _gathered_bytes(params: PyTree) -> int:
 
     def of(leaf: jax.ShapeDtypeStruct) -> int:
         axes = [axis for axis in jax.tree.leaves(tuple(leaf.sharding.spec)) if axis != "fsdp"]
-        pieces = math.prod(leaf.sharding.mesh.shape[axis] for axis in axes)
-        return leaf.size * leaf.dtype.itemsize // pieces
+        shards = math.prod(leaf.sharding.mesh.shape[axis] for axis in axes)
+        return leaf.size * leaf.dtype.itemsize // shards
 
     return sum(map(of, jax.tree.leaves(params)))
 
 
-def _parts(program: Program, config: TransformerConfig) -> dict[int, int]:
+def _parts(program: Program, config: LayerConfig) -> dict[int, int]:
     """Size of an axis -> number of its shards along `tensor`."""
     rules, mesh = program.run.axis_rules, program.mesh
     sizes = {config.vocab_size: rules.vocab, config.mlp_dim: rules.mlp, config.num_heads: rules.heads}
@@ -200,7 +203,7 @@ def _tensor(mesh: Mesh, axis: str | None) -> int:
 
 
 def _residuals(
-    objective: Any, config: TransformerConfig, *, parts: dict[int, int], rows: int, lengths: tuple[int, int]
+    objective: Any, model: Transformer, *, parts: dict[int, int], rows: int, arrays: tuple[_Array, ...]
 ) -> int:
     """Bytes that the forward pass over `rows` keeps for the backward pass, without parameters.
 
@@ -209,7 +212,7 @@ def _residuals(
     one, two = (
         sum(
             size // max(parts.get(axis, 1) for axis in (*shape, 1))
-            for shape, size in _kept(objective, config, n, lengths)
+            for shape, size in _kept(objective, model, n, arrays)
         )
         for n in (1, 2)
     )
@@ -218,16 +221,11 @@ def _residuals(
 
 @functools.lru_cache(maxsize=256)
 def _kept(
-    objective: Any, config: TransformerConfig, rows: int, lengths: tuple[int, int]
+    objective: Any, model: Transformer, rows: int, arrays: tuple[_Array, ...]
 ) -> tuple[tuple[tuple[int, ...], int], ...]:
     """Shape and bytes of what the forward pass passes to the backward pass, without parameters."""
-    value = objective(EncoderDecoder(config))
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    sides = dict(zip(("source", "target"), lengths))
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, sides[name.split("_")[0]]), np.int32)
-        for name in TranslationBatch.__annotations__
-    }
+    value, params = objective(model), model.abstract_params()
+    batch = {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, shape, dtype in arrays}
 
     def backward(params: PyTree, batch: Batch, key: jax.Array) -> Any:
         loss = lambda params: value(params, batch, Context(0, key, train=True)).sum
@@ -250,9 +248,9 @@ def _gathered(program: Program) -> int:
     if rules.embed != "fsdp" or mesh.shape["fsdp"] == 1:
         return 0
     bytes_each = jnp.dtype(config.compute_dtype).itemsize
-    d, f = config.embed_dim, config.mlp_dim
-    layers = 12 * d * d // _tensor(mesh, rules.heads) + 4 * d * f // _tensor(mesh, rules.mlp)
-    table = config.vocab_size * d // _tensor(mesh, rules.vocab)
+    stacks = [tree["layers"] for tree in program.params.values() if "layers" in tree]
+    layers = sum(_gathered_bytes(stack) // jax.tree.leaves(stack)[0].shape[0] for stack in stacks) // 4
+    table = config.vocab_size * config.embed_dim // _tensor(mesh, rules.vocab)
     return 2 * layers * bytes_each + table * (bytes_each + 4)
 
 

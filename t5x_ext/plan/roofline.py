@@ -164,10 +164,10 @@ class _Network:
     def rings(self, axes: tuple[str, ...]) -> tuple[Ring, ...]:
         """The axes of the torus that a group over mesh axes `axes` spans."""
         index = tuple(slice(None) if name in axes else 0 for name in self.mesh_shape)
-        places = self.coordinates[index].reshape(-1, self.coordinates.shape[-1])
+        coordinates = self.coordinates[index].reshape(-1, self.coordinates.shape[-1])
         rings = []
         for dim, (size, closed) in enumerate(zip(self.topology, self.closed)):
-            used = np.unique(places[:, dim])
+            used = np.unique(coordinates[:, dim])
             if len(used) > 1:
                 interleaved = math.ceil((used[-1] - used[0]) / (len(used) - 1))
                 directions = 2 if closed and len(used) * interleaved == size else 1

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, get_args
 import jax.numpy as jnp
 
 from t5x_ext.contracts import UserError
+from t5x_ext.data import BatchConfig
+from t5x_ext.models import DecoderConfig, TransformerConfig, count_params
 from t5x_ext.models.config import Remat
 from t5x_ext.parallel import AxisRules, MeshConfig, data_parallel, fsdp, fsdp_tensor, make_mesh
 from t5x_ext.parallel.mesh import batch_devices
@@ -194,10 +196,10 @@ def candidates(run: Run, target: Target) -> Iterator[Candidate]:
     for tensor in _divisors(math.gcd(inside, text_task(run).model.num_heads), MOST_TENSOR):
         for data in _divisors(inside // tensor):
             mesh = MeshConfig(data=data, fsdp=inside // tensor // data, tensor=tensor, slices=slices)
-            pieces = slices * data * mesh.fsdp
+            shards = slices * data * mesh.fsdp
             rules = "fsdp_tensor" if tensor > 1 else "fsdp" if mesh.fsdp > 1 else "data_parallel"
-            for count in _divisors(text_task(run).data.batch.rows // pieces, MOST_MICROBATCHES):
-                if text_task(run).data.batch.rows % pieces == 0 and count & (count - 1) == 0:
+            for count in _divisors(text_task(run).data.batch.rows // shards, MOST_MICROBATCHES):
+                if text_task(run).data.batch.rows % shards == 0 and count & (count - 1) == 0:
                     yield from (Candidate(mesh, rules, remat, count) for remat in get_args(Remat))
 
 
@@ -253,10 +255,9 @@ def _seconds(program: Program, candidate: Candidate, target: Target, mean_length
     compute = flops * (1 + _RECOMPUTED[candidate.remat] / 3) / (hardware.peak_flops * len(target.devices))
     links = max(1, hardware.torus_dimensions) * hardware.link_bandwidth
     itemsize = jnp.dtype(config.compute_dtype).itemsize
-    weights = itemsize * config.num_params() / mesh.tensor
+    weights = itemsize * count_params(program.params) / mesh.tensor
     batch = text_task(program.run).data.batch
-    sub_layers = 2 * config.encoder_layers * batch.source_length
-    sub_layers += (2 + config.has_encoder) * config.decoder_layers * batch.target_length
+    sub_layers = _sub_layer_tokens(config, batch)
     network = 0.0
     if mesh.fsdp > 1:
         scatters = 2 if target.is_compiled_for and mesh.data == mesh.tensor == 1 else 1
@@ -270,6 +271,13 @@ def _seconds(program: Program, candidate: Candidate, target: Target, mean_length
         rows = batch.rows / batch_devices(program.mesh)
         network += 2 * 2 * rows * sub_layers * config.embed_dim * itemsize / links
     return max(compute, network) + 0.1 * min(compute, network)
+
+
+def _sub_layer_tokens(config: TransformerConfig | DecoderConfig, batch: BatchConfig) -> int:
+    """Tokens of a row times the sub-layers that they go through."""
+    if isinstance(config, DecoderConfig):
+        return 2 * config.layers * batch.target_length
+    return 2 * config.encoder_layers * batch.source_length + 3 * config.decoder_layers * batch.target_length
 
 
 def _step_seconds(report: CheckReport) -> tuple[float, float]:

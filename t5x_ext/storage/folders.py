@@ -78,7 +78,7 @@ def fetch_folder(remote: str, folder: Path, files: Sequence[str]) -> None:
     try:
         needed = sum(source.stat().length for source in sources)
     except FileNotFoundError as error:
-        raise UserError(f"{remote}: not whole ({error}); delete it to build it anew") from None
+        raise UserError(f"{remote}: not whole ({error}); delete it to rebuild it") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:

@@ -7,14 +7,15 @@ from typing import Any
 
 from t5x_ext.contracts import UserError
 from t5x_ext.data import DataConfig
+from t5x_ext.tasks.language_model import LanguageModeling
 from t5x_ext.tasks.translation import Translation
 from t5x_ext.train.run import Run
 
-TEXT_TASKS = (Translation,)
+TEXT_TASKS = (Translation, LanguageModeling)
 """Tasks whose `data` is a `DataConfig` and whose `model` is a config with a `vocab_size`."""
 
 
-def text_task(run: Run) -> Translation:
+def text_task(run: Run) -> Translation | LanguageModeling:
     """The task of a run on text.
 
     Raises:
@@ -34,4 +35,5 @@ def with_data(run: Run, data: DataConfig) -> Run:
 def with_model(run: Run, **changes: Any) -> Run:
     """The run with other fields of its model's config."""
     task = text_task(run)
-    return dataclasses.replace(run, task=dataclasses.replace(task, model=dataclasses.replace(task.model, **changes)))
+    model: Any = dataclasses.replace(task.model, **changes)
+    return dataclasses.replace(run, task=dataclasses.replace(task, model=model))

@@ -11,10 +11,16 @@ import numpy as np
 from t5x_ext.checkpoints import ModelRecord, RunFolder
 from t5x_ext.contracts import Epoch
 from t5x_ext.data import BatchConfig, DataConfig, PackedBatches, PreparedData, VocabularyConfig
+from t5x_ext.models import DecoderConfig, TransformerConfig
 from t5x_ext.train.task import ArraySpec
 
 Flops = Callable[[np.ndarray, np.ndarray], float]
 """From source and target tokens of each example to the operations of one forward pass over all of them."""
+
+
+def pair_flops(config: TransformerConfig | DecoderConfig) -> Flops:
+    """The operations of a model over pairs of texts; a language model reads the targets only."""
+    return config.flops if isinstance(config, TransformerConfig) else lambda source, target: config.flops(target)
 
 
 class TextBatches:

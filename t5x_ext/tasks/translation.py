@@ -17,7 +17,17 @@ from t5x_ext.contracts import FamilyCorpus, Frozen, Params, PyTree, TranslationB
 from t5x_ext.data import DataConfig, PreparedData, TextDirection, prepare
 from t5x_ext.decode import DecodeConfig, Greedy, Translator
 from t5x_ext.evaluate import Scores, evaluate_texts, exact_match
-from t5x_ext.models import EncoderDecoder, Placement, TransformerConfig, init_params, logical_axes
+from t5x_ext.models import (
+    UNPLACED,
+    EncoderDecoder,
+    LayerParts,
+    Placement,
+    TransformerConfig,
+    init_params,
+    logical_axes,
+    model_of,
+    model_to_json,
+)
 from t5x_ext.parallel import is_primary
 from t5x_ext.tasks.held_out import HeldOutLoss
 from t5x_ext.tasks.text import TextBatches, packed_arrays, text_record, with_vocabulary_of
@@ -38,6 +48,7 @@ class Translation:
     Attributes:
       data: corpora, vocabulary, tags and batch shape.
       model: sizes; the vocabulary size is taken from the data.
+      parts: what the layers are made of: adapters, for example.
       max_lines: so many lines of each direction are decoded during training; 0 measures the loss only.
       decode: search used during training.
       decode_every: updates between decodings, or epochs or examples; None: `EvaluationConfig.every`.
@@ -46,6 +57,7 @@ class Translation:
 
     data: DataConfig
     model: TransformerConfig
+    parts: LayerParts = field(default_factory=LayerParts)
     max_lines: int = 200
     decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(Greedy()))
     decode_every: Interval | None = None
@@ -79,10 +91,14 @@ class Translation:
 
     def define(self, sizes: Mapping[str, int], placement: Placement) -> Definition:
         """An encoder-decoder over packed pairs; `sizes` gives `vocab_size`."""
-        config = self.sized(sizes)
-        model = EncoderDecoder(config, placement=placement)
+        model = self.build(sizes, placement)
         batch = packed_arrays(self.data.batch, TranslationBatch.__annotations__)
-        return Definition(model, partial(init_params, config), logical_axes(config), batch)
+        return Definition(model, partial(init_params, model), logical_axes(model), batch)
+
+    def build(self, sizes: Mapping[str, int], placement: Placement = UNPLACED) -> EncoderDecoder:
+        """The model, with the size of the vocabulary in use."""
+        model: EncoderDecoder = model_of(self.sized(sizes), parts=self.parts, placement=placement)
+        return model
 
     def sized(self, sizes: Mapping[str, int]) -> TransformerConfig:
         """The model's config with the size of the vocabulary in use."""
@@ -147,7 +163,7 @@ class PreparedTranslation:
 
     def record(self) -> dict[str, Any]:
         """Model, tags, directions and the vocabulary's fingerprint."""
-        return text_record("translation", self.task.sized(self.sizes).to_json(), self.task.data, self.data)
+        return text_record("translation", model_to_json(self.task.build(self.sizes)), self.task.data, self.data)
 
     def translator(self, program: Program, params: Params, directions: Sequence[str]) -> Translator:
         """The program's model with these parameters, ready to translate."""

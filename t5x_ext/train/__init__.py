@@ -3,6 +3,7 @@
 A `Run` says what to train, `execute` does it, `train` is the loop itself, `hooks` what happens between updates.
 """
 
+from t5x_ext.train.budget import Budget
 from t5x_ext.train.execute import execute
 from t5x_ext.train.goodput import Clock
 from t5x_ext.train.init_from import InitFrom
@@ -16,6 +17,7 @@ from t5x_ext.train.task import ArraySpec, Definition, Evaluator, Prepared, Task
 
 __all__ = [
     "ArraySpec",
+    "Budget",
     "CheckpointConfig",
     "Clock",
     "Definition",

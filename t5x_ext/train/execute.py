@@ -22,6 +22,7 @@ from t5x_ext.storage.files import write_json
 from t5x_ext.storage.locks import Lock
 from t5x_ext.storage.remote import is_remote
 from t5x_ext.train import hooks
+from t5x_ext.train.budget import Spent, StopAtBudget, spent_by
 from t5x_ext.train.compilation import compiling
 from t5x_ext.train.goodput import Clock, describe_split
 from t5x_ext.train.init_from import InitFrom
@@ -70,7 +71,9 @@ def execute(
     folder = RunFolder(run_dir)
     check_config(folder, config_text)
     done = read_results(run_dir)
-    if done is not None and _is_over(run, done["steps"], done.get("evaluations_without_gain", 0)):
+    if done is not None and _is_over(
+        run, done["steps"], done.get("evaluations_without_gain", 0), Spent(**done.get("spent", {}))
+    ):
         hint = f"--init_from={run_dir} starts another --run_dir from its weights"
         print(f"{run_dir} is finished, with {done['steps']:,} updates; {hint}", file=sys.stderr)
         return done
@@ -142,7 +145,8 @@ class _Execution:
             loop = self._first_loop(store, self.clock)
             if is_primary():
                 self._open_folder(loop)
-            if hooks.is_owed(loop) or not _is_over(run, loop.step, hooks.evaluations_without_gain(loop.memory)):
+            without_gain = hooks.evaluations_without_gain(loop.memory)
+            if hooks.is_owed(loop) or not _is_over(run, loop.step, without_gain, spent_by(loop)):
                 loop = self._train(loop, store)
             if is_primary():
                 draw_learning_curve(folder.metrics_jsonl, folder.learning_curve_png, folder.path.name)
@@ -237,6 +241,7 @@ class _Execution:
         sizes = {name: leaf.size for name, leaf in trees.flatten(self.program.params).items()}
         results: dict[str, Any] = {
             "steps": loop.step,
+            "spent": spent_by(loop)._asdict(),
             "parameters": sum(sizes.values()),
             "train_seconds": round(seconds, 2),
             "target_tokens_per_second": round(memory.target_tokens / max(seconds, 1e-9), 1),
@@ -281,7 +286,9 @@ class _Attempts:
             whole=program.whole,
             show=is_primary(),
         )
-        self.before_log: list[Hook] = [stop, profile, evaluate, *run.hooks]
+        # What ends a run comes before its last evaluation.
+        budget = [StopAtBudget(run.budget)] if run.budget else []
+        self.before_log: list[Hook] = [stop, profile, *budget, evaluate, *run.hooks]
         if evaluation.patience is not None:
             early_stop = hooks.EarlyStop(
                 evaluation.metric, higher_is_better=evaluation.higher_is_better, patience=evaluation.patience
@@ -342,6 +349,10 @@ class _Attempts:
             yield global_batch(mesh, batch, sharded)
 
 
-def _is_over(run: Run, steps: int, evaluations_without_gain: int) -> bool:
+def _is_over(run: Run, steps: int, evaluations_without_gain: int, spent: Spent) -> bool:
     patience = run.evaluation.patience
-    return steps >= run.steps or (patience is not None and evaluations_without_gain >= patience)
+    return (
+        steps >= run.steps
+        or (patience is not None and evaluations_without_gain >= patience)
+        or (run.budget is not None and run.budget.reached(spent) is not None)
+    )

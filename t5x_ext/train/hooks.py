@@ -19,6 +19,8 @@ from t5x_ext.train.task import Evaluator
 class Evaluate(Hook):
     """Calls evaluators, each at its interval and all after the last update.
 
+    The last update is number `steps`, or the one after which a hook before this one has stopped the loop.
+
     A run that is told to stop may be given seconds only: it does not evaluate, or gives a running evaluation up, and
     leaves a note in the loop's memory, so that what was missed is made up for when it resumes (`is_owed`).
     """
@@ -55,7 +57,7 @@ class Evaluate(Hook):
 
     def after_step(self, loop: Loop) -> None:
         """Evaluates what is due."""
-        last = loop.step == self._steps
+        last = loop.step == self._steps or (loop.stop is not None and not loop.interrupted)
         due = [evaluator for evaluator, every in self._evaluators if last or is_due(loop.step, every)]
         if not due:
             return

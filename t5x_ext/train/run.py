@@ -13,6 +13,7 @@ from t5x_ext.contracts import Accumulator, Objective, UserError
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import mean_accumulator
 from t5x_ext.parallel import AxisRules, MeshConfig
+from t5x_ext.train.budget import Budget
 from t5x_ext.train.init_from import InitFrom
 from t5x_ext.train.intervals import Interval, check_interval
 from t5x_ext.train.loop import Hook
@@ -73,6 +74,7 @@ class Run:
       task: model, data and measurements.
       optimizer: an Optax transformation.
       steps: updates in total.
+      budget: what may end the run before that; None: nothing.
       objective: from the model to what is minimised.
       accumulator: how gradients of microbatches add up.
       num_microbatches: microbatches that a batch is split into; more of them need less memory.
@@ -100,6 +102,7 @@ class Run:
     task: Task
     optimizer: optax.GradientTransformation
     steps: int
+    budget: Budget | None = None
     objective: Callable[[Any], Objective] = LabelSmoothedCrossEntropy
     accumulator: Accumulator = field(default_factory=mean_accumulator)
     num_microbatches: int = 1

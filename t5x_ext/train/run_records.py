@@ -19,7 +19,8 @@ from t5x_ext.storage.files import write_json
 from t5x_ext.train.task import Prepared
 
 _MAY_CHANGE = (
-    *("Run.steps", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.evaluators", "Run.checkpoints"),
+    *("Run.steps", "Run.budget", "Budget.", "Run.log_every", "Run.tensorboard", "Run.evaluation", "Run.evaluators"),
+    *("Run.checkpoints",),
     *("Run.max_skipped_updates", "Run.max_rewinds", "EvaluationConfig.", "CheckpointConfig.", "DecodeConfig."),
     *("Run.mesh", "Run.axis_rules", "MeshConfig.", "AxisRules."),
     *(".decode", ".test_decode", ".max_lines", "Beam.", "Greedy.", "Sample."),
@@ -42,6 +43,7 @@ _ADDED = {
     "Run.trainable": "()",
     "Run.frozen": "{}",
     "Run.init_from": "None",
+    "Run.budget": "None",
 }
 """Settings that runs of the first edition did not have, with the value that they had in effect."""
 

@@ -11,7 +11,7 @@ from t5x_ext.cli.gin_config import build_run
 from t5x_ext.cli.gin_read import gin_root
 from t5x_ext.cli.main import main
 from t5x_ext.cli.run_flags import define_run_flags, run_from_flags
-from t5x_ext.models import TransformerConfig
+from t5x_ext.models import model_from_json, num_params
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
 # Not those that include a pipeline, which is many runs.
@@ -48,7 +48,7 @@ def test_without_a_gin_file_bindings_apply_to_the_packaged_default(folder):
 def test_every_model_file_names_a_model(name, folder, capsys):
     assert main(["info", f"--gin_file={name}", "--json_out=-"]) == 0
     described = json.loads(capsys.readouterr().out)
-    assert described["parameters"] == TransformerConfig.from_json(described["model"]).num_params()
+    assert described["parameters"] == num_params(model_from_json(described["model"]))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,30 @@ def small_config():
 
 
 @pytest.fixture
-def random_params():
-    """Parameters drawn at random everywhere, so that zero biases and unit scales cannot hide a mistake."""
+def golden():
+    """Compares scores, and initial parameters from key 0, with those that were stored before models had parts.
 
-    def make(config, seed=0):
+    The first and the last number of each parameter tell another key; compilers decide the last bit.
+    """
+    stored = np.load(Path(__file__).parent / "golden.npz")
+
+    def compare(model, variant, logits):
+        np.testing.assert_allclose(logits, stored[f"logits/{variant}"], rtol=1e-5, atol=1e-5)
+        leaves = jax.tree.leaves(init_params(model, jax.random.key(0)))
+        ends = np.stack([[leaf.ravel()[0], leaf.ravel()[-1]] for leaf in leaves])
+        np.testing.assert_allclose(ends, stored[f"initial/{variant}"], rtol=1e-5, atol=1e-7)
+
+    return compare
+
+
+@pytest.fixture
+def random_params():
+    """Parameters sampled everywhere, so that zero biases and unit scales cannot hide a mistake."""
+
+    def make(model, seed=0):
+        """Of a module or of a config."""
         rng = np.random.default_rng(seed)
-        shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         return jax.tree.map(lambda a: jnp.asarray(rng.normal(0.1, 0.3, a.shape), jnp.float32), shapes)
 
     return make

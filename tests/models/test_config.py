@@ -9,41 +9,23 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from t5x_ext.contracts import UserError
-from t5x_ext.models import PRESETS, Base, Big, EncoderDecoder, LayerSharing, TransformerConfig, Vega4B7, init_params
+from t5x_ext.models import (
+    PRESETS,
+    Base,
+    Big,
+    DecoderConfig,
+    EncoderConfig,
+    LayerSharing,
+    MiniLM,
+    TransformerConfig,
+    Vega4B7,
+    config_from_json,
+    model_of,
+    num_params,
+)
 
 HALF = LayerSharing("cycle_rev", 2)
-
-
-def initialised_size(config):
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"use_bias": False},
-        {"norm": "rmsnorm"},
-        {"norm": "rmsnorm", "use_bias": False, "final_norm": False},
-        {"norm_placement": "post", "final_norm": False, "tied_embeddings": "decoder"},
-        {"norm_placement": "post", "tied_embeddings": "none"},
-        {"encoder_layers": 4, "encoder_sharing": HALF, "decoder_layers": 3},
-        {"encoder_layers": 2, "decoder_layers": 6, "decoder_sharing": HALF, "scan_layers": True},
-        {"encoder_layers": 5, "encoder_sharing": LayerSharing("sandwich"), "decoder_layers": 1},
-        {"encoder_layers": 0, "encoder_sharing": HALF, "decoder_layers": 3},
-        {"encoder_layers": 0, "norm": "rmsnorm", "tied_embeddings": "decoder"},
-        {"encoder_layers": 0, "use_bias": False, "final_norm": False, "tied_embeddings": "none"},
-    ],
-)
-def test_num_params_is_the_size_of_the_initialised_tree(small_config, changes):
-    config = small_config(**changes)
-    assert config.num_params() == initialised_size(config)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_num_params_of_presets(name):
-    assert PRESETS[name]().num_params() == initialised_size(PRESETS[name]())
+SIZES = {"vocab_size": 23, "embed_dim": 8, "mlp_dim": 12, "num_heads": 2, "dropout": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -61,10 +43,11 @@ def test_num_params_of_presets(name):
             Big(mlp_dim=4096, encoder_sharing=LayerSharing("universal"), decoder_sharing=LayerSharing("universal")),
             62_947_328,
         ),
+        (MiniLM(), 22_713_216 - 384 * 385),  # the published model has a pooler
     ],
 )
 def test_published_sizes(config, expected):
-    assert config.num_params() == expected
+    assert num_params(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,23 +74,21 @@ def matmul_flops(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("encoder_layers", [3, 0])
-def test_flops_are_those_of_the_traced_model(small_config, encoder_layers):
-    source, target = 5, 7
-    config = small_config(encoder_layers=encoder_layers, decoder_layers=2)
-    ids = {name: np.ones((1, target if "target" in name else source), np.int32) for name in batch_names()}
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    traced = jax.make_jaxpr(lambda p: EncoderDecoder(config).apply({"params": p}, ids))(shapes)
-    above_the_diagonal = config.decoder_layers * 2 * target * (target - 1) * config.embed_dim
-    assert config.flops([source], [target]) == matmul_flops(traced.jaxpr) - above_the_diagonal
+def traced_flops(config, lengths):
+    """Of the forward pass over one row with `lengths[side]` tokens."""
+    model = model_of(config)
+    batch = {name: np.ones((1, lengths.get(name.split("_")[0], 7)), np.int32) for name in model.dummy_batch()}
+    return matmul_flops(jax.make_jaxpr(lambda p: model.apply({"params": p}, batch))(model.abstract_params()).jaxpr)
 
 
-def batch_names():
-    sides = {
-        "source": ("tokens", "segment_ids", "positions"),
-        "target": ("inputs", "labels", "segment_ids", "positions"),
-    }
-    return [f"{side}_{name}" for side, names in sides.items() for name in names]
+def test_flops_are_those_of_the_traced_models(small_config):
+    config = small_config(encoder_layers=3, decoder_layers=2)
+    above_the_diagonal = 2 * 7 * 6 * config.embed_dim
+    traced = traced_flops(config, {"source": 5, "target": 7})
+    assert config.flops([5], [7]) == traced - config.decoder_layers * above_the_diagonal
+    decoder, encoder = DecoderConfig(**SIZES, layers=2), EncoderConfig(**SIZES, layers=3)
+    assert decoder.flops([7]) == traced_flops(decoder, {}) - decoder.layers * above_the_diagonal
+    assert encoder.flops([7]) == traced_flops(encoder, {})
 
 
 def test_flops_count_positions_and_add_over_examples():
@@ -117,19 +98,64 @@ def test_flops_count_positions_and_add_over_examples():
     assert once.flops([9, 4], [11, 6]) == once.flops([9], [11]) + once.flops(np.array([4]), np.array([6]))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_json_round_trip(name):
-    config = dataclasses.replace(PRESETS[name](), decoder_layers=4, decoder_sharing=HALF)
-    back = TransformerConfig.from_json(json.loads(json.dumps(config.to_json())))
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(preset() for preset in PRESETS.values()),
+        Base(decoder_layers=4, decoder_sharing=HALF),
+        DecoderConfig(layers=4, sharing=HALF, tied_embeddings="none"),
+        EncoderConfig(layers=4, sharing=HALF, max_positions=7),
+    ],
+)
+def test_json_round_trip(config):
+    back = config_from_json(json.loads(json.dumps(config.to_json())))
+    assert isinstance(config, type(back))
     assert back.to_json() == config.to_json()
-    assert back.decoder_sharing == HALF
+    assert dataclasses.asdict(back) == dataclasses.asdict(config)
+
+
+def test_old_records_have_no_kind():
+    fields = {"vocab_size": 99, "encoder_layers": 2, "decoder_layers": 3, "norm": "rmsnorm"}
+    assert config_from_json(fields) == TransformerConfig(
+        vocab_size=99, encoder_layers=2, decoder_layers=3, norm="rmsnorm"
+    )
+    sharing = {"scheme": "cycle_rev", "unique_layers": 2, "allow_uneven": False}
+    old = fields | {
+        "encoder_layers": 0,
+        "decoder_layers": 4,
+        "encoder_sharing": {"scheme": "universal"},
+        "decoder_sharing": sharing,
+        "tied_embeddings": "decoder",
+    }
+    assert config_from_json(old) == DecoderConfig(
+        vocab_size=99, layers=4, sharing=HALF, tied_embeddings="decoder", norm="rmsnorm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "fields", "message"),
+    [
+        (config_from_json, {"kind": "graph"}, "unknown kind 'graph'; this version knows encoder_decoder, decoder, enc"),
+        (TransformerConfig.from_json, {"kind": "decoder"}, "of the kind 'decoder', not 'encoder_decoder'"),
+        (config_from_json, {"kind": "decoder", "encoder_layers": 2}, "unknown field 'encoder_layers' of DecoderConfig"),
+    ],
+)
+def test_mistaken_records_are_one_line(read, fields, message):
+    with pytest.raises(UserError, match=message):
+        read(fields)
+
+
+def test_shallow_models_have_one_layer_a_stack():
+    config = Base(decoder_layers=4, decoder_sharing=HALF).shallow()
+    assert (config.encoder_layers, config.decoder_layers, config.decoder_sharing) == (1, 1, LayerSharing())
+    assert EncoderConfig(layers=5, sharing=LayerSharing("sandwich")).shallow() == EncoderConfig(layers=1)
 
 
 def test_presets_override_defaults_only():
     for preset in PRESETS.values():
-        assert {field.name for field in dataclasses.fields(preset)} == {
-            field.name for field in dataclasses.fields(TransformerConfig)
-        }
+        base = EncoderConfig if issubclass(preset, EncoderConfig) else TransformerConfig
+        names = [{field.name for field in dataclasses.fields(config)} for config in (preset, base)]
+        assert names[0] == names[1]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +163,9 @@ def test_presets_override_defaults_only():
     [
         ({"embed_dim": 0}, "embed_dim is 0; it must be a positive integer"),
         ({"embed_dim": "512"}, "positive integer"),
-        ({"encoder_layers": -1}, "encoder_layers is -1; it must be a positive integer, or 0 for no encoder"),
+        ({"encoder_layers": -1}, "encoder_layers is -1; it must be a positive integer"),
+        ({"encoder_layers": 0}, r"encoder_layers is 0; a language model is a DecoderConfig\(layers=..., sharing=...\)"),
+        ({"activation": "tanh"}, "one of relu, gelu"),
         ({"vocab_size": True}, "positive integer"),
         ({"num_heads": 3}, "num_heads is 3; it must be a divisor of embed_dim=8"),
         ({"embed_dim": 9, "num_heads": 3}, "even"),
@@ -161,3 +189,20 @@ def test_mistakes_are_one_line(small_config, changes, message):
 def test_unknown_json_fields_are_refused(fields):
     with pytest.raises(UserError, match=r"unknown field '(embed|sheme)'"):
         TransformerConfig.from_json(fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (DecoderConfig, {"layers": 0}, "DecoderConfig.layers is 0; it must be a positive integer"),
+        (DecoderConfig, {"layers": 1, "sharing": HALF}, "the stack has 1"),
+        (DecoderConfig, {"tied_embeddings": True}, "one of all, decoder, none"),
+        (EncoderConfig, {"max_positions": 0}, "max_positions is 0; it must be a positive integer, or None for sines"),
+        (EncoderConfig, {"token_types": -1}, "token_types is -1; it must be a positive integer, or 0 for none"),
+        (EncoderConfig, {"embedding_norm": "yes"}, "True or False"),
+    ],
+)
+def test_mistakes_of_the_other_configs_are_one_line(config, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        config(**changes)
+    assert "\n" not in str(error.value)

@@ -10,8 +10,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from t5x_ext.models import EncoderDecoder, LayerSharing, Stack
-from t5x_ext.models.layers import Dropout, EncoderLayer
 from t5x_ext.models.stack import scan_runs, unroll_positions
+from t5x_ext.models.sublayers import Dropout
 
 SCHEMES = [
     (LayerSharing("none"), 3),
@@ -37,12 +37,12 @@ def primitives(jaxpr):
 
 def stack_loss(config, layers, sharing, key=None):
     """A function of parameters: a sum over what an encoder stack makes of X, with dropout when there is a key."""
-    stack = Stack(config, EncoderLayer, nn.relu, layers, sharing)
+    stack = Stack(config, layers, sharing)
     deterministic = key is None
     rngs = None if key is None else {"dropout": key}
 
     def run(stack, x):
-        x, _ = stack(lambda layer, x, _: (layer(x, MASK, deterministic), None), x, deterministic=deterministic)
+        x, _ = stack(lambda layer, x, _: layer(x, MASK, deterministic), x, deterministic=deterministic)
         return stack.normalize(x)
 
     def loss(params):
@@ -113,7 +113,7 @@ class Noise(nn.Module):
     """A layer that outputs its dropout mask."""
 
     config: object
-    activation: object
+    parts: object
     placement: object
 
     @nn.compact
@@ -121,14 +121,14 @@ class Noise(nn.Module):
         self.param("unused", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (1,))
         return Dropout(0.5)(jnp.ones(64), deterministic)
 
-    def touch(self):
+    def initialise(self):
         self(deterministic=True)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_dropout_differs_between_two_uses_of_a_set(small_config, scan, impl):
-    stack = Stack(small_config(scan_layers=scan, final_norm=False), Noise, nn.relu, 4, LayerSharing("universal"))
+    stack = Stack(small_config(scan_layers=scan, final_norm=False), 4, LayerSharing("universal"), Noise)
 
     def run(stack):
         return stack(lambda layer, carry, _: (carry, layer()), None, deterministic=False)[1]

@@ -16,7 +16,19 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from t5x_ext.optim import adafactor, adam, flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
+from t5x_ext.optim import (
+    PruningGroup,
+    Regrowth,
+    adafactor,
+    adam,
+    flora,
+    flora_accumulator,
+    fsam,
+    ginger,
+    gradual_pruning,
+    mean_accumulator,
+    sam,
+)
 from t5x_ext.train.step import split_rows
 
 
@@ -56,6 +68,12 @@ def _adafactor(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
 def _ginger(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
     # Rosenbrock's valley has a curvature of 1000: the first steps, of learning rate over damping, must stand it.
     return ginger(learning_rate, rank=3, damping=1.0, curvature_every=2, axes=axes)
+
+
+def _gradual_pruning(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
+    # Half of a network; functions whose minimum is dense keep all entries.
+    group = PruningGroup(["^(?!.*scale)"], 0.5 if axes else 1.0)
+    return gradual_pruning(adam(learning_rate), [group], end=3, every=1, regrowth=Regrowth(0.2, 0.1), axes=axes)
 
 
 def _optax_sam(learning_rate: Any, axes: Any) -> optax.GradientTransformation:
@@ -108,6 +126,7 @@ ROWS = (
         learning_rate=0.01,
         accumulator=lambda: flora_accumulator(axes=AXES, **_FLORA),
     ),
+    Row("gradual_pruning", _gradual_pruning, learning_rate=0.01),
     Row("ginger", _ginger, learning_rate=0.01, needs=("curvature_grad_fn",), rosenbrock=(0.01, 3000)),
 )
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from t5x_ext.optim import flora, fsam, ginger
+from t5x_ext.optim import PruningGroup, Regrowth, flora, fsam, ginger, gradual_pruning
 from t5x_ext.optim.bits import unpack
 
 RECORDED = json.loads((Path(__file__).parent / "authors.json").read_text())
@@ -98,3 +98,39 @@ def test_ginger_is_that_of_the_authors():
     for gradient, curvature_gradient, expected in recorded_steps:
         updates, state = update(shaped(gradient, shapes), state, shaped(curvature_gradient, shapes))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), updates, shaped(expected, shapes))
+
+
+CGP_SHAPES = {
+    "conv1.weight": (4, 5),
+    "conv2.weight": (5, 3),
+    "edge_weight_train": (14,),
+    "x_weight": (6,),
+    "bias": (5,),
+}
+CGP_INNER = {
+    "adam": (optax.scale_by_adam(eps=1e-8), "momentum", "keep"),
+    "sgd": (optax.trace(0.9), "gradient", "mask"),
+}
+
+
+@pytest.mark.parametrize("inner", CGP_INNER)
+def test_gradual_pruning_is_that_of_the_authors(inner):
+    """Their strict thresholds with the ties of features that all begin at 1, death, growth, and no last event."""
+    recorded, (moments, score, slots) = RECORDED["cgp"][inner], CGP_INNER[inner]
+    groups = [PruningGroup(["weight$"], 0.3), PruningGroup(["edge_weight"], 0.5), PruningGroup(["x_weight"], 0.5)]
+    optimizer = gradual_pruning(
+        optax.chain(optax.add_decayed_weights(0.01), moments, optax.scale(-0.05)),
+        groups,
+        end=8,
+        every=2,
+        regrowth=Regrowth(0.3, 0.005, score, steps=10),
+        slots=slots,
+        authors_rule=True,
+    )
+    params = shaped(recorded["params"], CGP_SHAPES)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step, (gradient, expected) in enumerate(zip(recorded["gradients"], recorded["trajectory"], strict=True), 1):
+        updates, state = update(shaped(gradient, CGP_SHAPES), state, params)
+        params = optax.apply_updates(params, updates)
+        for name, leaf in shaped(expected, CGP_SHAPES).items():
+            np.testing.assert_allclose(params[name], leaf, atol=3e-6, err_msg=f"{name} after update {step}")

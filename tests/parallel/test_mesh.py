@@ -308,7 +308,7 @@ def test_rows_are_cut_over_the_axes_of_a_batch():
     assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(batch["tokens"], rows)
     np.testing.assert_array_equal(batch["weights"], rows[:, 0])
-    with pytest.raises(UserError, match="6 rows cannot be cut over 4"):
+    with pytest.raises(UserError, match="6 rows cannot be split over 4"):
         host_rows(mesh, 6)
     with pytest.raises(UserError, match="6 host rows do not fit the mesh"):
         global_batch(mesh, {"tokens": rows[:6]})

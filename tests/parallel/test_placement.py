@@ -82,6 +82,33 @@ def test_a_placed_model_has_the_same_loss_and_gradient(case):
 
 
 @pytest.mark.devices(8)
+def test_hessian_products_on_an_fsdp_mesh_are_those_of_one_device():
+    """Forward over reverse, also against the central difference of gradients."""
+    mesh, rules = make_mesh(MeshConfig(data=2, fsdp=4)), fsdp()
+    shardings = tree_shardings(mesh, rules, logical_axes(CONFIG), params())
+    along = init_params(CONFIG, jax.random.key(1))
+
+    def product(model, params, along, batch):
+        gradient = jax.grad(lambda params: loss(model, params, batch))
+        return jax.jvp(gradient, (params,), (along,))[1]
+
+    plain = jax.jit(partial(product, EncoderDecoder(CONFIG)))(params(), along, batch(8))
+    placed_params, placed_along = (jax.device_put(tree, shardings) for tree in (params(), along))
+    model = EncoderDecoder(CONFIG, placement=MeshPlacement(mesh, rules))
+    rows = jax.device_put(batch(8), batch_sharding(mesh))
+    placed = jax.jit(partial(product, model))(placed_params, placed_along, rows)
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * largest), placed, plain)
+
+    gradient = jax.jit(jax.grad(partial(loss, model)))
+    moved = lambda step: jax.tree.map(lambda a, b: a + step * b, placed_params, placed_along)
+    above, below = gradient(moved(1e-3), rows), gradient(moved(-1e-3), rows)
+    difference = jax.tree.map(lambda a, b: (a - b) / 2e-3, above, below)
+    norm = lambda tree: float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))))
+    assert norm(jax.tree.map(jnp.subtract, difference, placed)) < 0.02 * norm(placed)
+
+
+@pytest.mark.devices(8)
 def test_a_lookup_moves_vectors_and_not_the_table():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     placement = MeshPlacement(mesh, fsdp())

@@ -13,9 +13,9 @@ from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, TagPolicy, VocabularyConfig
-from t5x_ext.models import TransformerConfig
+from t5x_ext.models import DecoderConfig, TransformerConfig
 from t5x_ext.pipeline import Artefact, Interrupted, Model, Pipeline, TextFiles, Train, Weights, audit, execute, training
-from t5x_ext.tasks import Translation, with_data, with_model
+from t5x_ext.tasks import LanguageModeling, Translation, with_data
 from t5x_ext.train import CheckpointConfig, EvaluationConfig, InitFrom, Run
 from t5x_ext.vega_mt import NoisyDev
 
@@ -120,7 +120,8 @@ def test_each_direction_gets_a_model_from_that_of_all(run, asked, tmp_path):
 
 
 def test_a_language_model_reads_each_side_by_itself(run, asked, tmp_path):
-    lm_run = with_model(run, encoder_layers=0)
+    model = DecoderConfig(embed_dim=8, mlp_dim=16, num_heads=2, layers=1)
+    lm_run = replace(run, task=LanguageModeling(run.task.data, model))
     lm = Train("lm", lm_run, corpora=("texts", "mono"), languages=("de",), vocabulary="p1")
     made(tmp_path, TEXTS, MONO, Train("p1", run, corpora=("texts",)), lm)
     data = asked[1][0].task.data

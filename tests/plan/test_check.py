@@ -13,7 +13,7 @@ import pytest
 from t5x_ext.contracts import UserError
 from t5x_ext.data import BatchConfig
 from t5x_ext.decode import Beam, DecodeConfig
-from t5x_ext.models import TransformerConfig
+from t5x_ext.models import TransformerConfig, num_params
 from t5x_ext.parallel import HARDWARE, MeshConfig, data_parallel, fsdp, fsdp_tensor, make_mesh
 from t5x_ext.plan.advice import scaled, training_advice
 from t5x_ext.plan.check import check, check_decoding, decoding_flops, training_flops
@@ -46,7 +46,7 @@ def state_bytes(run, pieces: int) -> float:
     attention_biases = 3 * config.embed_dim * (config.encoder_layers + 2 * config.decoder_layers)
     inner_biases = config.mlp_dim * (config.encoder_layers + config.decoder_layers)
     whole = attention_biases + inner_biases
-    return 4 * ((config.num_params() - whole) / pieces + whole)
+    return 4 * ((num_params(config) - whole) / pieces + whole)
 
 
 _reports = {}
@@ -152,7 +152,7 @@ def test_decoding_on_a_gpu_node_by_formula(make_run, layout):
     config = dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE)
     d, f = 64, 128
     encoder = 4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d + 2 * d
-    decoder_weights = 2 * (config.num_params() - encoder)
+    decoder_weights = 2 * (num_params(config) - encoder)
     # Two rows a device, with a forced tag; a layer's keys and values, 64 wide, in two bytes.
     cache, memory = 2 * 4 * 11 * (2 * 64 * 2), 2 * 10 * (2 * 64 * 2)
     scores = 4 * (4 * 2 * 4 * VOCAB_SIZE)
@@ -315,7 +315,7 @@ class TestTpu:
         memory = report.memory
         assert memory.ema == memory.params
         assert memory.params == pytest.approx(
-            4 * dataclasses.replace(run.task.model, vocab_size=512).num_params() / 4, rel=0.02
+            4 * num_params(dataclasses.replace(run.task.model, vocab_size=512)) / 4, rel=0.02
         )
         assert 0 < report.roofline.overlapped <= report.roofline.serial
         assert report.mfu_bound[0] == pytest.approx(
@@ -402,7 +402,7 @@ def test_residuals_of_full_recomputation_are_the_inputs_of_layers(make_run):
 
 def test_gradients_and_scores_of_the_formula(make_run):
     run = make_run()
-    params = 4 * dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE).num_params()
+    params = 4 * num_params(dataclasses.replace(run.task.model, vocab_size=VOCAB_SIZE))
     estimate = estimate_on_one_device(run)
     # The accumulator's sum and one microbatch's gradient; its count of labels on top. A single gradient is the sum.
     assert estimate.gradients == pytest.approx(2 * params, abs=16)

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from optim_cost import QUICK_SIZES, SIZES
 
 from t5x_ext.cli.flags import parse
-from t5x_ext.models import init_params
+from t5x_ext.models import init_params, num_params
 from t5x_ext.models.presets import Base, Vega4B7
 
 
@@ -68,7 +68,7 @@ def test_bytes_are_those_of_the_closed_form(monkeypatch):
     chosen = [arm for arm in optim_cost.arms(4) if arm.name in wanted]
     monkeypatch.setattr(optim_cost, "arms", lambda rank, min_dim: chosen)
     lines = {line["state"]: line for line in optim_cost.memory(QUICK_SIZES)["lines"]}
-    planned = QUICK_SIZES.planned.num_params()
+    planned = num_params(QUICK_SIZES.planned)
     assert lines["adam"]["to_params"] == pytest.approx(2, rel=1e-3)
     assert lines["adam"]["planned_bytes"] == 8 * planned + 4
     assert lines["ginger 4"]["planned_to_adam"] == pytest.approx(2.5, rel=0.01)  # momentum and four of a basis

@@ -40,12 +40,11 @@ include 'optim/adam.gin'
 STEPS = 250
 optim.linear_decay.peak = 1e-2
 optim.linear_decay.warmup_steps = 20
-models.TransformerConfig.embed_dim = 32
-models.TransformerConfig.mlp_dim = 64
-models.TransformerConfig.decoder_layers = 1
-models.TransformerConfig.dropout = 0.0
-train.Run.task = @tasks.Translation()
-tasks.Translation.data = @data.DataConfig()
+models.DecoderConfig.embed_dim = 32
+models.DecoderConfig.mlp_dim = 64
+models.DecoderConfig.layers = 1
+models.DecoderConfig.dropout = 0.0
+tasks.LanguageModeling.data = @data.DataConfig()
 data.DataConfig.train = [@corpora.monolingual_text()]
 corpora.monolingual_text.path = 'train.en'
 corpora.monolingual_text.language = 'en'
@@ -60,7 +59,6 @@ data.BatchConfig.target_length = 48
 train.Run.objective = @objectives.LabelSmoothedCrossEntropy
 objectives.LabelSmoothedCrossEntropy.label_smoothing = 0.0
 train.Run.evaluation = @train.EvaluationConfig()
-tasks.Translation.max_lines = 0
 """
 
 
@@ -80,5 +78,5 @@ def test_a_language_model_learns_the_entropy_of_its_text(tmp_path, monkeypatch):
     assert perplexity(scores) == pytest.approx(np.exp(-mean / tokens))
     # What stands on the other side is not read.
     assert model.score(["zzz"] * 2, held_out[:2], "en", "en") == model.score(held_out[:2], held_out[:2], "en", "en")
-    with pytest.raises(UserError, match="this is a language model"):
+    with pytest.raises(UserError, match="cannot search with LanguageModel, which has no encode"):
         model.translate(held_out[:1], "en", "en")

@@ -22,7 +22,7 @@ from t5x_ext.checkpoints.store import SaveError
 from t5x_ext.contracts import UserError
 from t5x_ext.data import PackedBatches, prepare
 from t5x_ext.decode import Beam, DecodeConfig, Greedy, Translator
-from t5x_ext.models import EncoderDecoder, TransformerConfig, init_params
+from t5x_ext.models import config_from_json, init_params, model_from_json, num_params
 from t5x_ext.objectives import LabelSmoothedCrossEntropy
 from t5x_ext.optim import adam
 from t5x_ext.parallel import MeshConfig
@@ -88,9 +88,9 @@ def finished(place, whole, compile_once, tmp_path_factory):
 
 def test_results_and_records_of_a_run(finished, place):
     results = json.loads((finished / "results.json").read_text())
-    model = TransformerConfig.from_json(RunFolder(finished).read_model().model)
+    model = config_from_json(RunFolder(finished).read_model().model)
     assert results["steps"] == 6
-    assert results["parameters"] == model.num_params() == sum(leaf.size for leaf in jax.tree.leaves(weights(finished)))
+    assert results["parameters"] == num_params(model) == sum(leaf.size for leaf in jax.tree.leaves(weights(finished)))
     assert results["train_seconds"] == pytest.approx(sum(results["goodput"]["seconds"].values()), rel=0.01)
     assert sum(results["goodput"]["fractions"].values()) == pytest.approx(1, abs=0.01)
     assert results["target_tokens_per_second"] > 0
@@ -333,7 +333,7 @@ def test_averaged_weights_are_what_is_evaluated_and_translated_with(finished, pl
     assert_equal(Translator.from_run(finished).params, average)
 
     data = prepare(whole["data"], str(finished), str(place.path / "caches"))
-    model = EncoderDecoder(TransformerConfig.from_json(RunFolder(finished).read_model().model))
+    model = model_from_json(RunFolder(finished).read_model().model)
     step = jax.jit(make_evaluation_step(LabelSmoothedCrossEntropy(model)))
     sums = [[step(params, {}, (), 0, batch) for batch in data.valid_batches()] for params in (average, raw)]
     mean, mean_raw = (sum(loss.sum for loss in part) / sum(loss.weight for loss in part) for part in sums)
@@ -352,7 +352,7 @@ def test_fine_tuning_starts_from_averaged_weights_with_a_fresh_optimizer(finishe
 def test_fine_tuning_with_the_optimizer_of_the_other_run(finished, place, whole, tmp_path):
     init_from = InitFrom(str(finished), "last", keep_optimizer=True)
     place.run(tmp_path / "tuned", init_from=init_from, steps=1, ema_decay=0.5, dropout=0.1)
-    model = TransformerConfig.from_json(RunFolder(finished).read_model().model)
+    model = config_from_json(RunFolder(finished).read_model().model)
     params = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     template = jax.eval_shape(partial(create_state, optimizer=adam(0.01), with_ema=True), params)
     states = []

@@ -12,7 +12,7 @@ import pytest
 
 from t5x_ext.checkpoints import CheckpointStore, RunFolder
 from t5x_ext.cli.main import run
-from t5x_ext.models import TransformerConfig, init_params
+from t5x_ext.models import config_from_json, init_params
 
 MODULE = '''
 from dataclasses import dataclass
@@ -206,7 +206,7 @@ def test_a_plugin_of_each_kind_trains_through_the_command(folder, monkeypatch):
     assert results["steps"] == 2
     assert set(results["families"]) == {"even", "odd"}
     assert all(sample["translation"] == sample["source"] for sample in results["samples"])
-    model = TransformerConfig.from_json(RunFolder("out").read_model().model)
+    model = config_from_json(RunFolder("out").read_model().model)
     assert (model.embed_dim, model.num_heads) == (8, 1)
 
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]

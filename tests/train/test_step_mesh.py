@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_ext.corpora import ParallelText
 from t5x_ext.data import BatchConfig, DataConfig, VocabularyConfig
-from t5x_ext.models import TransformerConfig, init_params, logical_axes
+from t5x_ext.models import DecoderConfig, init_params, logical_axes
 from t5x_ext.optim import flora, flora_accumulator, fsam, ginger, mean_accumulator, sam
 from t5x_ext.parallel import MeshConfig, fsdp_tensor, make_mesh
 from t5x_ext.parallel.batches import batch_sharding
@@ -26,8 +26,8 @@ from t5x_ext.train.state import create_state
 VOCAB_SIZE = 64
 # A decoder alone, which compiles in half the time. No biases: that of keys has a gradient of nothing but rounding, and
 # Flora scales that up.
-MODEL = TransformerConfig(
-    vocab_size=VOCAB_SIZE, embed_dim=16, mlp_dim=32, num_heads=2, encoder_layers=0, decoder_layers=1, dropout=0.1,
+MODEL = DecoderConfig(
+    vocab_size=VOCAB_SIZE, embed_dim=16, mlp_dim=32, num_heads=2, layers=1, dropout=0.1,
     use_bias=False,
 )  # fmt: skip
 BATCH = BatchConfig(rows=16, source_length=8, target_length=8)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_ext.models import sinusoidal_positions
-from t5x_ext.models.layers import Dropout, Norm, einsum_float32, random_bytes
+from t5x_ext.models import EncoderDecoder, init_params, sinusoidal_positions
+from t5x_ext.models.sublayers import ACTIVATIONS, Dropout, Norm, einsum_float32, random_bytes
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -73,3 +76,48 @@ def test_einsum_float32_has_the_gradient_of_the_product(dtype):
     assert grads[0].dtype == grads[1].dtype == dtype
     np.testing.assert_allclose(np.asarray(grads[0], np.float64), exact_weight @ exact_b, atol=tolerance)
     np.testing.assert_allclose(np.asarray(grads[1], np.float64), exact_weight.T @ exact_a, atol=tolerance)
+
+
+def hessian_product(loss, x, v):
+    """Forward over reverse: the derivative of the gradient along `v`."""
+    return jax.jvp(jax.grad(loss), (x,), (v,))[1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_einsum_float32_has_the_hessian_products_of_the_product(dtype):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    arrays, along = (draw(3, 4), draw(5, 4)), (draw(3, 4), draw(5, 4))
+    loss = lambda product, operands: jnp.sum(jnp.sin(product("ae,ve->av", *operands).astype(jnp.float32)))
+    got = hessian_product(lambda operands: loss(einsum_float32, operands), arrays, along)
+    exact, exact_along = jax.tree.map(lambda a: a.astype(jnp.float32), (arrays, along))
+    expected = hessian_product(lambda operands: loss(jnp.einsum, operands), exact, exact_along)
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.15
+    assert all(leaf.dtype == dtype for leaf in got)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, atol=tolerance), got, expected)
+
+
+def test_hessian_products_of_a_bfloat16_model_are_close_to_those_in_float32(small_config, packed_batch):
+    config = small_config(embed_dim=16, compute_dtype="bfloat16")
+    batch = packed_batch()
+    params = init_params(config, jax.random.key(0))
+    along = init_params(config, jax.random.key(1))
+
+    def product(config):
+        def loss(params):
+            scores = jax.nn.log_softmax(EncoderDecoder(config).apply({"params": params}, batch))
+            return -jnp.mean(jnp.take_along_axis(scores, batch["target_labels"][..., None], -1))
+
+        return jax.jit(lambda params, along: hessian_product(loss, params, along))(params, along)
+
+    low, full = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(product(c))]) for c in (
+        config, dataclasses.replace(config, compute_dtype="float32")
+    ))  # fmt: skip
+    assert float(jnp.linalg.norm(low - full) / jnp.linalg.norm(full)) < 0.05
+
+
+def test_gelu_is_that_of_bert():
+    """Hendrycks & Gimpel, arXiv 1606.08415: x times the normal distribution's probability below x."""
+    x = np.array([-2.0, -0.5, 0.0, 1.0, 3.0])
+    below = [0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x]
+    np.testing.assert_allclose(ACTIVATIONS["gelu"](jnp.asarray(x)), x * below, atol=1e-6)
