@@ -45,7 +45,7 @@ from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import (
     CometTexts,
     Comparison,
-    Direction,
+    DirectionTexts,
     Layout,
     comet_scores,
     compare_systems,
@@ -170,7 +170,7 @@ def _tokenizers(texts: Sequence[str]) -> dict[str, str]:
     return {language: name for language, _, name in pairs}
 
 
-def _with_references(directions: Sequence[Direction], values: flags.FlagValues) -> list[Direction]:
+def _with_references(directions: Sequence[DirectionTexts], values: flags.FlagValues) -> list[DirectionTexts]:
     """The directions that can be scored; the others are named on standard error."""
     scorable = [direction for direction in directions if direction.references]
     if not scorable:
@@ -185,7 +185,7 @@ def _with_references(directions: Sequence[Direction], values: flags.FlagValues) 
     return scorable
 
 
-def _comet(values: flags.FlagValues, directions: Sequence[Direction]) -> dict[Key, float]:
+def _comet(values: flags.FlagValues, directions: Sequence[DirectionTexts]) -> dict[Key, float]:
     """COMET of every system by each single reference."""
     if not values.comet_model:
         return {}
@@ -207,7 +207,10 @@ def _comet(values: flags.FlagValues, directions: Sequence[Direction]) -> dict[Ke
 
 
 def _comparisons(
-    values: flags.FlagValues, directions: Sequence[Direction], claims: Sequence[Claim], tokenizers: Mapping[str, str]
+    values: flags.FlagValues,
+    directions: Sequence[DirectionTexts],
+    claims: Sequence[Claim],
+    tokenizers: Mapping[str, str],
 ) -> list[Comparison]:
     if not values.against:
         return []

@@ -35,6 +35,18 @@ _BATCHING = {
     "max_source_length": FieldFlag("longer lines are truncated to so many tokens", lower_bound=4),
     "batch_tokens": FieldFlag("padded source tokens a batch; by default what suits the device", lower_bound=1),
 }
+_MESH = {
+    "fsdp": FieldFlag(
+        "devices of this process over which the weights are sharded along their width; every such group of devices "
+        "decodes other lines",
+        name="mesh_fsdp",
+        lower_bound=1,
+    ),
+    "tensor": FieldFlag(
+        "devices over which single matrices are sharded, also while they are used", name="mesh_tensor", lower_bound=1
+    ),
+}
+
 _SEARCH_FLAGS = {**_BEAM, **_SAMPLE}
 """Flags that are fields of searches, of one or of several."""
 
@@ -58,14 +70,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     about = "code, as de or zh; not needed if one direction of the model fits"
     flags.DEFINE_string("source_language", None, about, flag_values=values)
     flags.DEFINE_string("target_language", None, about, flag_values=values)
-    flags.DEFINE_integer(
-        "mesh_fsdp", 1, "devices of this process among which the weights are sharded along their width; each further "
-        "group of so many devices decodes lines of its own with weights of its own", lower_bound=1, flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "mesh_tensor", 1, "devices among which single matrices are sharded, also while they are used", lower_bound=1,
-        flag_values=values,
-    )  # fmt: skip
+    define_field_flags(values, "parallel.mesh", "MeshConfig", _MESH)
     define_compile_cache_flag(values)
 
 
@@ -154,7 +159,7 @@ def open_translator(values: flags.FlagValues) -> Translator:
     for language in (values.source_language, values.target_language):
         if language:
             known_language(language)
-    mesh = make_mesh(MeshConfig(fsdp=values.mesh_fsdp, tensor=values.mesh_tensor), jax.local_devices())
+    mesh = make_mesh(MeshConfig(**field_values(values, _MESH)), jax.local_devices())
     translators = [
         Translator.from_run(run_dir, values.checkpoint, mesh, fsdp_tensor())
         for run_dir in (values.run_dir, *values.ensemble)

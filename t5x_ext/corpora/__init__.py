@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from t5x_ext.corpora.beam import BeamRunner
 from t5x_ext.corpora.cleaning import clean_line
 from t5x_ext.corpora.filters.config import PairRules
+from t5x_ext.corpora.labelled_text import LabelledText
 from t5x_ext.corpora.parallel_text import ParallelText, aligned_files, monolingual_text, read_lines
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BeamRunner",
     "CldrCorpus",
+    "LabelledText",
     "PairRules",
     "ParallelText",
     "SeqioMixture",

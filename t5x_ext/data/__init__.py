@@ -9,11 +9,13 @@ from __future__ import annotations
 from t5x_ext.data.batches import ExampleId, PackedBatches, batch_iterator
 from t5x_ext.data.cache import TokenCache, build_cache
 from t5x_ext.data.encoding import SubwordSampling
+from t5x_ext.data.labelled import RowConfig
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.prepare import DataConfig, PreparedData, prepare, prepare_vocabulary
 from t5x_ext.data.streams import Stream, TextDirection, text_directions
 from t5x_ext.data.tags import TagPolicy
 from t5x_ext.data.vocabulary import Vocabulary, VocabularyConfig, train_vocabulary
+from t5x_ext.data.wordpiece import WordPiece
 
 __all__ = [
     "BatchConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "ExampleId",
     "PackedBatches",
     "PreparedData",
+    "RowConfig",
     "Stream",
     "SubwordSampling",
     "TagPolicy",
@@ -29,6 +32,7 @@ __all__ = [
     "TokenCache",
     "Vocabulary",
     "VocabularyConfig",
+    "WordPiece",
     "batch_iterator",
     "build_cache",
     "prepare",

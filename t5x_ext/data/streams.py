@@ -8,18 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from t5x_ext.contracts import Corpus
+from t5x_ext.contracts import Corpus, Direction
 from t5x_ext.corpora.special_pieces import MARKERS, Side
 from t5x_ext.data.cache import TokenCache
-
-
-def direction_name(source_language: str, target_language: str) -> str:
-    """The name of a direction.
-
-    >>> direction_name("en", "de")
-    'en-de'
-    """
-    return f"{source_language}-{target_language}"
 
 
 @dataclass(frozen=True)
@@ -35,19 +26,24 @@ class TextDirection:
     reverse: bool = False
 
     @property
+    def direction(self) -> Direction:
+        """Its languages."""
+        return Direction(*self.corpus.languages[:: -1 if self.reverse else 1])
+
+    @property
     def source_language(self) -> str:
         """The language translated from."""
-        return self.corpus.languages[self.reverse]
+        return self.direction.source_language
 
     @property
     def target_language(self) -> str:
         """The language translated into."""
-        return self.corpus.languages[not self.reverse]
+        return self.direction.target_language
 
     @property
     def name(self) -> str:
         """As in `en-de`."""
-        return direction_name(self.source_language, self.target_language)
+        return self.direction.name
 
     def texts(self) -> tuple[list[str], list[str]]:
         """All source lines and reference lines, in the order of the corpus."""
@@ -76,19 +72,24 @@ class Stream:
     synthetic: Side | None = None
 
     @property
+    def direction(self) -> Direction:
+        """Its languages."""
+        return Direction(*self.cache.languages[:: -1 if self.reverse else 1])
+
+    @property
     def source_language(self) -> str:
         """The language translated from."""
-        return self.cache.languages[self.reverse]
+        return self.direction.source_language
 
     @property
     def target_language(self) -> str:
         """The language translated into."""
-        return self.cache.languages[not self.reverse]
+        return self.direction.target_language
 
     @property
     def name(self) -> str:
         """As in `en-de`."""
-        return direction_name(self.source_language, self.target_language)
+        return self.direction.name
 
     @property
     def marker(self) -> str | None:

@@ -8,6 +8,7 @@ systems in many directions, as WMT publishes them.
 
 from __future__ import annotations
 
+from t5x_ext.evaluate.classification import classification_scores
 from t5x_ext.evaluate.comet_scores import CometTexts, comet_scores
 from t5x_ext.evaluate.metrics import TOKENIZERS, MetricScore, bleu, chrf, exact_match, ter, tokenizer_for
 from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts, scores_from_json
@@ -16,7 +17,7 @@ from t5x_ext.evaluate.table import format_table
 from t5x_ext.evaluate.wmt import (
     ALL_REFERENCES,
     Comparison,
-    Direction,
+    DirectionTexts,
     Layout,
     SystemResult,
     compare_systems,
@@ -30,7 +31,7 @@ __all__ = [
     "TOKENIZERS",
     "CometTexts",
     "Comparison",
-    "Direction",
+    "DirectionTexts",
     "Layout",
     "MetricScore",
     "PairedResult",
@@ -38,6 +39,7 @@ __all__ = [
     "SystemResult",
     "bleu",
     "chrf",
+    "classification_scores",
     "comet_scores",
     "compare_systems",
     "evaluate_domains",

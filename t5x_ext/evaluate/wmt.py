@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import Direction, UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate.metrics import tokenizer_for
 from t5x_ext.evaluate.scores import Scores, evaluate_domains, evaluate_texts
@@ -59,7 +59,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Direction:
+class DirectionTexts:
     """All texts of one direction; line i is the same segment in each.
 
     Attributes:
@@ -81,7 +81,7 @@ class Direction:
     @property
     def name(self) -> str:
         """Both languages, as in `en-de`."""
-        return f"{self.source}-{self.target}"
+        return Direction(self.source, self.target).name
 
     def reference_sets(self) -> dict[str, list[Sequence[str]]]:
         """What systems are scored against, by name: each reference, then all together if there are several."""
@@ -168,9 +168,9 @@ class _Found(NamedTuple):
     path: str
 
     @property
-    def direction(self) -> tuple[str, str]:
+    def direction(self) -> Direction:
         """Source and target language."""
-        return self.fields["source"], self.fields["target"]
+        return Direction(self.fields["source"], self.fields["target"])
 
 
 def read_directions(
@@ -179,7 +179,7 @@ def read_directions(
     *,
     only: Collection[str] = (),
     exclude: Collection[str] = (),
-) -> list[Direction]:
+) -> list[DirectionTexts]:
     """The texts in a folder, sorted by direction.
 
     Args:
@@ -205,7 +205,7 @@ def read_directions(
     ]
     if not systems:
         raise UserError(f"{folder}: no file matches {layout.systems}, the pattern of system outputs")
-    known = {"-".join(found.direction): found.direction for found in systems}
+    known = {found.direction.name: found.direction for found in systems}
     for name in only:
         if name not in known:
             raise UserError(f"{folder}: no system outputs for {name}; there are outputs for {', '.join(sorted(known))}")
@@ -230,7 +230,7 @@ def read_directions(
 
 
 def score_directions(
-    directions: Iterable[Direction], tokenizers: Mapping[str, str] | None = None, jobs: int = 1
+    directions: Iterable[DirectionTexts], tokenizers: Mapping[str, str] | None = None, jobs: int = 1
 ) -> list[SystemResult]:
     """Scores every system of every direction against each of its references, and against all of them together.
 
@@ -259,7 +259,7 @@ def score_directions(
 
 
 def compare_systems(
-    directions: Iterable[Direction],
+    directions: Iterable[DirectionTexts],
     system: str,
     others: Sequence[str],
     *,
@@ -304,7 +304,7 @@ def compare_systems(
     return [Comparison(*name, metrics) for name, metrics in zip(names, _in_processes(_compare, tasks, jobs))]
 
 
-def main_reference(direction: Direction, references: Mapping[str, str] | None = None) -> str:
+def main_reference(direction: DirectionTexts, references: Mapping[str, str] | None = None) -> str:
     """The reference to use: the one given for the direction if it exists, else the first by name."""
     named = (references or {}).get(direction.name, "")
     return named if named in direction.references else min(direction.references)
@@ -359,7 +359,7 @@ def _read_direction(
     references: Mapping[str, str],
     source_path: str | None,
     domains_path: str | None,
-) -> Direction:
+) -> DirectionTexts:
     lengths: dict[str, int] = {}
 
     def checked(path: str, lines: list[str]) -> list[str]:
@@ -376,7 +376,7 @@ def _read_direction(
     reference_lines = {name: checked(path, list(read_lines(path))) for name, path in sorted(references.items())}
     system_lines = {name: checked(path, list(read_lines(path))) for name, path in sorted(systems.items())}
     domains = checked(domains_path, list(_domain_labels(domains_path))) if domains_path else None
-    return Direction(source, target, system_lines, reference_lines, sources, domains)
+    return DirectionTexts(source, target, system_lines, reference_lines, sources, domains)
 
 
 def _domain_labels(path: str) -> Iterator[str]:

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from t5x_ext.models.adapter_presets import houlsby, lora, mam, parallel, pfeiffer
+from t5x_ext.models.adapters import AdapterResidual, LoraProjection, PrefixAttention, merged_lora
 from t5x_ext.models.building import (
     count_params,
     init_params,
@@ -17,6 +19,7 @@ from t5x_ext.models.building import (
     model_to_json,
     num_params,
 )
+from t5x_ext.models.classifier import Classifier, Pooling, pooled
 from t5x_ext.models.config import DecoderConfig, EncoderConfig, LayerConfig, TransformerConfig, config_from_json
 from t5x_ext.models.encoder import Encoder
 from t5x_ext.models.encoder_decoder import EncoderDecoder
@@ -33,9 +36,11 @@ from t5x_ext.models.transformer import Transformer
 __all__ = [
     "PRESETS",
     "UNPLACED",
+    "AdapterResidual",
     "Aux",
     "Base",
     "Big",
+    "Classifier",
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
@@ -47,8 +52,11 @@ __all__ = [
     "LayerParts",
     "LayerRun",
     "LayerSharing",
+    "LoraProjection",
     "MiniLM",
     "Placement",
+    "Pooling",
+    "PrefixAttention",
     "Stack",
     "Transformer",
     "TransformerConfig",
@@ -56,11 +64,18 @@ __all__ = [
     "VegaTiny",
     "config_from_json",
     "count_params",
+    "houlsby",
     "init_params",
     "logical_axes",
+    "lora",
+    "mam",
+    "merged_lora",
     "model_from_json",
     "model_of",
     "model_to_json",
     "num_params",
+    "parallel",
+    "pfeiffer",
+    "pooled",
     "sinusoidal_positions",
 ]

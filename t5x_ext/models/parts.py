@@ -10,6 +10,7 @@ from typing import Any, cast
 import flax.linen as nn
 
 from t5x_ext.contracts import UserError
+from t5x_ext.models.adapters import AdapterResidual, LoraProjection, PrefixAttention
 from t5x_ext.models.sublayers import Attention, Factory, FeedForward, Norm, Projection, Residual
 
 
@@ -69,11 +70,11 @@ class LayerParts:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "attention": {"default": Attention},
+    "attention": {"default": Attention, "prefix": PrefixAttention},
     "feed_forward": {"default": FeedForward},
-    "residual": {"default": Residual},
+    "residual": {"default": Residual, "adapter": AdapterResidual},
     "norm": {"default": Norm},
-    "projection": {"default": Projection},
+    "projection": {"default": Projection, "lora": LoraProjection},
 }
 """Built-in factories by part and name: module classes, or frozen dataclasses whose fields are JSON or tuples of it."""
 

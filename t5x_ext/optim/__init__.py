@@ -12,11 +12,13 @@ from t5x_ext.optim.projections import gaussian, orthogonal
 from t5x_ext.optim.rules import freeze, scale_by_path
 from t5x_ext.optim.schedules import inverse_sqrt, linear_decay
 from t5x_ext.optim.sparsify import PruningGroup, Regrowth, gradual_pruning, pruning_masks
+from t5x_ext.optim.static_mask import StaticMaskState, static_mask, with_masks
 from t5x_ext.optim.top_k import top_k_mask
 
 __all__ = [
     "PruningGroup",
     "Regrowth",
+    "StaticMaskState",
     "adafactor",
     "adam",
     "as_matrices",
@@ -40,6 +42,8 @@ __all__ = [
     "scale_by_flora",
     "scale_by_ginger",
     "scale_by_path",
+    "static_mask",
     "top_k_mask",
     "with_learning_rate",
+    "with_masks",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from t5x_ext.contracts import UserError
+from t5x_ext.contracts import Direction, UserError
 from t5x_ext.decode.ensemble import Combine
 
 Kind: TypeAlias = str
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     @property
     def direction(self) -> str:
         """The languages as one name, `en-de`."""
-        return "-".join(self.languages)
+        return Direction(*self.languages).name
 
 
 @dataclass(frozen=True)

@@ -197,9 +197,9 @@ def _decoding_work(
     flops = members * decoding_flops(program.model.config, rows, hypotheses, source_length, max_length)
     stored = Stored(device_bytes(params), 0, 0, device_bytes(batch))
     models = f"{members} models together, " if members > 1 else ""
+    search = type(decode.search).__name__.lower()
     assumption = (
-        f"{models}{type(decode.search).__name__}, {hypotheses} hypotheses of {max_length} tokens for each sentence of "
-        f"{source_length}"
+        f"{models}{search}, {hypotheses} hypotheses of {max_length} tokens for each sentence of {source_length}"
     )
     work = _Work(
         "decode", lowered, stored, rows, rows * source_length, rows * max_length, assumption, flops, max_length

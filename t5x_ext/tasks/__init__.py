@@ -6,10 +6,23 @@ tested at the end, and what a reader of its run folder needs.
 
 from __future__ import annotations
 
+from t5x_ext.tasks.classification import Classification, TextClassifier
 from t5x_ext.tasks.held_out import HeldOutLoss
 from t5x_ext.tasks.language_model import LanguageModeling
 from t5x_ext.tasks.of_run import text_task, with_data, with_model
 from t5x_ext.tasks.opening import open_run
+from t5x_ext.tasks.sentences import SentenceEncoder
 from t5x_ext.tasks.translation import Translation
 
-__all__ = ["HeldOutLoss", "LanguageModeling", "Translation", "open_run", "text_task", "with_data", "with_model"]
+__all__ = [
+    "Classification",
+    "HeldOutLoss",
+    "LanguageModeling",
+    "SentenceEncoder",
+    "TextClassifier",
+    "Translation",
+    "open_run",
+    "text_task",
+    "with_data",
+    "with_model",
+]

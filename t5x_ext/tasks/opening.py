@@ -7,12 +7,20 @@ from typing import Any
 
 from t5x_ext.checkpoints import RunFolder
 from t5x_ext.contracts import UserError
+from t5x_ext.convert import ENCODER_TASK
 from t5x_ext.decode import Translator
+from t5x_ext.tasks.classification import TASK, TextClassifier
+from t5x_ext.tasks.sentences import SentenceEncoder
 
 Opener = Callable[[str, str | int], Any]
 """From a run folder and a checkpoint to what the task gives its readers."""
 
-OPENERS: dict[str, Opener] = {"translation": Translator.from_run, "language_model": Translator.from_run}
+OPENERS: dict[str, Opener] = {
+    "translation": Translator.from_run,
+    "language_model": Translator.from_run,
+    TASK: TextClassifier.from_run,
+    ENCODER_TASK: SentenceEncoder.from_run,
+}
 """Built-in tasks by the name in `model.json`. A folder names no code: nothing else can be opened from it alone."""
 
 

@@ -10,6 +10,7 @@ from t5x_ext.train.init_from import InitFrom
 from t5x_ext.train.loop import Hook, Loop, Session, train
 from t5x_ext.train.memory import Memory
 from t5x_ext.train.program import Program, make_program
+from t5x_ext.train.prune_at_init import PruneAtInit
 from t5x_ext.train.run import CheckpointConfig, EvaluationConfig, Run
 from t5x_ext.train.state import TrainState, create_state
 from t5x_ext.train.step import StepMetrics, make_evaluation_step, make_train_step
@@ -29,6 +30,7 @@ __all__ = [
     "Memory",
     "Prepared",
     "Program",
+    "PruneAtInit",
     "Run",
     "Session",
     "StepMetrics",

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from t5x_ext.cli import distributed_flags, vocab
+from t5x_ext.cli import decoding, distributed_flags, vocab
 from t5x_ext.cli.field_flags import FieldFlag, dataclass_fields, define_field_flags, field_values
 from t5x_ext.cli.flags import help_text, parse
 from t5x_ext.cli.messages import UsageError
@@ -32,6 +32,8 @@ def test_the_source_says_what_the_class_says(module, config, not_plain):
 def test_flags_without_values_make_the_default_configuration():
     values = parse(distributed_flags.define_distributed_flags, [])
     assert DistributedConfig(**field_values(values, distributed_flags._FLAGS)) == DistributedConfig()
+    values = parse(decoding.define_model_flags, [])
+    assert MeshConfig(**field_values(values, decoding._MESH)) == MeshConfig()
     values = parse(vocab.define_flags, [])
     assert VocabularyConfig(**field_values(values, vocab._TRAINING)) == VocabularyConfig()
 

@@ -31,8 +31,7 @@ class Outside:
     [
         ({"search": "beam"}, r"search = 'beam': must be a Search, as Beam\(\), Greedy\(\) or Sample\(\)"),
         ({"search": Beam}, r"search is the class Beam; write Beam\(\)"),
-        ({"search": dataclasses.make_dataclass("Loose", ["x"], bases=(Outside,), eq=True)(3)}, "cannot be hashed"),
-        ({"search": dataclasses.replace(Outside())}, None),
+        ({"search": Outside(partner=[])}, "cannot be hashed; make it a frozen dataclass of plain values"),
         ({"max_source_length": 1}, "max_source_length"),
         ({"max_length_ratio": -1.0}, "max_length_ratio"),
         ({"max_length_extra": float("nan")}, "max_length_extra"),
@@ -40,9 +39,6 @@ class Outside:
     ],
 )
 def test_options_are_checked_when_they_are_made(options, message):
-    if message is None:
-        DecodeConfig(**options)
-        return
     with pytest.raises(UserError, match=message) as error:
         DecodeConfig(**options)
     assert "\n" not in str(error.value)

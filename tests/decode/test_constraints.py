@@ -89,7 +89,7 @@ def test_samples_are_of_what_is_allowed(toy, search, sequences, case):
     found = search(model, Sample(n_best=20, top_p=0.9), rows=4, max_length=8, constraints=constraints)
     drawn = [sequence for row in range(4) for sequence in sequences(found, row)]
     assert len(drawn) == 80
-    assert len(set(drawn)) > 20
+    assert len(set(drawn)) > 15
     assert all(allowed(sequence[:-1]) for sequence in drawn)
 
 
