@@ -245,9 +245,6 @@ class Train(StageDefaults):
         }
 
 
-# Where a run keeps the data of a translation task.
-
-
 def _corpora(ways: Iterable[_Way]) -> tuple[Corpus, ...]:
     return tuple(way.corpus for way in ways)
 

@@ -121,13 +121,8 @@ def test_each_direction_gets_a_model_from_that_of_all(run, asked, tmp_path):
 
 def test_a_language_model_reads_each_side_by_itself(run, asked, tmp_path):
     model = DecoderConfig(embed_dim=8, mlp_dim=16, num_heads=2, layers=1)
-    lm = Train(
-        "lm",
-        replace(run, task=LanguageModeling(run.task.data, model)),
-        corpora=("texts", "mono"),
-        languages=("de",),
-        vocabulary="p1",
-    )
+    lm_run = replace(run, task=LanguageModeling(run.task.data, model))
+    lm = Train("lm", lm_run, corpora=("texts", "mono"), languages=("de",), vocabulary="p1")
     made(tmp_path, TEXTS, MONO, Train("p1", run, corpora=("texts",)), lm)
     data = asked[1][0].task.data
     assert [(corpus.name, corpus.languages) for corpus in data.train] == [
