@@ -11,12 +11,16 @@ from t5x_ext.cli.field_flags import FieldFlag, dataclass_fields, define_field_fl
 from t5x_ext.cli.flags import help_text, parse
 from t5x_ext.cli.messages import UsageError
 from t5x_ext.data import VocabularyConfig
+from t5x_ext.decode import Beam, DecodeConfig, Greedy, Sample
 from t5x_ext.parallel import DistributedConfig, MeshConfig
 
 SOURCES = [
     ("parallel.mesh", MeshConfig, ()),
     ("parallel.distributed", DistributedConfig, ()),
     ("data.vocabulary", VocabularyConfig, ("markers",)),
+    ("decode.beam", Beam, ()),
+    ("decode.sampling", Sample, ()),
+    ("decode.config", DecodeConfig, ("search", "constraints")),
 ]
 
 
@@ -36,6 +40,14 @@ def test_flags_without_values_make_the_default_configuration():
     assert MeshConfig(**field_values(values, decoding._MESH)) == MeshConfig()
     values = parse(vocab.define_flags, [])
     assert VocabularyConfig(**field_values(values, vocab._TRAINING)) == VocabularyConfig()
+
+
+def test_options_of_decoding_have_a_flag_each():
+    values = parse(decoding.define_decode_flags, [])
+    for config in (Beam, Greedy, Sample, DecodeConfig):
+        for field in dataclasses.fields(config):
+            if field.name not in ("search", "constraints"):
+                assert values[field.name].default == field.default
 
 
 def test_types_choices_and_bounds():

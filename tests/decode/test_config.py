@@ -107,7 +107,7 @@ def test_a_search_from_outside_is_described_but_not_read_back():
     assert record["search"] == {"kind": kind, "passes": 2, "partner": repr(Greedy())}
     assert record["constraints"] == [{"kind": "builtins.print", "text": "<built-in function print>"}]
     with pytest.raises(UserError, match=f"{kind} is not of t5x_ext, so that its record cannot be read back"):
-        DecodeConfig.from_json(record)
+        DecodeConfig.from_json(record | {"constraints": []})
 
 
 def test_records_of_later_versions_are_refused():
