@@ -139,7 +139,7 @@ def _train(values: flags.FlagValues, arm: str, rows: int, updates: int) -> dict[
     seconds = []
     for _ in range(1 + updates):
         start = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, batch))
+        state, metrics = jax.block_until_ready(compiled(state, {}, batch))
         seconds.append(time.perf_counter() - start)
         if not metrics.finite:
             raise RuntimeError(f"{arm}: the gradient of update {len(seconds)} is not finite")

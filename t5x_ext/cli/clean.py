@@ -108,7 +108,9 @@ def _bound(field: str, kind: str, scopes: Mapping[str, Mapping[str, str]], flag:
     from t5x_ext.cli.gin_read import Source
 
     lines = [
-        f"{scope}/corpora.{kind}.{name} = {value!r}" for scope, values in scopes.items() for name, value in values.items()
+        f"{scope}/corpora.{kind}.{name} = {value!r}"
+        for scope, values in scopes.items()
+        for name, value in values.items()
     ]
     references = "".join(f"@{scope}/corpora.{kind}(), " for scope in scopes)
     return Source("\n".join([_IMPORTS, *lines, f"filters.Filtering.{field} = ({references})"]), flag, is_flag=True)

@@ -20,7 +20,7 @@ RUNS = [
     name
     for name in FILES
     if name.startswith("runs/")
-    and not re.search("include 'pipelines/|tasks.Classification", (gin_root() / name).read_text("utf-8"))
+    and not re.search("include 'pipelines/|Pipeline.stages|tasks.Classification", (gin_root() / name).read_text("utf-8"))
 ]
 MODELS = [name for name in FILES if name.startswith("models/")]
 CORPORA = [

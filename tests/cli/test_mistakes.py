@@ -137,7 +137,9 @@ MISTAKES = {
     "average --run_dir=out --last=2 --output=other_model": "--output=other_model exists already",
     "info": "give one of --run_dir, --preset and --gin_file",
     "info --preset=bsae": "--preset=bsae is unknown; did you mean base?",
-    "info --gin_file=optim/adam.gin": "--gin_file=optim/adam.gin binds no Translation.model and no LanguageModeling.model",
+    "info --gin_file=optim/adam.gin": (
+        "--gin_file=optim/adam.gin binds no Translation.model and no LanguageModeling.model"
+    ),
     "info --run_dir=nothing": "nothing is not the folder of a run",
     "vocab --input=train.en": "--output is missing: ",
     "vocab --input=empty.en --output=new": "empty.en: the file is empty",

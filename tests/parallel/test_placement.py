@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache, partial
 
@@ -83,18 +84,19 @@ def test_a_placed_model_has_the_same_loss_and_gradient(case):
 
 @pytest.mark.devices(8)
 def test_hessian_products_on_an_fsdp_mesh_are_those_of_one_device():
-    """Forward over reverse, also against the central difference of gradients."""
+    """Forward over reverse, also against the central difference of gradients, which relu would make jump."""
+    config = dataclasses.replace(CONFIG, activation="gelu")
     mesh, rules = make_mesh(MeshConfig(data=2, fsdp=4)), fsdp()
-    shardings = tree_shardings(mesh, rules, logical_axes(CONFIG), params())
-    along = init_params(CONFIG, jax.random.key(1))
+    start, along = (init_params(config, jax.random.key(seed)) for seed in (0, 1))
+    shardings = tree_shardings(mesh, rules, logical_axes(config), start)
 
     def product(model, params, along, batch):
         gradient = jax.grad(lambda params: loss(model, params, batch))
         return jax.jvp(gradient, (params,), (along,))[1]
 
-    plain = jax.jit(partial(product, EncoderDecoder(CONFIG)))(params(), along, batch(8))
-    placed_params, placed_along = (jax.device_put(tree, shardings) for tree in (params(), along))
-    model = EncoderDecoder(CONFIG, placement=MeshPlacement(mesh, rules))
+    plain = jax.jit(partial(product, EncoderDecoder(config)))(start, along, batch(8))
+    placed_params, placed_along = (jax.device_put(tree, shardings) for tree in (start, along))
+    model = EncoderDecoder(config, placement=MeshPlacement(mesh, rules))
     rows = jax.device_put(batch(8), batch_sharding(mesh))
     placed = jax.jit(partial(product, model))(placed_params, placed_along, rows)
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(plain))
