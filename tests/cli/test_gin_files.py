@@ -15,12 +15,10 @@ from t5x_ext.cli.run_flags import define_run_flags, run_from_flags
 from t5x_ext.models import model_from_json, num_params
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
-# Not those that include a pipeline, which is many runs, and not those of tasks that read other files.
+# Not pipelines, which are many runs, and not those of tasks that read other files.
+OTHERS = re.compile("include 'pipelines/|Pipeline.stages|tasks.Classification")
 RUNS = [
-    name
-    for name in FILES
-    if name.startswith("runs/")
-    and not re.search("include 'pipelines/|Pipeline.stages|tasks.Classification", (gin_root() / name).read_text("utf-8"))
+    name for name in FILES if name.startswith("runs/") and not OTHERS.search((gin_root() / name).read_text("utf-8"))
 ]
 MODELS = [name for name in FILES if name.startswith("models/")]
 CORPORA = [
