@@ -90,7 +90,7 @@ def label_log_probs(
         target_positions=positions,
     )
     hidden: Any = model.apply({"params": params}, batch, method="hidden")
-    if hidden.shape[:2] != labels.shape:
+    if hidden.shape[-2] != labels.shape[1]:  # an ensemble has an axis of members before it
         raise UserError("this model does not score labels one by one: it has other positions than the target's tokens")
 
     def row_log_probs(row: tuple[Float[Array, "length embed"], Int[Array, " length"]]) -> Float[Array, " length"]:

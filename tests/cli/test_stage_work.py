@@ -157,7 +157,7 @@ def test_stages_of_another_package_are_compiled(foreign, capfd):
     assert main([*foreign.split(), "--stage=rescore"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["program"], found["rows"]) == ("decode", 4)
-    assert found["assumption"] == "Beam, 3 hypotheses of 69 tokens for each sentence of 64"
+    assert found["assumption"] == "beam, 3 hypotheses of 69 tokens for each sentence of 64"
     assert main([*foreign.split(), "--stage=clean"]) == 2
     error = capfd.readouterr().err
     assert "Clean has no program to compile; stages that have: pretrain, shorter, rescore\n" in error

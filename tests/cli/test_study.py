@@ -62,7 +62,7 @@ def test_a_dry_run_shows_the_commands_and_leaves_nothing(folder, capsys):
 
 
 def test_budgets_of_tokens_are_understood_by_runs(capsys):
-    flags = ["--gin.Study.budget=@tokens/t5x_ext.study.Budget()", "--gin.tokens/Budget.target_tokens=100"]
+    flags = ["--gin.t5x_ext.study.Budget.steps=None", "--gin.t5x_ext.study.Budget.target_tokens=100"]
     assert main([*COMMAND, "--dry_run", *flags]) == 0
     assert "--gin.t5x_ext.train.Budget.target_tokens=100" in capsys.readouterr().out
 
