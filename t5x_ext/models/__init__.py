@@ -23,6 +23,7 @@ from t5x_ext.models.classifier import Classifier, Pooling, pooled
 from t5x_ext.models.config import DecoderConfig, EncoderConfig, LayerConfig, TransformerConfig, config_from_json
 from t5x_ext.models.encoder import Encoder
 from t5x_ext.models.encoder_decoder import EncoderDecoder
+from t5x_ext.models.graphs import APPNP, GAT, GCN, GCNII, SGC, Gates
 from t5x_ext.models.language_model import LanguageModel
 from t5x_ext.models.layers import Layer
 from t5x_ext.models.parts import LayerParts
@@ -34,7 +35,12 @@ from t5x_ext.models.sublayers import Aux, KeyValue, sinusoidal_positions
 from t5x_ext.models.transformer import Transformer
 
 __all__ = [
+    "APPNP",
+    "GAT",
+    "GCN",
+    "GCNII",
     "PRESETS",
+    "SGC",
     "UNPLACED",
     "AdapterResidual",
     "Aux",
@@ -45,6 +51,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
+    "Gates",
     "KeyValue",
     "LanguageModel",
     "Layer",
