@@ -38,7 +38,8 @@ def with_included(name: str) -> list[str]:
 
 PIPELINES = [name for name in FILES if name.startswith("runs/") and "pipelines/vega_mt.gin" in with_included(name)]
 CLASSIFICATIONS = [name for name in FILES if "tasks.Classification()" in (gin_root() / name).read_text("utf-8")]
-RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIPELINES, *CLASSIFICATIONS)]
+GRAPHS = [name for name in FILES if "tasks.NodeClassification()" in (gin_root() / name).read_text("utf-8")]
+RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIPELINES, *CLASSIFICATIONS, *GRAPHS)]
 OPTIMIZERS = [name for name in FILES if name.startswith("optim/")]
 STAGES = [name for name in FILES if name.startswith("pipelines/")]  # dry-run by the files that include them
 STUDIES = [name for name in FILES if name.startswith("studies/")]
@@ -120,6 +121,17 @@ def test_every_classification_can_take_a_step(name):
     assert jax.tree.structure(after) == jax.tree.structure(program.template)
     assert metrics.loss.sum.shape == ()
     assert "PruneAtInit.score" in text
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_classification_of_nodes_can_take_a_step(name):
+    run, text = build_run([name])
+    sizes = {"classes": 3, "nodes": 20, "channels": 8, "edges": 40, "edge_logits": 40}
+    program = make_program(run, sizes, make_mesh(MeshConfig(), jax.devices()[:1]))
+    after, metrics = jax.eval_shape(program.step(), program.template, program.frozen, program.batch)
+    assert jax.tree.structure(after) == jax.tree.structure(program.template)
+    assert metrics.loss.sum.shape == ()
+    assert "gradual_pruning.end" in text
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from t5x_ext.data.batches import ExampleId, PackedBatches, batch_iterator
 from t5x_ext.data.cache import TokenCache, build_cache
 from t5x_ext.data.encoding import SubwordSampling
+from t5x_ext.data.graphs import GraphData, NodeGraph, read_graph
 from t5x_ext.data.labelled import RowConfig
 from t5x_ext.data.plan import BatchConfig, BatchPlan
 from t5x_ext.data.prepare import DataConfig, PreparedData, prepare, prepare_vocabulary
@@ -22,6 +23,8 @@ __all__ = [
     "BatchPlan",
     "DataConfig",
     "ExampleId",
+    "GraphData",
+    "NodeGraph",
     "PackedBatches",
     "PreparedData",
     "RowConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "build_cache",
     "prepare",
     "prepare_vocabulary",
+    "read_graph",
     "text_directions",
     "train_vocabulary",
 ]

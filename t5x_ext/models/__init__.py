@@ -31,6 +31,7 @@ from t5x_ext.models.config import (
 )
 from t5x_ext.models.encoder import Encoder
 from t5x_ext.models.encoder_decoder import EncoderDecoder
+from t5x_ext.models.graphs import APPNP, GAT, GCN, GCNII, SGC, Gates
 from t5x_ext.models.language_model import LanguageModel
 from t5x_ext.models.layers import Layer
 from t5x_ext.models.parallel_decoder import ParallelDecoder
@@ -43,7 +44,12 @@ from t5x_ext.models.sublayers import Aux, KeyValue, sinusoidal_positions
 from t5x_ext.models.transformer import Transformer
 
 __all__ = [
+    "APPNP",
+    "GAT",
+    "GCN",
+    "GCNII",
     "PRESETS",
+    "SGC",
     "UNPLACED",
     "AdapterResidual",
     "Aux",
@@ -54,6 +60,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
+    "Gates",
     "KeyValue",
     "LanguageModel",
     "Layer",

@@ -78,6 +78,16 @@ class Graph(NamedTuple):
     senders: Int[Array, " edges"]
     receivers: Int[Array, " edges"]
     weights: Float[Array, " edges"]  # 0 where there is no edge
+    channels: Float[Array, " channels"] | None = None  # factors of the features, in place of multiplied features
+
+    def gated(self, kernel: Float[Array, "channels ..."]) -> Float[Array, "channels ..."]:
+        """A kernel that reads the features, multiplied by the channels' factors.
+
+        x diag(c) W is computed as x (diag(c) W): no product with the large x is needed for the gradient of c.
+        """
+        if self.channels is None:
+            return kernel
+        return kernel * self.channels.reshape(-1, *(1,) * (kernel.ndim - 1))
 
     def sum_at_receivers(self, messages: Float[Array, "edges ..."]) -> Float[Array, "nodes ..."]:
         """The sum of the messages that arrive at each node."""
@@ -103,7 +113,7 @@ def propagate(x: Float[Array, "nodes width"], graph: Graph, edges: NormalizedEdg
 
 
 class GateLayer(nn.Module):
-    """Applies the gates to a graph.
+    """The graph of a batch with its gates applied.
 
     Attributes:
       gates: which there are.
@@ -115,12 +125,12 @@ class GateLayer(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch) -> Graph:
-        """The graph of a batch, its features and edge weights multiplied by their gates."""
+        """Reads a batch."""
         nodes, senders = batch["nodes"], batch["senders"]
         if nodes.shape[0] != 1:
             raise UserError(f"a graph network reads one graph a batch, not {nodes.shape[0]}; set num_microbatches = 1")
         weights = batch["edge_weights"][0] if "edge_weights" in batch else jnp.ones(senders.shape[1], nodes.dtype)
-        x = nodes[0]
+        channels = None
         if self.gates.edges:
             size = self.num_edge_logits or senders.shape[1]
             init = _named(_shifted_normal(self.gates.edge_mean, self.gates.edge_deviation), (None,))
@@ -128,8 +138,8 @@ class GateLayer(nn.Module):
             weights = weights * (opened[batch["edge_ids"][0]] if "edge_ids" in batch else opened)
         if self.gates.features:
             init = _named(nn.initializers.ones, ("vocab",))
-            x = x * gate(self.param("feature_logits", init, x.shape[1:]), self.gates.straight_through)
-        return Graph(x, senders[0], batch["receivers"][0], weights)
+            channels = gate(self.param("feature_logits", init, nodes.shape[2:]), self.gates.straight_through)
+        return Graph(nodes[0], senders[0], batch["receivers"][0], weights, channels)
 
 
 def _named(init: Callable[..., Array], axes: Axes) -> Callable[..., Any]:
@@ -149,8 +159,7 @@ class Linear(nn.Module):
 
     Attributes:
       features: size of the output.
-      axes: logical names of the kernel's two axes.
-      edges: if given to the call, x W is propagated before b is added, which is a layer of GCN.
+      axes: logical names of the kernel's two axes; a kernel that reads the features of a graph has `vocab` first.
     """
 
     features: int
@@ -158,12 +167,19 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "nodes width"], graph: Graph | None = None, edges: NormalizedEdges | None = None
+        self, x: Float[Array, "nodes width"], graph: Graph, edges: NormalizedEdges | None = None
     ) -> Float[Array, "nodes features"]:
-        """Returns the map of `x`, propagated over `edges` of a graph if there is one."""
+        """Returns the map of `x`.
+
+        Args:
+          x: what is mapped.
+          graph: whose gates apply where `x` are its features.
+          edges: if given, x W is propagated over them before b is added, which is a layer of GCN.
+        """
         init = _named(nn.initializers.glorot_uniform(), self.axes)
-        y = x @ self.param("kernel", init, (x.shape[-1], self.features))
-        if graph is not None and edges is not None:
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        y = x @ (graph.gated(kernel) if self.axes[0] == "vocab" else kernel)
+        if edges is not None:
             y = propagate(y, graph, edges)
         return y + self.param("bias", _named(nn.initializers.zeros, self.axes[1:]), (self.features,))
 
@@ -247,7 +263,8 @@ class SGC(GraphNetwork):
         """See `GraphNetwork`."""
         edges = normalized_edges(graph)
         init = _named(nn.initializers.glorot_uniform(), ("vocab", None))
-        x = graph.nodes @ self.param("kernel", init, (graph.nodes.shape[-1], self.num_classes))
+        kernel = self.param("kernel", init, (graph.nodes.shape[-1], self.num_classes))
+        x = graph.nodes @ graph.gated(kernel)
         for _ in range(self.power):
             x = propagate(x, graph, edges)
         return x + self.param("bias", _named(nn.initializers.zeros, (None,)), (self.num_classes,))
@@ -267,8 +284,8 @@ class APPNP(GraphNetwork):
     def node_logits(self, graph: Graph, deterministic: bool) -> Float[Array, "nodes classes"]:
         """See `GraphNetwork`."""
         edges = normalized_edges(graph)
-        x = nn.relu(Linear(self.hidden, ("vocab", "mlp"), name="layer_0")(graph.nodes))
-        h = Linear(self.num_classes, ("mlp", None), name="output")(self.drop(x, deterministic))
+        x = nn.relu(Linear(self.hidden, ("vocab", "mlp"), name="layer_0")(graph.nodes, graph))
+        h = Linear(self.num_classes, ("mlp", None), name="output")(self.drop(x, deterministic), graph)
         step = lambda z, _: ((1 - self.teleport) * propagate(z, graph, edges) + self.teleport * h, None)
         return jax.lax.scan(step, h, None, length=self.power)[0]
 
@@ -293,7 +310,7 @@ class GCNII(GraphNetwork):
         """See `GraphNetwork`."""
         edges = normalized_edges(graph)
         x = self.drop(graph.nodes, deterministic)
-        first = nn.relu(Linear(self.hidden, ("vocab", "embed"), name="input")(x))
+        first = nn.relu(Linear(self.hidden, ("vocab", "embed"), name="input")(x, graph))
         strengths = jnp.array([math.log(self.theta / number + 1) for number in range(1, self.num_layers + 1)])
         layers = nn.scan(
             _GCNIILayer,
@@ -304,7 +321,7 @@ class GCNII(GraphNetwork):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.residual, self.dropout, deterministic, name="layers")
         x, _ = layers(first, strengths, first, graph, edges)
-        return Linear(self.num_classes, ("embed", None), name="output")(self.drop(x, deterministic))
+        return Linear(self.num_classes, ("embed", None), name="output")(self.drop(x, deterministic), graph)
 
 
 class _GCNIILayer(nn.Module):
@@ -351,7 +368,7 @@ class GraphAttention(nn.Module):
     Attributes:
       num_heads: heads.
       head_dim: size of the output of one.
-      axis: logical name of the input's channels.
+      axis: logical name of the input's channels; `vocab` where they are the features of the graph.
     """
 
     num_heads: int
@@ -364,6 +381,7 @@ class GraphAttention(nn.Module):
         heads, dim, axes = self.num_heads, self.head_dim, ("heads", "head_dim")
         glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
         kernel = self.param("kernel", _named(glorot, (self.axis, *axes)), (x.shape[-1], heads, dim))
+        kernel = graph.gated(kernel) if self.axis == "vocab" else kernel
         values = (x @ kernel.reshape(x.shape[-1], -1)).reshape(-1, heads, dim)
         init = _named(nn.initializers.glorot_uniform(), axes)
         sender_scores, receiver_scores = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ def adam(
     weight_decay: float = 0.0,
     no_decay: Sequence[str] = (),
     clip_norm: float | None = None,
+    l2: float = 0.0,
 ) -> optax.GradientTransformation:
     r"""Adam (AdamW when `weight_decay` is set) as an Optax chain: clip, moments (float32), decay, learning rate.
 
@@ -36,9 +37,11 @@ def adam(
       weight_decay: decoupled decay, multiplied by the learning rate.
       no_decay: regular expressions on paths of parameters without decay, for example `["bias$", "norm/"]`.
       clip_norm: gradients with a larger global norm are scaled down to it; None clips nothing.
+      l2: coupled decay: so much of the weights is added to the (clipped) gradient before the moments, as PyTorch's Adam
+        does; spared are the parameters of `no_decay`.
 
     Returns:
-      An `optax.GradientTransformation`; its `update` needs `params` when `weight_decay` is set.
+      An `optax.GradientTransformation`; its `update` needs `params` when `weight_decay` or `l2` is set.
 
     Raises:
       UserError: if a number is out of its range.
@@ -55,14 +58,15 @@ def adam(
       Kingma and Ba (arXiv 1412.6980); decoupled decay: Loshchilov and Hutter (arXiv 1711.05101); the defaults are those
       of Attention Is All You Need (arXiv 1706.03762), section 5.3.
     """
-    _check(learning_rate, b1, b2, eps, weight_decay, clip_norm)
+    _check(learning_rate, b1, b2, eps, {"weight_decay": weight_decay, "l2": l2}, clip_norm)
     spared = path_predicate(*no_decay)
 
     def decayed(params: Params) -> PyTree:
         return select(params, lambda name: not spared(name))
 
+    first = optax.clip_by_global_norm(clip_norm) if clip_norm is not None else optax.identity()
     chain = optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm is not None else optax.identity(),
+        optax.chain(first, optax.add_decayed_weights(l2, mask=decayed)) if l2 else first,
         _in_float32(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
@@ -84,7 +88,12 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _check(
-    learning_rate: float | optax.Schedule, b1: float, b2: float, eps: float, decay: float, clip_norm: float | None
+    learning_rate: float | optax.Schedule,
+    b1: float,
+    b2: float,
+    eps: float,
+    decay: Mapping[str, float],
+    clip_norm: float | None,
 ) -> None:
     # Under optax.inject_hyperparams it is a traced array.
     if isinstance(learning_rate, int | float) and learning_rate < 0:
@@ -92,7 +101,7 @@ def _check(
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise UserError(f"adam: {name} = {value} must be at least 0 and below 1")
-    for name, value in (("eps", eps), ("weight_decay", decay)):
+    for name, value in (("eps", eps), *decay.items()):
         if value < 0:
             raise UserError(f"adam: {name} = {value} must not be negative")
     if clip_norm is not None and not clip_norm > 0:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from t5x_ext.contracts import Params, PyTree, UserError, path_name, path_predicate
 from t5x_ext.optim.bits import pack, unpack
 from t5x_ext.optim.checks import check_choice, check_integer, check_number
+from t5x_ext.optim.learning_rate import with_learning_rate
 from t5x_ext.optim.matrices import named_axes
 from t5x_ext.optim.top_k import WORD, Count, ceil_share, count_true, subtract, top_k_mask
 
@@ -126,7 +127,7 @@ def gradual_pruning(
     axes: PyTree = None,
     authors_rule: bool = False,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     r"""Prunes groups of parameters from dense to sparse within one training run, with death and regrowth.
 
     After the updates :math:`t_k = \text{begin} + k \cdot \text{every}`, k from 1 to
@@ -247,7 +248,7 @@ def gradual_pruning(
         mask = jax.tree.unflatten(jax.tree.structure(state.mask), words)
         return jax.tree.unflatten(structure, moves), GradualPruningState(count, mask, opt_state, density)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_learning_rate(optax.GradientTransformationExtraArgs(init, update), optimizer)
 
 
 def pruning_masks(optimizer_state: PyTree, params: Params) -> PyTree:

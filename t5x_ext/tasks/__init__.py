@@ -7,6 +7,7 @@ tested at the end, and what a reader of its run folder needs.
 from __future__ import annotations
 
 from t5x_ext.tasks.classification import Classification, TextClassifier
+from t5x_ext.tasks.graphs import NodeClassification, NodeClassifier
 from t5x_ext.tasks.held_out import HeldOutLoss
 from t5x_ext.tasks.language_model import LanguageModeling
 from t5x_ext.tasks.of_run import text_task, with_data, with_model
@@ -20,6 +21,8 @@ __all__ = [
     "HeldOutLoss",
     "LanguageModeling",
     "ParallelTranslation",
+    "NodeClassification",
+    "NodeClassifier",
     "SentenceEncoder",
     "TextClassifier",
     "Translation",

@@ -10,6 +10,8 @@ from t5x_ext.contracts import UserError
 from t5x_ext.convert import ENCODER_TASK
 from t5x_ext.decode import Translator
 from t5x_ext.tasks.classification import TASK, TextClassifier
+from t5x_ext.tasks.graphs import TASK as NODES_TASK
+from t5x_ext.tasks.graphs import NodeClassifier
 from t5x_ext.tasks.sentences import SentenceEncoder
 
 Opener = Callable[[str, str | int], Any]
@@ -21,6 +23,7 @@ OPENERS: dict[str, Opener] = {
     "parallel_translation": Translator.from_run,
     TASK: TextClassifier.from_run,
     ENCODER_TASK: SentenceEncoder.from_run,
+    NODES_TASK: NodeClassifier.from_run,
 }
 """Built-in tasks by the name in `model.json`. A folder names no code: nothing else can be opened from it alone."""
 

@@ -291,7 +291,10 @@ class _Attempts:
         self.before_log: list[Hook] = [stop, profile, *budget, evaluate, *run.hooks]
         if evaluation.patience is not None:
             early_stop = hooks.EarlyStop(
-                evaluation.metric, higher_is_better=evaluation.higher_is_better, patience=evaluation.patience
+                evaluation.metric,
+                higher_is_better=evaluation.higher_is_better,
+                patience=evaluation.patience,
+                select_from=evaluation.select_from,
             )
             self.before_log.append(early_stop)
         self.save = hooks.Save(
@@ -301,6 +304,7 @@ class _Attempts:
             metric=evaluation.metric,
             data_memory=prepared.batches.memory,
             evaluate=evaluate,
+            select_from=evaluation.select_from,
         )
 
     def train(self, loop: Loop) -> None:

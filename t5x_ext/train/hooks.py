@@ -95,13 +95,14 @@ def is_owed(loop: Loop) -> bool:
 class EarlyStop(Hook):
     """Stops when a metric has not become better for `patience` measurements in a row."""
 
-    def __init__(self, metric: str, *, higher_is_better: bool, patience: int):
-        """`metric` is a key of the evaluation, as `valid/loss` or `valid/bleu`."""
+    def __init__(self, metric: str, *, higher_is_better: bool, patience: int, select_from: int = 0):
+        """`metric` is a key of the evaluation, as `valid/loss`; measurements before `select_from` do not count."""
         self._metric, self._sign, self._patience = metric, 1.0 if higher_is_better else -1.0, patience
+        self._select_from = select_from
 
     def after_step(self, loop: Loop) -> None:
         """Counts measurements without gain; the count survives restarts."""
-        if self._metric not in loop.evaluation:
+        if self._metric not in loop.evaluation or loop.step < self._select_from:
             return
         score, count = loop.evaluation[self._metric], loop.memory.early_stop
         if math.isfinite(score) and (count.best is None or self._sign * score > self._sign * count.best):
@@ -128,6 +129,7 @@ class Save(Hook):
         metric: str,
         data_memory: Callable[[], Any] = list,
         evaluate: Evaluate | None = None,
+        select_from: int = 0,
     ):
         """Prepares saving.
 
@@ -139,9 +141,10 @@ class Save(Hook):
           data_memory: what spares a resumed run planning its data from the beginning, see `BatchSource.memory`.
           evaluate: knows which values have been measured; the metric must be among them once all evaluators have
             measured. None: among those of each evaluation.
+          select_from: measurements of the metric before this update pick no checkpoint.
         """
         self._store, self._every, self._data, self._metric = store, every, dict(data), metric
-        self._data_memory, self._evaluate = data_memory, evaluate
+        self._data_memory, self._evaluate, self._select_from = data_memory, evaluate, select_from
         self._last = -1
 
     def after_step(self, loop: Loop) -> None:
@@ -175,7 +178,9 @@ class Save(Hook):
                 "clock": loop.clock.split(),
                 "evaluation": loop.evaluation,
             }
-            self._store.save(loop.step, loop.state, extra, loop.evaluation or None)
+            counts = lambda name: name != self._metric or loop.step >= self._select_from
+            metrics = {name: value for name, value in loop.evaluation.items() if counts(name)}
+            self._store.save(loop.step, loop.state, extra, metrics or None)
 
     def _check_metric(self, loop: Loop) -> None:
         names = {*loop.evaluation, *(self._evaluate.measured if self._evaluate else ())}

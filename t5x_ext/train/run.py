@@ -32,12 +32,15 @@ class EvaluationConfig:
         task's evaluators.
       higher_is_better: whether more of the metric is better.
       patience: measurements of the metric without gain after which training stops; None never stops early.
+      select_from: measurements before this update pick no checkpoint and do not count for patience: in a run that is
+        pruned gradually, those of models that are not yet as sparse as the last one.
     """
 
     every: Interval = 1000
     metric: str = "valid/loss"
     higher_is_better: bool = False
     patience: int | None = None
+    select_from: int = 0
 
     def __post_init__(self) -> None:
         check_interval("EvaluationConfig.every", self.every)

@@ -16,7 +16,7 @@ from t5x_ext.models import model_from_json, num_params
 
 FILES = sorted(path.relative_to(gin_root()).as_posix() for path in gin_root().rglob("*.gin"))
 # Not pipelines, which are many runs, and not those of tasks that read other files.
-OTHERS = re.compile("include 'pipelines/|Pipeline.stages|tasks.Classification")
+OTHERS = re.compile("include 'pipelines/|Pipeline.stages|tasks.(Node)?Classification")
 RUNS = [
     name for name in FILES if name.startswith("runs/") and not OTHERS.search((gin_root() / name).read_text("utf-8"))
 ]
