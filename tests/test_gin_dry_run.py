@@ -22,7 +22,7 @@ from t5x_ext.models import num_params
 from t5x_ext.parallel import MeshConfig, make_mesh
 from t5x_ext.pipeline import Pipeline, Stage, Train
 from t5x_ext.study import check, select
-from t5x_ext.tasks import ParallelTranslation, Translation
+from t5x_ext.tasks import ParallelTranslation, Translation, with_model
 from t5x_ext.train import Run
 from t5x_ext.train.program import Program, make_program
 
@@ -47,7 +47,7 @@ METHODS = [name for name in FILES if name.startswith("methods/")]  # dry-run by 
 FRAGMENTS = [
     name
     for name in FILES
-    if name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *OPTIMIZERS, *STAGES, *STUDIES, *METHODS)
+    if name not in (*RUNS, *PIPELINES, *CLASSIFICATIONS, *GRAPHS, *OPTIMIZERS, *STAGES, *STUDIES, *METHODS)
 ]
 QUICKSTART = "runs/quickstart.gin"
 TWO_FILES = ["--train_source=a.en", "--train_target=a.de", "--source_language=en", "--target_language=de"]
@@ -74,7 +74,7 @@ def trace(run: Run) -> None:
     program = program_of(run)
     state = program.template
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == num_params(program.model)
-    after, metrics = jax.eval_shape(program.step(), state, program.batch)
+    after, metrics = jax.eval_shape(program.step(), state, program.frozen, program.batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     kind = lambda leaf: (leaf.shape, leaf.dtype)
     assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
@@ -83,7 +83,7 @@ def trace(run: Run) -> None:
 
 def trace_scanned(run: Run) -> None:
     """The same with scanned layers, so that tracing a deep model is not what a test spends its time on."""
-    trace(dataclasses.replace(run, model=dataclasses.replace(run.task.model, scan_layers=True)))
+    trace(with_model(run, scan_layers=True))
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_every_run_of_a_pipeline_can_take_a_step(name):
     runs = [stage.run for stage in pipeline.stages if isinstance(stage, Train)]
     assert runs
     # Updates of one model differ in rows and rates only. What a pipeline includes is traced as a run of its own.
-    own = {build(other).model for other in with_included(name)[1:] if other in RUNS}
+    own = {build(other).task.model for other in with_included(name)[1:] if other in RUNS}
     for run in {run.task.model: run for run in runs if run.task.model not in own}.values():
         trace(run)
     # A stage has no settings but its own: those of no other one, by whose name it would be in a scope of that.
