@@ -143,7 +143,7 @@ def runs(arm: Arm, graph: NodeGraph, seeds: Sequence[int]) -> Any:
     parts = np.stack([graph.valid, graph.test])
 
     @jax.jit
-    def accuracies(params: Any) -> jax.Array:
+    def accuracies(params: Any, batch: Any) -> jax.Array:
         hits = jnp.argmax(network.apply({"params": params}, batch)[0], axis=-1) == batch["labels"][0]
         return (parts @ hits.astype(jnp.float32)) / parts.sum(1)
 
@@ -156,7 +156,7 @@ def runs(arm: Arm, graph: NodeGraph, seeds: Sequence[int]) -> Any:
         for number in range(1, STEPS + 1):
             state, _ = step(state, {}, batch)
             if number % MEASURE_EVERY == 0 and (number > END or not groups):
-                valid, test = (float(value) for value in accuracies(state.params))
+                valid, test = (float(value) for value in accuracies(state.params, batch))
                 best = max(best, (valid, test), key=lambda pair: pair[0])
         found = {"arm": arm.name, "seed": seed, "valid": best[0], "test": best[1], "active": active(state, groups)}
         now = time.process_time()

@@ -220,7 +220,7 @@ def _array(path: Path, arrays: Mapping[str, np.ndarray], *names: str) -> np.ndar
     """The first array of one of these names."""
     found = next((name for name in names if name in arrays), None)
     if found is None:
-        wanted = names[0] if len(names) == 1 else f"any of {', '.join(names)}"
+        wanted = names[0] if len(names) == 1 else f"array called any of {', '.join(names)}"
         raise UserError(f"{path} has no {wanted}; its arrays are {', '.join(sorted(arrays)) or 'none'}")
     return arrays[found]
 
