@@ -138,7 +138,7 @@ def _read(path: Path, data: GraphData) -> _Raw:
     ):
         raise UserError(
             f"{path} is in Planetoid's format of Python pickles, which can run any program when they are opened; "
-            "convert it to .npz with the script in docs/methods/cgp.md, on data that you trust"
+            "save its arrays with numpy.savez, each under its own name, on data that you trust"
         )
     if path.is_dir():
         if (path / "out1_graph_edges.txt").exists():
