@@ -2,10 +2,10 @@
 
 example: python scripts/bench_sparse_adapter.py --encoder=runs/minilm --tasks=TREC,SUBJ --out=table.json
 
-The encoder is a run folder that `t5x_ext import` wrote. Each arm is trained on the same few examples with the same
+The encoder is a run folder that `t5x_ext convert` wrote. Each arm is trained on the same few examples with the same
 seeds; what it reaches on the test examples is written to --out after every run, and the table printed at the end. Rerun
-the same command to resume. A program is compiled once for a task and a kind of arm; without dropout it does not depend on
-the seed.
+the same command to resume. A program is compiled once for a task and a kind of arm; without dropout it does not depend
+on the seed.
 """
 
 from __future__ import annotations
