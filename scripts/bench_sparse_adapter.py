@@ -2,14 +2,16 @@
 
 example: python scripts/bench_sparse_adapter.py --encoder=runs/minilm --tasks=TREC,SUBJ --out=table.json
 
-The encoder is a run folder that `t5x_ext import` wrote. Each arm is trained on the same few examples with the same
-seeds; what it reaches on the test examples is written to --out after every run, and the table printed at the end. A
-program is compiled once for a task and a kind of arm; without dropout it does not depend on the seed.
+The encoder is a run folder that `t5x_ext convert` wrote. Each arm is trained on the same few examples with the same
+seeds; what it reaches on the test examples is written to --out after every run, and the table printed at the end. Rerun
+the same command to resume. A program is compiled once for a task and a kind of arm; without dropout it does not depend
+on the seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -74,16 +76,16 @@ ARMS = (
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains every arm on every set."""
+    """Measures what --out does not hold yet."""
     del arguments
-    out, rows = Path(_OUT.value), []
-    if out.exists():
-        rows = json.loads(out.read_text())
+    out = Path(_OUT.value)
+    rows = json.loads(out.read_text()) if out.exists() else []
+    done = {(row["task"], row["arm"], row["seed"]) for row in rows}
     for name in _TASKS.value:
-        for kind in dict.fromkeys(arm.kind for arm in ARMS):
+        steps: dict[str, Any] = {}
+        for seed, kind in itertools.product(range(_SEEDS.value), dict.fromkeys(arm.kind for arm in ARMS)):
             wanted = [arm for arm in ARMS if arm.kind == kind and re.search(_ARMS_MATCHING.value, arm.name)]
-            arms = [arm for arm in wanted if not _is_done(rows, name, arm)]
-            for row in _measure(name, kind, arms) if arms else ():
+            for row in _measure(name, kind, seed, [arm for arm in wanted if (name, arm.name, seed) not in done], steps):
                 rows.append(row)
                 out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
@@ -107,10 +109,6 @@ def _cell(rows: Sequence[dict[str, Any]]) -> str:
     values = [100 * row[metric] for row in rows]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
-
-
-def _is_done(rows: Sequence[dict[str, Any]], task: str, arm: Arm) -> bool:
-    return sum(row["task"] == task and row["arm"] == arm.name for row in rows) == _SEEDS.value
 
 
 def _task(name: str, kind: str) -> Classification:
@@ -149,34 +147,35 @@ def _run(name: str, kind: str) -> Run:
     )
 
 
-def _measure(name: str, kind: str, arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-    run = _run(name, kind)
-    mesh, step = make_mesh(run.mesh), None
-    for seed in range(_SEEDS.value):
-        with tempfile.TemporaryDirectory() as folder_name:
-            folder = RunFolder(folder_name)
-            seeded = dataclasses.replace(run, seed=seed)
-            prepared = run.task.prepare(folder, None, seed)
-            program = make_program(seeded, prepared.sizes, mesh)
-            step = step or program.compile()
-            for arm in arms:
-                started = time.process_time()
-                loop = _trained(program, prepared, folder, step, arm)
-                whole = program.whole(loop.state.params, loop.frozen)
-                scores = prepared.test(program, whole)
-                trained = sum(leaf.size for leaf in jax.tree.leaves(loop.state.params))
-                pruned = loop.memory.hooks.get("prune_at_init", {"entries": 0, "kept": 0})
-                row = {
-                    "task": name,
-                    "arm": arm.name,
-                    "seed": seed,
-                    "trained": trained - pruned["entries"] + pruned["kept"],
-                    "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(loop.state.optimizer_state)),
-                    "cpu_seconds": round(time.process_time() - started, 1),
-                    **scores,
-                }
-                print(json.dumps(row), flush=True)
-                yield row
+def _measure(name: str, kind: str, seed: int, arms: Sequence[Arm], steps: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of some arms of one kind; `steps` keeps compiled updates by kind."""
+    if not arms:
+        return
+    run = dataclasses.replace(_run(name, kind), seed=seed)
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = RunFolder(folder_name)
+        prepared = run.task.prepare(folder, None, seed)
+        program = make_program(run, prepared.sizes, make_mesh(run.mesh))
+        if kind not in steps:
+            steps[kind] = program.compile()
+        for arm in arms:
+            started = time.process_time()
+            loop = _trained(program, prepared, folder, steps[kind], arm)
+            scores = prepared.test(program, program.whole(loop.state.params, loop.frozen))
+            pruned = loop.memory.hooks.get("prune_at_init", {"entries": 0, "kept": 0})
+            trained = sum(leaf.size for leaf in jax.tree.leaves(loop.state.params))
+            row = {
+                "task": name,
+                "arm": arm.name,
+                "seed": seed,
+                "trained": trained - pruned["entries"] + pruned["kept"],
+                "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(loop.state.params)),
+                "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(loop.state.optimizer_state)),
+                "cpu_seconds": round(time.process_time() - started, 1),
+                **scores,
+            }
+            print(json.dumps(row), flush=True)
+            yield row
 
 
 def _trained(program: Program, prepared: Any, folder: RunFolder, step: Any, arm: Arm) -> Loop:
