@@ -115,11 +115,11 @@ def _check_same_text_model(init_from: str, folder: RunFolder, run: Run) -> None:
     from t5x_ext.models import model_from_json
 
     task: Any = run.task
+    theirs, ours = model_from_json(folder.read_model().model).config, task.model
     known = Vocabulary.load(str(folder.vocabulary)).languages
     for language in (language for corpus in task.data.train for language in corpus.languages):
         if language not in known:
             raise UsageError(f"--init_from={init_from}: its vocabulary has no tag for {language}, only {known}")
-    theirs, ours = model_from_json(folder.read_model().model).config, task.model
     for name in _SHAPE_FIELDS:
         there, here = getattr(theirs, name, None), getattr(ours, name, None)
         if there != here:

@@ -90,7 +90,7 @@ MISTAKES = {
     f"{DECODE} --input=test.en --n_best=9": "n_best = 9: a beam_size of 5 gives at most 5",
     # gin
     "train --gin_file=tyni.gin --run_dir=new": "there is no gin file 'tyni.gin'; did you mean tiny.gin?",
-    f"{TRAIN} {PAIR} --gin.Run.stesp=3": "--gin.Run.stesp: 'Run' has no parameter 'stesp'; did you mean steps?",
+    f"{TRAIN} {PAIR} --gin.Run.stesp=3": "--gin.Run.stesp: 'Run' has no parameter 'stesp'; did you mean step?",
     f"{TRAIN} {PAIR} --gin.Rnu.steps=3": "--gin.Rnu.steps: the run has no 'Rnu'; did you mean Run?",
     f"{TRAIN} {PAIR} --gin.Run.steps=soon": "--gin.Run.steps: Run.steps is int, not 'soon'",
     f"{TRAIN} {PAIR} --gin.models.Base.embed_dim=64": "--gin.models.Base.embed_dim: nothing in this run uses",
@@ -145,7 +145,7 @@ MISTAKES = {
     "vocab --input=empty.en --output=new": "empty.en: the file is empty",
     "vocab --input=train.en --size=9 --output=new": "vocabulary: size 9 is too small",
     "vocab --input=train.en --languages=xx --output=new": "unknown language 'xx'",
-    "cache --run_dir=new --gin_file=tiny.gin": "tiny.gin:10: DataConfig.train has no value",
+    "cache --run_dir=new --gin_file=tiny.gin": "tiny.gin:11: DataConfig.train has no value",
     "doctor --json_out=nowhere/x.json": "--json_out=nowhere/x.json: there is no folder",
 }
 

@@ -135,7 +135,11 @@ def test_old_records_have_no_kind():
 @pytest.mark.parametrize(
     ("read", "fields", "message"),
     [
-        (config_from_json, {"kind": "graph"}, "unknown kind 'graph'; this version knows encoder_decoder, decoder, enc"),
+        (
+            config_from_json,
+            {"kind": "graph"},
+            "this version knows encoder_decoder, parallel, decoder, encoder",
+        ),
         (TransformerConfig.from_json, {"kind": "decoder"}, "of the kind 'decoder', not 'encoder_decoder'"),
         (config_from_json, {"kind": "decoder", "encoder_layers": 2}, "unknown field 'encoder_layers' of DecoderConfig"),
     ],

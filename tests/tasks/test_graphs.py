@@ -61,7 +61,7 @@ def test_communities_are_found_by_a_pruned_network_and_the_folder_predicts(run, 
     graph = read_graph(run.task.data)
     # Exactly the asked number of entries: 8 x 16 and 16 x 2 kernels, the edges, 8 channels.
     expected = {
-        "gates/edge_logits": (np.ceil(0.9 * len(graph.senders)), len(graph.senders)),
+        "gates/edge_logits": (int(0.9 * len(graph.senders)), len(graph.senders)),
         "gates/feature_logits": (4, 8),
     }
     found = {name: (count["active"], count["entries"]) for name, count in results["density"].items()}
