@@ -254,7 +254,7 @@ def test_failure_in_a_reading_thread_reaches_the_consumer(make_batches, monkeypa
         next(iterator)
     if isinstance(raised, ValueError):
         # Grain may add notes of its own.
-        (note,) = [note for note in caught.value.__notes__ if note.startswith("while batch 7 was read from ")]
+        note, *_ = [note for note in caught.value.__notes__ if note.startswith("while batch 7 was read from ")]
         assert batches.cache_paths[0] in note
         assert "fail" in [entry.name for entry in caught.traceback], "the traceback is the thread's"
     with pytest.raises(StopIteration):
