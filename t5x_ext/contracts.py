@@ -50,7 +50,7 @@ else:
 class TranslationBatch(TypedDict):
     """Packed encoder-decoder rows.
 
-    Padding is where a segment id is 0, whatever the token there; examples of one row are numbered from 1 on both sides,
+    Padding is where a segment id is 0, with any token; examples of one row are numbered from 1 on both sides,
     and positions restart at 0 with every example.
     """
 

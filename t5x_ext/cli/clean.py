@@ -3,7 +3,7 @@
 Writes files NAME.LANGUAGE and report.json to --output_dir and prints how many pairs each rule dropped. Lines stay in
 order. An interrupted command goes on where it stopped, with the same result. Corpora come from flags or from a gin file
 that binds filters.Filtering.corpora; rules are the fields of FilterConfig. Of the texts of --held_out, what models are
-tested on, no line stays in the corpora of its language, in whatever letter case, width and punctuation.
+tested on, no line stays in the corpora of its language, in any letter case, width and punctuation.
 
 With --runner the work is done on Apache Beam, to the same bytes. Its workers must reach --output_dir and the text
 files, and need this package: on Flink, Spark and Dataflow name a container image that has it.

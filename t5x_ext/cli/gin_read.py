@@ -248,7 +248,7 @@ def find_gin_file(name: str) -> Path:
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The value with `function` applied to whatever is not a plain list, tuple or dict."""
+    """The value with `function` applied to everything that is not a plain list, tuple or dict."""
     if type(value) in (list, tuple):
         return type(value)(map_leaves(item, function) for item in value)
     if type(value) is dict:

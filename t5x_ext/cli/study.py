@@ -46,7 +46,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "processes", 1, "runs at a time; each gets its share of the cores", lower_bound=1, flag_values=values
     )
-    flags.DEFINE_boolean("dry_run", False, "say how each run stands and its command; do nothing", flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "show the state of each run and its command; do nothing", flag_values=values)
     flags.DEFINE_string(
         "measure", None, "measure this run of a finished study again, as arms/adam/seed_0, and do nothing else",
         flag_values=values,

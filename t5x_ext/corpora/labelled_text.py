@@ -25,7 +25,7 @@ class Labelled(NamedTuple):
 class LabelledText:
     r"""A table with one example a line: columns separated by tabs, without quoting.
 
-    Files are UTF-8, plain or gzipped; lines end with "\n". Whatever is in a column is text: a quotation mark, a number.
+    Files are UTF-8, plain or gzipped; lines end with "\n". A column is text, quotation marks and numbers too.
 
     Attributes:
       path: the file.

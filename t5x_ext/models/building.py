@@ -73,7 +73,7 @@ def count_params(params: Params) -> int:
 
 
 def num_params(model: Transformer | LayerConfig) -> int:
-    """Parameters of a model: M sets a stack, whatever the number of positions. Nothing is allocated.
+    """Parameters of a model: M sets a stack, for any number of positions. Nothing is allocated.
 
     Args:
       model: the module, or a config, which stands for its model with default parts.

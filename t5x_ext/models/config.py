@@ -188,7 +188,7 @@ class TransformerConfig(LayerConfig):
     def flops(self, source_lengths: Lengths, target_lengths: Lengths) -> float:
         """Floating point operations of one forward pass over real tokens, 2 per multiply-add.
 
-        Matrix products only. Examples attend to themselves alone, whatever row they are packed in; causal
+        Matrix products only. Examples attend to themselves alone, in any row; causal
         self-attention counts its T(T+1)/2 pairs; keys and values of cross-attention are computed per source token.
 
         Args:

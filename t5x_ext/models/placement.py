@@ -32,7 +32,7 @@ class Placement(Protocol):
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Leaves everything to the compiler: one device, or whatever it propagates from arguments."""
+    """Leaves everything to the compiler: one device, or what it propagates from arguments."""
 
     def activation(self, x: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
         """Returns `x`."""

@@ -151,7 +151,7 @@ class Projection(nn.Module):
       axes: logical names of the kernel's axes, the contracted ones first; as many of the input's last axes are
         contracted as there are names beyond `features`.
       gain: of the uniform initialiser.
-      placement: where the kernel lies while it is used.
+      placement: where the kernel is stored while it is used.
     """
 
     config: LayerConfig

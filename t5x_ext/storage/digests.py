@@ -32,7 +32,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def params_digest(params: Params) -> str:
-    """SHA-256 of parameters, in hexadecimal: of their names, dtypes, shapes and numbers, whatever devices hold them.
+    """SHA-256 of parameters, in hexadecimal: of their names, dtypes, shapes and numbers, on any devices.
 
     The leaves are taken in the order of their names. Each adds `/name dtype shape` in UTF-8, then its bytes in C order.
     The manifests of pipelines record this digest, so it must not change.

@@ -1,4 +1,4 @@
-"""What a study keeps beside the folder of each run: how it stands, and what was measured of it."""
+"""What a study keeps beside the folder of each run: its state, and what was measured of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 class Record(NamedTuple):
-    """How a run stands."""
+    """The state of a run."""
 
     state: str  # finished, failed or unfinished
     error: str  # one line; empty where it has finished
@@ -42,7 +42,7 @@ class Kept(NamedTuple):
 
 
 def read_record(folder: Path, path: str) -> Record | None:
-    """How a run stands; None if it was never started.
+    """The state of a run; None if it was never started.
 
     Raises:
       UserError: if the record is damaged.
@@ -52,7 +52,7 @@ def read_record(folder: Path, path: str) -> Record | None:
 
 
 def write_record(folder: Path, path: str, record: Record) -> None:
-    """Keeps how a run stands, atomically."""
+    """Keeps the state of a run, atomically."""
     write_json(folder / f"{path}.json", {"format": FORMAT, "run": record._asdict()})
 
 

@@ -156,7 +156,7 @@ class RepeatedGraph(SkippingPlan):
         self.description: Mapping[str, Any] = {"graph": _digest(self.arrays)}
 
     def read(self, index: int, start: int, stop: int) -> Mapping[str, np.ndarray]:
-        """The batch, whatever the index."""
+        """The batch, the same for any index."""
         del index, start, stop
         return self.arrays
 
@@ -282,7 +282,7 @@ def graph_arrays(graph: NodeGraph, *, shared: bool = False) -> dict[str, np.ndar
 
 
 def densities(params: Params) -> dict[str, dict[str, int]]:
-    """Entries that are not 0 and all entries of each parameter that has some of exactly 0, biases left out."""
+    """Entries that are not 0 and all entries of each parameter that has some of exactly 0, without biases."""
     counts = {
         name: {"active": int(np.count_nonzero(leaf)), "entries": leaf.size}
         for name, leaf in trees.flatten(params).items()

@@ -14,7 +14,7 @@ class InitFrom(NamedTuple):
 
     run_dir: str
     checkpoint: str | int = "best"  # "best", "last" or a step
-    keep_optimizer: bool = False  # resume optimizer state and EMA too, instead of starting them anew
+    keep_optimizer: bool = False  # resume optimizer state and EMA too, instead of starting again
     only: tuple[str, ...] = ()  # patterns on names of this run's parameters: those it takes; empty: all
     rename: Mapping[str, str] = {}  # from a regular expression on names of the other run to what replaces it, in order
     transform: Callable[[Params], Params] | None = None  # of the other run's weights, before they are renamed

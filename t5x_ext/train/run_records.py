@@ -127,7 +127,7 @@ def check_data(store: CheckpointStore, before: Mapping[str, Any], now: Mapping[s
 def settings(config_text: str, may_change: Collection[str] = ()) -> dict[str, str]:
     """The values in a resolved gin text, by scope, class and parameter.
 
-    Modules are left out, since classes may move; settings of the first edition are under their present names.
+    Modules are skipped, since classes may move; settings of the first edition are under their present names.
 
     Args:
       config_text: the text, one setting a line.
