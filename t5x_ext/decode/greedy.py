@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from t5x_ext.contracts import Params
 from t5x_ext.decode.penalties import length_penalty
-from t5x_ext.decode.search import Hypotheses, SearchInputs
+from t5x_ext.decode.search import Hypotheses, OneHypothesis, SearchInputs
 from t5x_ext.decode.steps import decoding_steps, rollout
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(OneHypothesis):
     """The most probable token at every position: `Beam(beam_size=1)` without its bookkeeping.
 
     Attributes:
@@ -30,16 +30,6 @@ class Greedy:
 
     def __post_init__(self) -> None:
         length_penalty(self.length_penalty, self.alpha)
-
-    @property
-    def n_best(self) -> int:
-        """There is one most probable token."""
-        return 1
-
-    @property
-    def rows_per_source(self) -> int:
-        """One."""
-        return 1
 
     def __call__(self, model: Any, params: Params, inputs: SearchInputs) -> Hypotheses:
         """Searches, see `Search`."""

@@ -14,7 +14,7 @@ from t5x_ext.contracts import Batch, Params, UserError
 from t5x_ext.decode.batching import encoder_inputs
 from t5x_ext.decode.beam import Beam
 from t5x_ext.decode.checks import at_least
-from t5x_ext.decode.search import Hypotheses, Search, SearchInputs
+from t5x_ext.decode.search import Hypotheses, OneHypothesis, Search, SearchInputs
 from t5x_ext.decode.steps import length_limits, require_methods
 from t5x_ext.models import ParallelConfig
 
@@ -77,18 +77,8 @@ class LengthBeam:
 
 
 @dataclass(frozen=True)
-class ParallelGreedy:
+class ParallelGreedy(OneHypothesis):
     """The best token at every position of the most probable length: one pass. `LengthBeam(beam_size=1)`."""
-
-    @property
-    def n_best(self) -> int:
-        """There is one most probable length."""
-        return 1
-
-    @property
-    def rows_per_source(self) -> int:
-        """One."""
-        return 1
 
     def __call__(self, model: Any, params: Params, inputs: SearchInputs) -> Hypotheses:
         """Searches, see `LengthBeam`."""
@@ -97,23 +87,13 @@ class ParallelGreedy:
 
 
 @dataclass(frozen=True)
-class CtcGreedy:
+class CtcGreedy(OneHypothesis):
     """The best token or blank at every position; runs of a token are merged, then blanks dropped. One pass.
 
     The score is the mean log-probability over all positions of this one alignment, not that of the translation, which
     sums over alignments. What follows an end of sentence is dropped; a forced prefix is put in front where the model
     did not write it.
     """
-
-    @property
-    def n_best(self) -> int:
-        """There is one best alignment."""
-        return 1
-
-    @property
-    def rows_per_source(self) -> int:
-        """One."""
-        return 1
 
     def __call__(self, model: Any, params: Params, inputs: SearchInputs) -> Hypotheses:
         """Searches, see `Search`.

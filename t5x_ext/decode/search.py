@@ -81,3 +81,17 @@ class Search(Protocol):
           UserError: where the model lacks what the search needs.
         """
         ...
+
+
+class OneHypothesis:
+    """Base of searches that find one hypothesis for each source, side by side with nothing."""
+
+    @property
+    def n_best(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def rows_per_source(self) -> int:
+        """One."""
+        return 1

@@ -8,27 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.contracts import AnyArray, Batch
-from t5x_ext.models.config import TransformerConfig
-from t5x_ext.models.sublayers import Aux, Dropout, KeyValue, compute_dtype
-from t5x_ext.models.transformer import TABLES, Embedding, Transformer, causal_mask, one_token, segment_mask, under
+from t5x_ext.models.sequence_to_sequence import SequenceToSequence
+from t5x_ext.models.sublayers import Aux, KeyValue, compute_dtype
+from t5x_ext.models.transformer import causal_mask, one_token, segment_mask, under
 
 
-class EncoderDecoder(Transformer):
+class EncoderDecoder(SequenceToSequence):
     """An encoder-decoder Transformer over packed rows (`contracts.Decodable`); see `Transformer` for its attributes.
 
     Reads of a batch `source_tokens`, `source_segment_ids`, `source_positions`, `target_inputs`, `target_segment_ids`
     and `target_positions`, see `contracts.TranslationBatch`. Side outputs are under `encoder/` and `decoder/`.
     """
-
-    config: TransformerConfig
-
-    def setup(self) -> None:
-        """Creates tables and stacks."""
-        config = self.config
-        self.source_table, self.target_table, self.output_table = self._tables(*TABLES[config.tied_embeddings])
-        self.dropout = Dropout(config.dropout)
-        self.encoder = self._stack(config.encoder_layers, config.encoder_sharing)
-        self.decoder = self._stack(config.decoder_layers, config.decoder_sharing, with_cross_attention=True)
 
     def __call__(self, batch: Batch, deterministic: bool = True) -> Float[Array, "batch length vocab"]:
         """Scores of every label given the labels before it, float32."""
@@ -48,20 +38,6 @@ class EncoderDecoder(Transformer):
         call = lambda layer, x, _: layer(x, masks[0], deterministic, encoded, masks[1])
         x, decoder_aux = self.decoder(call, x, deterministic=deterministic)
         return self.decoder.normalize(x), under("encoder", encoder_aux) | under("decoder", decoder_aux)
-
-    def project(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Scores of every token of the vocabulary, float32."""
-        return self.output_table.project(hidden)
-
-    def encode(
-        self,
-        source_tokens: Int[AnyArray, "batch source_length"],
-        source_segment_ids: Int[AnyArray, "batch source_length"],
-        source_positions: Int[AnyArray, "batch source_length"],
-        deterministic: bool = True,
-    ) -> Float[Array, "batch source_length embed"]:
-        """The encoder's output, after its final norm; values at padding (segment 0) mean nothing."""
-        return self._encode(source_tokens, source_segment_ids, source_positions, deterministic)[0]
 
     def cross_memory(self, encoded: Float[Array, "batch source_length embed"]) -> KeyValue:
         """Keys and values of cross-attention, [layers, batch, source_length, heads, head_dim] with N layers."""
@@ -116,15 +92,3 @@ class EncoderDecoder(Transformer):
             *(f"source_{name}" for name in ("tokens", "segment_ids", "positions")),
             *(f"target_{name}" for name in ("inputs", "segment_ids", "positions")),
         )
-
-    def _encode(
-        self, tokens: AnyArray, segment_ids: AnyArray, positions: AnyArray, deterministic: bool
-    ) -> tuple[Array, Aux]:
-        deterministic = self._deterministic(deterministic)
-        x = self._embed(self.source_table, tokens, positions, deterministic)
-        mask = segment_mask(segment_ids, segment_ids)
-        x, aux = self.encoder(lambda layer, x, _: layer(x, mask, deterministic), x, deterministic=deterministic)
-        return self.encoder.normalize(x), aux
-
-    def _embed(self, table: Embedding, tokens: AnyArray, positions: AnyArray, deterministic: bool) -> Array:
-        return self._dropped(self._scaled(table(tokens)) + self._position_vectors(positions), deterministic)

@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from t5x_ext.contracts import Batch
 from t5x_ext.models.config import ParallelConfig
+from t5x_ext.models.sequence_to_sequence import SequenceToSequence
 from t5x_ext.models.sharing import LayerSharing
-from t5x_ext.models.sublayers import Aux, Dropout, compute_dtype, einsum_float32, named_axes
-from t5x_ext.models.transformer import TABLES, Transformer, one_token, segment_mask, under
+from t5x_ext.models.sublayers import Aux, compute_dtype, einsum_float32, named_axes
+from t5x_ext.models.transformer import one_token, segment_mask, under
 
 
-class ParallelDecoder(Transformer):
+class ParallelDecoder(SequenceToSequence):
     """An encoder-decoder that scores all target positions at once; see `Transformer` for its attributes.
 
     Reads of a batch what `EncoderDecoder` reads but `target_inputs`; with `upsample` only the source. Rows may be
@@ -30,11 +31,8 @@ class ParallelDecoder(Transformer):
 
     def setup(self) -> None:
         """Creates tables, stacks and the length head."""
+        super().setup()
         config = self.config
-        self.source_table, self.target_table, self.output_table = self._tables(*TABLES[config.tied_embeddings])
-        self.dropout = Dropout(config.dropout)
-        self.encoder = self._stack(config.encoder_layers, config.encoder_sharing)
-        self.decoder = self._stack(config.decoder_layers, config.decoder_sharing, with_cross_attention=True)
         if config.upsample is None:
             self.length = LengthHead(config)
         if config.auxiliary_layers:
@@ -60,16 +58,6 @@ class ParallelDecoder(Transformer):
         )
         hidden, decoder_aux = self._decode("decoder", encoded, batch, self.decoder_inputs(batch), deterministic)
         return hidden, under("encoder", encoder_aux) | under("decoder", decoder_aux)
-
-    def encode(
-        self,
-        source_tokens: Int[Array, "batch source_length"],
-        source_segment_ids: Int[Array, "batch source_length"],
-        source_positions: Int[Array, "batch source_length"],
-        deterministic: bool = True,
-    ) -> Float[Array, "batch source_length embed"]:
-        """The encoder's output, after its final norm; values at padding (segment 0) mean nothing."""
-        return self._encode(source_tokens, source_segment_ids, source_positions, deterministic)[0]
 
     def length_logits(
         self,
@@ -137,10 +125,6 @@ class ParallelDecoder(Transformer):
         """The output of the second decoder; arguments as those of `decode`."""
         return self._decode("auxiliary", encoded, batch, inputs, deterministic)[0]
 
-    def project(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Scores of every token of the vocabulary, float32."""
-        return self.output_table.project(hidden)
-
     @nn.nowrap
     def dummy_batch(self) -> dict[str, Int[Array, "1 1"]]:
         """The arrays that the model reads, with one row and one token."""
@@ -148,14 +132,6 @@ class ParallelDecoder(Transformer):
             *(f"source_{name}" for name in ("tokens", "segment_ids", "positions")),
             *(f"target_{name}" for name in ("segment_ids", "positions")),
         )
-
-    def _encode(self, tokens: Array, segment_ids: Array, positions: Array, deterministic: bool) -> tuple[Array, Aux]:
-        deterministic = self._deterministic(deterministic)
-        x = self._scaled(self.source_table(tokens)) + self._position_vectors(positions)
-        x = self._dropped(x, deterministic)
-        mask = segment_mask(segment_ids, segment_ids)
-        x, aux = self.encoder(lambda layer, x, _: layer(x, mask, deterministic), x, deterministic=deterministic)
-        return self.encoder.normalize(x), aux
 
     def _decode(
         self, stack: str, encoded: Array, batch: Batch, inputs: Array, deterministic: bool
