@@ -107,6 +107,7 @@ def make_train_step(
             called.append("fisher_fn")
             return fisher(inputs, params, fisher_examples)
 
+        _refuse_multi_steps(state.optimizer_state)
         grads, loss = gradients(inputs, accumulator, state.params)
         offered = {"grad_fn": grad_fn, "curvature_grad_fn": curvature_grad_fn, "fisher_fn": fisher_fn}
         extra = accepted_arguments(optimizer.update, offered)
@@ -114,7 +115,6 @@ def make_train_step(
         gradient_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         finite = jnp.isfinite(loss.sum) & jnp.isfinite(gradient_norm)
         if called:
-            _refuse_multi_steps(state.optimizer_state, called[0])
             finite &= jnp.isfinite(update_norm)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -149,7 +149,7 @@ def accepted_arguments(update: Callable[..., Any], offered: dict[str, Any]) -> d
     return {name: value for name, value in offered.items() if name in names}
 
 
-def _refuse_multi_steps(optimizer_state: PyTree, called: str) -> None:
+def _refuse_multi_steps(optimizer_state: PyTree) -> None:
     """Inside `optax.MultiSteps` an optimizer would pull gradients of the last of its batches only."""
     is_multi_steps = lambda node: isinstance(node, optax.MultiStepsState)
     pulls = lambda node: hasattr(type(node), "pulls_gradients")
@@ -157,8 +157,8 @@ def _refuse_multi_steps(optimizer_state: PyTree, called: str) -> None:
     inside = [leaf for node in around for leaf in jax.tree.leaves(node.inner_opt_state, is_leaf=pulls)]
     if any(map(pulls, inside)):
         raise UserError(
-            f"an optimizer that asks for {called} cannot be inside optax.MultiSteps: it would get the gradient of the "
-            "last of its batches only; set Run.num_microbatches instead"
+            "an optimizer that asks for gradients cannot be inside optax.MultiSteps: it would get those of the last of "
+            "its batches only; set Run.num_microbatches instead"
         )
 
 

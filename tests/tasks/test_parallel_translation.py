@@ -118,6 +118,8 @@ def test_settings_that_do_not_go_together_are_refused(new_run, options, message)
 
 
 def test_planning_knows_no_unknown_token():
-    task = ParallelTranslation(DataConfig(train=()), dataclasses.replace(MODEL, unk_id=5))
+    task = ParallelTranslation(
+        DataConfig(train=(ParallelText("a", "b", "en", "de"),)), dataclasses.replace(MODEL, unk_id=5)
+    )
     assert task.sized({"vocab_size": 40}).unk_id == 5
     assert task.sized({"vocab_size": 40, "unk_id": 2}) == dataclasses.replace(MODEL, vocab_size=40, unk_id=2)

@@ -10,6 +10,7 @@ from t5x_ext.contracts import UserError
 from t5x_ext.train import Budget, CheckpointConfig, EvaluationConfig, hooks
 from t5x_ext.train.budget import Spent, StopAtBudget, spent_by
 from t5x_ext.train.log import Log
+from t5x_ext.train.memory import Memory
 
 EVALUATION = EvaluationConfig(every=0)
 
@@ -42,7 +43,7 @@ def test_the_last_update_is_the_one_that_reaches_the_budget(new_loop, run_loop, 
 
 
 def test_what_was_spent_before_a_restart_counts(new_loop, run_loop, report, log):
-    loop = new_loop(2, memory={"target_tokens": 10.0})
+    loop = new_loop(2, memory=Memory(target_tokens=10.0))
     loop.clock.add({"data": 1.0, "step": 4.0, "compile": 100.0, "lost": 50.0})
     assert spent_by(loop) == Spent(10.0, 0.0, 5.0)
     run_loop(loop, [report(labels=5.0)] * 9, StopAtBudget(Budget(target_tokens=20)), log)
@@ -60,9 +61,17 @@ def test_the_last_update_is_evaluated_also_when_a_signal_came_with_it(new_loop, 
             pass
 
     measured = []
+
+    class Scores:
+        name, every = "scores", None
+
+        def __call__(self, params, frozen, mutable, step):
+            measured.append(step)
+            return {"x": 1.0}
+
     chain = lambda: (
         StopAtBudget(Budget(model_flops=200)),
-        hooks.Evaluate(lambda state: measured.append(int(state.step)) or {"x": 1.0}, every=0, steps=9, show=False),
+        hooks.Evaluate([(Scores(), 0)], steps=9, show=False),
         log,
     )
     loop = run_loop(new_loop(), [report()] * 9, *chain())
