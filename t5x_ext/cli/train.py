@@ -1,4 +1,4 @@
-"""Trains a translation model; the same command goes on where an interrupted one stopped.
+"""Trains a translation model; rerun the same command to resume an interrupted run.
 
 Two text files are enough: vocabulary, model and batches come from the packaged default run. Everything else is in gin
 files and bindings.

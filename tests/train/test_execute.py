@@ -209,7 +209,7 @@ class Kill:
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(finished, place, whole, tmp_path, capsys):
     assert place.run(tmp_path / "run", config_text=CONFIG, hooks=(Kill(2),), **whole) == {}
-    assert "stopped at step 3 of 6: SIGTERM received; the same command goes on" in capsys.readouterr().err
+    assert "stopped at step 3 of 6: SIGTERM received; rerun the same command to resume" in capsys.readouterr().err
     assert not (tmp_path / "run/results.json").exists()
     results = place.run(tmp_path / "run", config_text=CONFIG, **whole)
     assert results["directions"] == json.loads((finished / "results.json").read_text())["directions"]
