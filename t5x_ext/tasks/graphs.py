@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from t5x_ext.models.graphs import (
     init_graph_params,
 )
 from t5x_ext.parallel import global_batch
+from t5x_ext.storage.digests import params_digest
 from t5x_ext.train.program import Program
 from t5x_ext.train.task import ArraySpec, Definition, Evaluator
 
@@ -153,7 +153,7 @@ class RepeatedGraph(SkippingPlan):
         """Repeats a batch."""
         super().__init__()
         self.arrays = dict(arrays)
-        self.description: Mapping[str, Any] = {"graph": _digest(self.arrays)}
+        self.description: Mapping[str, Any] = {"graph": params_digest(self.arrays)}
 
     def read(self, index: int, start: int, stop: int) -> Mapping[str, np.ndarray]:
         """The batch, the same for any index."""
@@ -289,14 +289,6 @@ def densities(params: Params) -> dict[str, dict[str, int]]:
         if not name.endswith("bias")
     }
     return {name: count for name, count in counts.items() if count["active"] < count["entries"]}
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 @partial(jax.jit, static_argnums=0)
