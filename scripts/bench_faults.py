@@ -140,7 +140,7 @@ def _damaged(damage: Callable[[Path], object]) -> Callable[[Place, str], Outcome
         damage(newest)
         outcome = place.goes_on(name, "said so")
         said = place.line_with(name, f"{newest.name} refused")
-        back = place.line_with(name, "going on from step")
+        back = place.line_with(name, "resuming from step")
         return Outcome(
             f"{said}; {back}; {outcome.happened.removeprefix('said so; ')}", outcome.survived and bool(said and back)
         )

@@ -46,8 +46,8 @@ class Resampled(NamedTuple):
 def moments(values: Sequence[float]) -> Moments:
     """Mean and standard error (standard deviation of n - 1 degrees of freedom, over the root of n).
 
-    >>> moments([1.0, 2.0, 3.0])
-    Moments(mean=2.0, error=0.5773502691896257, size=3)
+    >>> moments([1.0, 3.0])
+    Moments(mean=2.0, error=1.0, size=2)
     """
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
     return Moments(float(np.mean(values)), error, len(values))

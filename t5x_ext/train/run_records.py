@@ -44,6 +44,8 @@ _ADDED = {
     "Run.frozen": "{}",
     "Run.init_from": "None",
     "Run.budget": "None",
+    "adam.l2": "0.0",
+    **{f"{model}.activation": "'relu'" for model in ("TransformerConfig", "Base", "Big", "VegaTiny", "Vega4B7")},
 }
 """Settings that runs of the first edition did not have, with the value that they had in effect."""
 

@@ -31,7 +31,7 @@ def test_programs_and_threads_are_those_of_the_first_start_and_give_the_same_bit
     first, _ = train("parts", "--compile_cache_dir=programs", NPROC="3")
     assert re.search(r"training step compiled in \d+\.\d s \(cache: hits 0, misses 1\)", first)
     second, weights = train("parts", "--compile_cache_dir=programs", "--steps=4")
-    assert "going on from step 2" in second
+    assert "resuming from step 2" in second
     assert re.search(r"training step compiled in \d+\.\d s \(cache: hits 1, misses 0\)", second)
     assert not re.search("warning|error|equal to rounding", second.lower())
     assert json.loads(Path("parts/environment.json").read_text())["cpu_threads"] == 3

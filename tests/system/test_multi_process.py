@@ -120,7 +120,7 @@ def read_losses(run_dir):
 def test_a_run_moves_between_one_process_and_two(place, train):
     """2 updates on two processes, 2 more on one, 2 more on two: one run folder, as that of one process in one go."""
     train("alone", processes=1, steps=6)
-    flags = ("--gin_file=parallel/multislice.gin", "--gin.EvaluationConfig.max_lines=4")
+    flags = ("--gin_file=parallel/multislice.gin", "--gin.Translation.max_lines=4")
     outputs = train("moved", *flags, processes=2, steps=2)
     assert "exact %" in outputs[0]
     assert "step 1" not in outputs[1]

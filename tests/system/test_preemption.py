@@ -47,7 +47,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(place, write_ti
     assert metrics("out")[-1] == {"step": stopped, "preemption_seconds": metrics("out")[-1]["preemption_seconds"]}
 
     output = finish(*train, f"--steps={stopped + 3}")
-    assert f"going on from step {stopped}" in output
+    assert f"resuming from step {stopped}" in output
     assert "processes 1 (was 2)" in output
     assert [line["step"] for line in metrics("out") if "loss" in line] == list(range(1, stopped + 4))
     results = json.loads(Path("out/results.json").read_text())

@@ -90,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted(place, write_tiny, start, finis
     assert not (place / "killed/results.json").exists()
     before = metrics("killed")
     output = finish(*train, "--run_dir=killed")
-    began = int(re.search(r"going on from step (\d+)", output)[1])
+    began = int(re.search(r"resuming from step (\d+)", output)[1])
     assert 4 <= began <= hang_at
     assert began % 4 == 0
 
