@@ -5,19 +5,21 @@ A `Study` says what is compared, `execute` runs what has not run yet and writes 
 
 from __future__ import annotations
 
-from t5x_ext.study.bleu import TranslationBleu
 from t5x_ext.study.execute import Configured, Ended, Options, check, execute, measure, status
 from t5x_ext.study.jobs import Job, Selection, select
 from t5x_ext.study.measurements import LineMeasurement, MeasuredRun, Measurement, Recorded
 from t5x_ext.study.sharpness import Sharpness
 from t5x_ext.study.study import Arm, Budget, Study, Tuning
 from t5x_ext.study.table import Results
+from t5x_ext.study.translations import DecodingSpeed, ExactMatch, TranslationBleu
 
 __all__ = [
     "Arm",
     "Budget",
     "Configured",
+    "DecodingSpeed",
     "Ended",
+    "ExactMatch",
     "Job",
     "LineMeasurement",
     "MeasuredRun",
