@@ -102,7 +102,7 @@ def class_names(examples: Sequence[Labelled]) -> tuple[str, ...]:
     """
     labels = {example.label for example in examples}
     if all(label.isdecimal() for label in labels):
-        return tuple(sorted(labels, key=int))
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))  # 1 and 01 in the same order everywhere
     return tuple(sorted(labels))
 
 

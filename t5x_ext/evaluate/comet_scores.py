@@ -48,10 +48,18 @@ def comet_scores(
       batch_size: segments a batch.
 
     Raises:
-      UserError: if there is no such model or interpreter, it has no `unbabel-comet`, or COMET failed.
+      UserError: if there is no such model or interpreter, it has no `unbabel-comet`, line counts differ, there are no
+        lines, or COMET failed.
     """
     if not Path(model).is_file():
         raise UserError(f"{model}: there is no such COMET model; give the file checkpoints/model.ckpt of a download")
+    for number, system in enumerate(systems, start=1):
+        counts = [len(lines) for lines in system]
+        if len(set(counts)) > 1 or not counts[0]:
+            raise UserError(
+                f"system output {number}: {counts[0]} sources, {counts[1]} hypotheses and {counts[2]} references; "
+                "COMET needs as many of each, at least one"
+            )
     python = python or sys.executable
     if "/" in python:
         # Absolute, because the worker runs in another folder. Links are kept: an environment's interpreter is one.

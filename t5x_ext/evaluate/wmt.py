@@ -408,7 +408,7 @@ def _find(folder: str | Path, pattern: str, *required: str) -> list[_Found]:
     if not pattern:
         return []
     expression = re.compile(_regex(pattern, required))
-    anything = re.sub(r"\{\w+\}", "*", pattern)
+    anything = re.sub(r"\{\w+\}", "*", pattern).replace("[", "[[]")  # a bracket stands for itself
     paths = {path for suffix in ("", ".gz") for path in glob.glob(anything + suffix, root_dir=folder)}
     found: dict[tuple[tuple[str, str], ...], _Found] = {}
     for path in sorted(paths):

@@ -369,7 +369,7 @@ class _Counter:
             return None
         left, right = (self.value(where, name, parameters) for name in test.operands)
         direction = test.attribute("direction") or ""
-        if left is not None and left[0] is None:
+        if left is not None and (left[0] is None or self._step(left[0]) == 0):  # the bound, constant or carried along
             left, right = right, left
             direction = {"GT": "LT", "GE": "LE", "LT": "GT", "LE": "GE"}.get(direction, direction)
         if left is None or left[0] is None or right is None:
@@ -383,13 +383,19 @@ class _Counter:
         # JAX starts counters at 0 if the start is not in the text.
         distance = end - (self._first(counter) or 0) - offset
         step = self._step(counter)
+        if direction == "NE":
+            meets = step and distance * step >= 0 and distance % step == 0
+            return distance // step if meets else None if distance else 0
         if direction in ("GT", "GE"):
             distance, step = -distance, -step
         if direction in ("LE", "GE"):
             distance += 1
-        if direction not in ("LT", "LE", "GT", "GE", "NE") or step == 0:
+        if direction not in ("LT", "LE", "GT", "GE"):
             return None
-        return max(0, -(-distance // step))
+        if distance <= 0:
+            return 0
+        # A loop that leads away from its bound ends by overflow only, which the text does not tell.
+        return -(-distance // step) if step > 0 else None
 
     def _first(self, index: int) -> int | None:
         """The initial value of carried value `index`."""

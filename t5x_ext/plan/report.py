@@ -321,8 +321,8 @@ def bar(size: float, whole: float, width: int = _BAR) -> str:
     >>> bar(1, 4, 8), bar(9, 4, 8)
     ('##......', '########>')
     """
-    filled = round(width * size / whole)
-    return "#" * width + ">" if filled > width else "#" * filled + "." * (width - filled)
+    filled = min(round(width * size / whole), width)
+    return "#" * filled + ("." * (width - filled) if size <= whole else ">")
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

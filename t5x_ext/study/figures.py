@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,16 +85,18 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def styles(study: Study) -> dict[str, _Style]:
-    """By name of an arm: a colour a family (or arm, of those without one), line and marker by its place within."""
+    """By name of an arm: a colour a family (or arm, of those without one), line and marker by its place of a colour."""
     families: dict[str, list[str]] = {}
     for arm in study.arms:
         families.setdefault(arm.family or arm.name, []).append(arm.name)
     found = {}
+    places: Counter[str] = Counter()  # of arms of a colour; more families than colours share them
     for number, members in enumerate(families.values()):
-        turn = number // len(_COLOURS)  # a colour that comes again has another line
-        for place, name in enumerate(members):
-            line, marker = _STYLES[(place + turn) % len(_STYLES)], _MARKERS[(place + turn) % len(_MARKERS)]
-            found[name] = _Style(_COLOURS[number % len(_COLOURS)], line, marker)
+        colour = _COLOURS[number % len(_COLOURS)]
+        for name in members:
+            place = places[colour]
+            found[name] = _Style(colour, _STYLES[place % len(_STYLES)], _MARKERS[place % len(_MARKERS)])
+            places[colour] += 1
     return found
 
 

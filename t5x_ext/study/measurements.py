@@ -118,7 +118,7 @@ def _paths(results: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     for name, value in results.items():
         if isinstance(value, dict):
             yield from _paths(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{name}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,25 +72,29 @@ def read_measured(folder: Path, path: str, key: str) -> Kept | None:
     fields = _read(file)
     if fields is None or fields.get("measurements") != key:
         return None
-    values: Mapping[str, Mapping[str, Any]] = _built(file, lambda: dict(fields["values"]))
     lines = _read_lines(folder / f"{path}.lines.npz")
     finite = lambda value: math.nan if value is None else float(value)
-    by_arm = {
-        arm: Measured({name: finite(value) for name, value in own.items()}, lines.get(arm, {}))
-        for arm, own in values.items()
-    }
+    by_arm = _built(
+        file,
+        lambda: {
+            arm: Measured({name: finite(value) for name, value in own.items()}, lines.get(arm, {}))
+            for arm, own in fields["values"].items()
+        },
+    )
     return Kept(by_arm, str(fields.get("error", "")))
 
 
 def write_measured(folder: Path, path: str, key: str, found: Mapping[str, Measured], error: str = "") -> None:
     """Keeps what was computed of a run, by arm, or why it could not be; the record of it comes last."""
     arrays = {f"{arm} {name}": sums for arm, own in found.items() for name, sums in own.lines.items()}
+    file = folder / f"{path}.lines.npz"
     if arrays:
-        file = folder / f"{path}.lines.npz"
         draft = file.with_name(f".{file.name}.tmp")
         with draft.open("wb") as draft_file:
             np.savez_compressed(draft_file, allow_pickle=False, **arrays)
         draft.replace(file)
+    else:
+        file.unlink(missing_ok=True)  # of an earlier measurement
     values = {arm: {name: _finite_or_none(value) for name, value in own.values.items()} for arm, own in found.items()}
     write_json(
         folder / f"{path}.measured.json", {"format": FORMAT, "measurements": key, "values": values, "error": error}
@@ -99,10 +104,13 @@ def write_measured(folder: Path, path: str, key: str, found: Mapping[str, Measur
 def _read_lines(file: Path) -> dict[str, dict[str, np.ndarray]]:
     found: dict[str, dict[str, np.ndarray]] = {}
     if file.exists():
-        with np.load(file, allow_pickle=False) as arrays:
-            for key in arrays.files:
-                arm, _, name = key.partition(" ")
-                found.setdefault(arm, {})[name] = arrays[key]
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                for key in arrays.files:
+                    arm, _, name = key.partition(" ")
+                    found.setdefault(arm, {})[name] = arrays[key]
+        except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            raise _damaged(file) from error
     return found
 
 
@@ -121,7 +129,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 def _built(file: Path, build: Any) -> Any:
     try:
         return build()
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(file) from error
 
 

@@ -113,10 +113,7 @@ class Results(NamedTuple):
         score = next((one.score for one in self.study.measurements if isinstance(one, LineMeasurement)), None)
         if not seeds or score is None:
             return None
-        ours, theirs = (
-            {key: [self._lines(one, seed, prefix)[key] for seed in seeds] for key in self._lines(one, seeds[0], prefix)}
-            for one in (arm, baseline)
-        )
+        ours, theirs = (_lists_by_name([self._lines(one, seed, prefix) for seed in seeds]) for one in (arm, baseline))
         if name != prefix:
             ours = {key: sums for key, sums in ours.items() if key == name}
             return resampled(ours, theirs, score, prefix).get(name)
@@ -131,6 +128,11 @@ class Results(NamedTuple):
         for arm in self.study.arms:
             for seed, run in self.runs[arm.name].items():
                 yield arm, seed, run
+
+
+def _lists_by_name(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """What every seed has."""
+    return {name: [one[name] for one in seeds] for name in seeds[0] if all(name in one for one in seeds)}
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def show(cell: Cell) -> str:
         return ""
     mean, error, _ = cell.moments
     places = _places(mean, error)
-    text = f"{mean:,.{places}f}" + (f" ± {error:,.{places}f}" if error is not None else "")
+    text = f"{round(mean, places) + 0.0:,.{places}f}" + (f" ± {error:,.{places}f}" if error is not None else "")
     difference = _show_difference(cell)
     return f"{text} ({difference})" if difference else text
 
