@@ -14,7 +14,9 @@ shellcheck scripts/*.sh .ci/run
 site=$(mktemp -d)
 mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml --site-dir "$site"
 rm -rf "$site"
-# One worker a core that this process may use; each keeps to one thread, so that they do not fight over cores.
+# One worker a core that this process may use; each keeps to one thread, so that they do not fight over cores. Most of
+# the time goes into compilation, of which XLA's newer fusion emitters take two to three times as much.
 workers=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
+flags="--xla_cpu_multi_thread_eigen=false --xla_cpu_use_fusion_emitters=false"
+export OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=2 XLA_FLAGS="$flags ${XLA_FLAGS:-}"
 exec pytest -n "$workers" --dist worksteal -q --durations=15 "$@"
