@@ -5,6 +5,8 @@ that ask for the same number share one; each reports its own outcome.
 
 Programs of tests are compiled quickly: their machine code is not optimised. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles
 them as users do. Processes that they start compile as users do, too, unless a test says otherwise.
+
+Shapes and types that functions of the pure floors say are checked whenever a test of these floors calls them.
 """
 
 from __future__ import annotations
@@ -21,8 +23,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+PURE_FLOORS = ("contracts", "models", "objectives", "optim", "compress")
+
+# Before anything imports the package. An int is a float, as everywhere in Python.
+install_import_hook(
+    [f"t5x_ext.{room}" for room in PURE_FLOORS],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+jaxtyping.config.update("jaxtyping_disable", True)
+
+# The same examples in every run; compiled programs and other tests on the machine set no deadline.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 OUTCOMES_FILE = "T5X_EXT_TEST_OUTCOMES"
 """Set in the inner process only: the file to which it appends one JSON line a test."""
@@ -41,6 +59,21 @@ def no_thread_count_left_behind() -> Iterator[None]:
     os.environ.pop("NPROC", None)
     yield
     os.environ.pop("NPROC", None)
+
+
+@pytest.fixture(autouse=True)
+def annotations_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the tests of the pure floors; those of other rooms spend their time elsewhere."""
+    parts = request.path.relative_to(request.config.rootpath).parts
+    jaxtyping.config.update("jaxtyping_disable", not {*PURE_FLOORS} & {*parts})
+    yield
+    jaxtyping.config.update("jaxtyping_disable", True)
+
+
+@pytest.fixture
+def unchecked(annotations_are_checked: None) -> None:
+    """Lets a test hand over what an annotation forbids, to see how the package itself refuses it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.compress.scores import LossFn, Score, as_partial, is_selected
 from t5x_ext.contracts import MERGED_AXES, Batch, Params, PyTree, UserError, path_name
@@ -340,7 +340,9 @@ def _as_matrices(shape: tuple[int, ...], names: Sequence[str | None] | None) -> 
 
 
 @jax.jit
-def _largest(scores: Float[Array, "rows entries"], kept: np.ndarray) -> Bool[Array, "rows entries"]:
+def _largest(
+    scores: Float[Array, "rows entries"], kept: Int[Array | np.ndarray, " rows"]
+) -> Bool[Array, "rows entries"]:
     """True at the `kept[r]` largest scores of row r, the first ones of equals; NaN below everything."""
     missing = jnp.isnan(scores)
     order = jnp.lexsort((-jnp.where(missing, 0.0, scores), missing), axis=-1)

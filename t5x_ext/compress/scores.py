@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ where a closure would compile them in as constants."""
 ScoreFunction = TypeVar("ScoreFunction", bound=Callable[..., Any])
 
 
+@runtime_checkable
 class Score(Protocol):
     """Scores entries of parameters; the largest are kept.
 

@@ -376,7 +376,7 @@ class GraphAttention(nn.Module):
     axis: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "nodes width"], graph: Graph) -> Float[Array, "nodes heads*head_dim"]:
+    def __call__(self, x: Float[Array, "nodes width"], graph: Graph) -> Float[Array, "nodes outputs"]:
         """Returns the heads' outputs side by side, plus a bias."""
         heads, dim, axes = self.num_heads, self.head_dim, ("heads", "head_dim")
         glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))

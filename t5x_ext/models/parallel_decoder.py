@@ -93,7 +93,7 @@ class ParallelDecoder(SequenceToSequence):
         """Segment ids and positions of the decoder's rows: the batch's own, or the source's upsampled."""
         times = self.config.upsample
         if times is None:
-            return batch["target_segment_ids"], batch["target_positions"]
+            return jnp.asarray(batch["target_segment_ids"]), jnp.asarray(batch["target_positions"])
         positions = batch["source_positions"][:, :, None] * times + jnp.arange(times)
         segment_ids = jnp.repeat(batch["source_segment_ids"], times, axis=1)
         return segment_ids, positions.reshape(segment_ids.shape)

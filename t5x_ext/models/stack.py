@@ -13,7 +13,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from t5x_ext.contracts import Params, PyTree, path_predicate
+from t5x_ext.contracts import AnyArray, Params, PyTree, path_predicate
 from t5x_ext.models.config import LayerConfig
 from t5x_ext.models.layers import Layer
 from t5x_ext.models.parts import LayerParts
@@ -165,11 +165,11 @@ def scan_runs(
 
 
 def _scan_run(step: Step, run: LayerRun, sets: Params, carry: PyTree, values: PyTree) -> tuple[PyTree, PyTree]:
-    def in_set_order(a: Array) -> Array:
+    def in_set_order(a: AnyArray) -> AnyArray:
         blocks = a.reshape(-1, run.repeat, *a.shape[1:])
         return blocks[::-1] if run.reverse else blocks
 
-    def in_position_order(a: Array) -> Array:
+    def in_position_order(a: AnyArray) -> AnyArray:
         blocks = a[::-1] if run.reverse else a
         return blocks.reshape(-1, *a.shape[2:])
 

@@ -163,7 +163,8 @@ def segment_mask(
     queries: Int[AnyArray, "batch length"], keys: Int[AnyArray, "batch memory_length"]
 ) -> Bool[Array, "batch length memory_length"]:
     """True where query and key belong to the same example and the key is not padding."""
-    return (queries[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+    keys = jnp.asarray(keys)[:, None, :]
+    return (queries[:, :, None] == keys) & (keys > 0)
 
 
 def causal_mask(segment_ids: Int[AnyArray, "batch length"]) -> Bool[Array, "batch length length"]:

@@ -45,7 +45,7 @@ def mean_accumulator() -> Accumulator:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         return MeanAccumulatorState(zeros, jnp.zeros((), jnp.float32))
 
-    def add(state: MeanAccumulatorState, grads: PyTree, weight: Array) -> MeanAccumulatorState:
+    def add(state: MeanAccumulatorState, grads: PyTree, weight: Array | float) -> MeanAccumulatorState:
         total = jax.tree.map(lambda old, new: old + new.astype(jnp.float32), state.sum, grads)
         return MeanAccumulatorState(total, state.weight + weight)
 

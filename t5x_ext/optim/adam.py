@@ -13,7 +13,7 @@ from t5x_ext.optim.learning_rate import with_learning_rate
 
 
 def adam(
-    learning_rate: float | optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
     b2: float = 0.98,
     eps: float = 1e-9,
@@ -88,7 +88,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _check(
-    learning_rate: float | optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     b1: float,
     b2: float,
     eps: float,

@@ -38,7 +38,7 @@ class FloraState(NamedTuple):
 
 def scale_by_flora(
     rank: int,
-    b1: float = 0.9,
+    b1: float | Array = 0.9,
     resample_every: int = 1000,
     *,
     output: Output = "mixed",
@@ -179,7 +179,7 @@ def scale_by_flora(
 def flora(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    b1: float = 0.9,
+    b1: float | Array = 0.9,
     resample_every: int = 1000,
     *,
     output: Output = "mixed",
@@ -354,7 +354,7 @@ def flora_accumulator(
         total = jax.tree_util.tree_map_with_path(zeros, params)
         return FloraAccumulatorState(jnp.asarray(step, jnp.int32), total, jnp.zeros((), jnp.float32))
 
-    def add(state: FloraAccumulatorState, grads: PyTree, weight: Array) -> FloraAccumulatorState:
+    def add(state: FloraAccumulatorState, grads: PyTree, weight: Array | float) -> FloraAccumulatorState:
         def added(path: tuple, total: CompressedSum, grad: Array) -> CompressedSum:
             layout = compression.layout(path, grad)
             if layout is None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Params, PyTree, UserError, path_name, path_predicate
+from t5x_ext.contracts import AnyArray, Params, PyTree, UserError, path_name, path_predicate
 from t5x_ext.optim.bits import pack, packed_shape, unpack
 from t5x_ext.optim.checks import check_choice, check_given, check_integer, check_number, check_outermost
 from t5x_ext.optim.learning_rate import with_learning_rate
@@ -57,7 +57,7 @@ class _Scope(NamedTuple):
 
 def fsam(
     optimizer: optax.GradientTransformation,
-    rho: float | optax.Schedule = 0.05,
+    rho: optax.ScalarOrSchedule = 0.05,
     *,
     sparsity: float | Fraction = 0.9,
     mask_update_interval: int = 100,
@@ -146,7 +146,7 @@ def fsam(
 
 
 def sam(
-    optimizer: optax.GradientTransformation, rho: float | optax.Schedule = 0.05, *, eps: float = 1e-12
+    optimizer: optax.GradientTransformation, rho: optax.ScalarOrSchedule = 0.05, *, eps: float = 1e-12
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization: the base optimizer gets the gradient at weights moved along the gradient by `rho`.
 
@@ -185,7 +185,7 @@ def sam(
 def _masked_sam(
     owner: str,
     optimizer: optax.GradientTransformation,
-    rho: float | optax.Schedule,
+    rho: optax.ScalarOrSchedule,
     *,
     sparsity: float | Fraction = 0.0,
     mask_update_interval: int = 1,
@@ -279,8 +279,8 @@ def _check(
     check_choice(owner, "normalize", normalize, ("full", "masked"))
 
 
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _at_least_float32(x: AnyArray) -> Array:
+    return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _fresh_mask(scores: PyTree, scope: _Scope) -> PyTree:
@@ -295,7 +295,7 @@ def _perturbed_entries(mask: PyTree, params: Params, scope: _Scope) -> list[Arra
     """For each parameter which entries are perturbed: booleans of its shape, or one for all of them."""
     words = iter(jax.tree.leaves(mask))
 
-    def entries(leaf: Array, chosen: bool) -> Array | bool:
+    def entries(leaf: AnyArray, chosen: bool) -> Array | bool:
         if not chosen:
             return scope.perturbs_unmaskable
         return unpack(next(words), leaf.shape) if scope.has_mask else scope.kept > 0

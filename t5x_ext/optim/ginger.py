@@ -148,7 +148,7 @@ def scale_by_ginger(
 
 
 def ginger(
-    learning_rate: float | optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 4,
     b1: float = 0.9,
     b2: float = 0.99,
@@ -211,7 +211,7 @@ def ginger(
 
 
 def ginger_reference(
-    learning_rate: float | optax.Schedule = 2e-4, rank: int = 4, *, axes: PyTree | None = None
+    learning_rate: optax.ScalarOrSchedule = 2e-4, rank: int = 4, *, axes: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """The settings of the authors' experiments: damping 1e-5, entries of the update clipped to 1.
 

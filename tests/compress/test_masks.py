@@ -46,6 +46,11 @@ AXES = {
 }
 
 
+def no_loss(params, batch):
+    """Of scores that look at no data."""
+    pytest.fail("a score without data computed the loss")
+
+
 def tree_of(values):
     leaves, structure = jax.tree.flatten(SHAPES, is_leaf=lambda node: isinstance(node, tuple))
     ends = np.cumsum([math.prod(shape) for shape in leaves])[:-1]
@@ -140,6 +145,7 @@ def test_large_sparse_keeps_the_budget():
             large_sparse(bottleneck, factor)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_density_and_sparsity_are_never_mixed_up():
     assert as_density(sparsity=0.9) == Fraction(1, 10)
     for arguments in [{}, {"density": 0.5, "sparsity": 0.5}]:
@@ -228,7 +234,7 @@ def test_scores_may_be_any_callable():
     def distance(loss, params, selected, batches, key, *, origin):
         return jax.tree.map(lambda w: np.abs(np.asarray(w) - origin), params)
 
-    masks = at_init(functools.partial(distance, origin=1.0), None, net(), SELECTED, [], KEY, density=0.5)
+    masks = at_init(functools.partial(distance, origin=1.0), no_loss, net(), SELECTED, [], KEY, density=0.5)
     assert flat(masks).sum() == 24
     assert preferred_scope(functools.partial(er)) == "er"
 
@@ -237,13 +243,16 @@ def test_a_collapsed_matrix_is_refused():
     params = net()
     params["up"]["kernel"] = params["up"]["kernel"] * 1e-3
     with pytest.raises(UserError, match=r"density 0.25 nothing is kept of up/kernel; scope='local' keeps"):
-        at_init(magnitude, None, params, SELECTED, [], KEY, density=0.25)
-    masks = at_init(magnitude, None, params, SELECTED, [], KEY, density=0.25, allow_collapse=True)
+        at_init(magnitude, no_loss, params, SELECTED, [], KEY, density=0.25)
+    masks = at_init(magnitude, no_loss, params, SELECTED, [], KEY, density=0.25, allow_collapse=True)
     assert not masks["up"]["kernel"].any()
-    assert at_init(magnitude, None, params, SELECTED, [], KEY, density=0.25, scope="local")["up"]["kernel"].sum() == 6
-    assert not flat(at_init(magnitude, None, params, SELECTED, [], KEY, density=0)).any()
+    assert (
+        at_init(magnitude, no_loss, params, SELECTED, [], KEY, density=0.25, scope="local")["up"]["kernel"].sum() == 6
+    )
+    assert not flat(at_init(magnitude, no_loss, params, SELECTED, [], KEY, density=0)).any()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_one_line():
     arguments = (loss_fn, net(), SELECTED, data(), KEY)
     nothing = jax.tree.map(lambda _: False, net())

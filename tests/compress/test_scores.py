@@ -22,6 +22,11 @@ def double_precision():
         yield
 
 
+def no_loss(params, batch):
+    """Of scores that look at no data."""
+    pytest.fail("a score without data computed the loss")
+
+
 def adapter(width=WIDTH, bottleneck=BOTTLENECK, seed=0, scale=0.3):
     rng = np.random.default_rng(seed)
     return {
@@ -177,34 +182,34 @@ def test_synflow_conserves_flow_in_each_layer_and_at_the_bottleneck():
     down, up = rng.normal(size=(4, 6, 3)), rng.normal(size=(4, 3, 2, 5))
     params = on_device({"layers": {"down": {"kernel": down}, "up": {"kernel": up}}})
     selected = jax.tree.map(lambda _: True, params)
-    scores = synflow(None, params, selected, [], KEY)["layers"]
+    scores = synflow(no_loss, params, selected, [], KEY)["layers"]
     into, out = scores["down"]["kernel"].sum(1), scores["up"]["kernel"].sum((2, 3))
     np.testing.assert_allclose(into, out, rtol=1e-12)
     first = on_device({"down": {"kernel": down[1]}, "up": {"kernel": up[1]}})
-    alone = synflow(None, first, jax.tree.map(lambda _: True, first), [], KEY)
+    alone = synflow(no_loss, first, jax.tree.map(lambda _: True, first), [], KEY)
     np.testing.assert_allclose(alone["up"]["kernel"], scores["up"]["kernel"][1], rtol=1e-12)
 
 
 def test_synflow_counts_removed_entries_as_zero():
     params = on_device({"down": {"kernel": np.ones((2, 2))}, "up": {"kernel": np.ones((2, 1))}})
     live = {"down": {"kernel": jnp.array([[True, False], [True, True]])}, "up": {"kernel": jnp.ones((2, 1), bool)}}
-    scores = synflow(None, params, live, [], KEY)
+    scores = synflow(no_loss, params, live, [], KEY)
     assert scores["down"]["kernel"].tolist() == [[1, 0], [1, 1]]
     assert scores["up"]["kernel"].tolist() == [[2], [1]]
 
 
 def test_random_depends_on_the_key_alone():
     params = on_device(adapter())
-    one, same, other = (random(None, params, kernels(params), [], jax.random.key(seed)) for seed in (0, 0, 1))
+    one, same, other = (random(no_loss, params, kernels(params), [], jax.random.key(seed)) for seed in (0, 0, 1))
     assert np.array_equal(flat(one), flat(same))
     assert not np.array_equal(flat(one), flat(other))
-    assert np.array_equal(flat(er(None, params, kernels(params), [], jax.random.key(0))), flat(one))
+    assert np.array_equal(flat(er(no_loss, params, kernels(params), [], jax.random.key(0))), flat(one))
     assert er.scope == "er"
 
 
 def test_magnitude():
     params = on_device(adapter())
-    scores = magnitude(None, params, kernels(params), [], KEY)
+    scores = magnitude(no_loss, params, kernels(params), [], KEY)
     assert np.array_equal(scores["adapter"]["up"]["kernel"], np.abs(params["adapter"]["up"]["kernel"]))
     assert scores["adapter"]["up"]["bias"] is None
 

@@ -121,7 +121,7 @@ def test_bottlenecks_are_what_their_formulas_say(small_config, form, placement):
             self.feed_forward_residual = settings(config, Norm)
 
         def __call__(self, x, y):
-            return self.feed_forward_residual.leave(x, y, True)
+            return self.feed_forward_residual.leave(jnp.asarray(x), jnp.asarray(y), True)
 
     params = jax.tree.map(
         lambda a: rng.normal(0.2, 0.4, a.shape).astype(np.float32),
@@ -255,7 +255,9 @@ def test_hessian_products_reach_adapters(small_config, packed_batch, dtype):
     model = EncoderDecoder(config, parts=dataclasses.replace(houlsby(3), projection=LoraProjection(2)))
     params = initialised(model, batch)
     loss = lambda params: jnp.mean(model.apply({"params": params}, batch).astype(jnp.float32) ** 2)
-    _, product = jax.jvp(jax.grad(loss), (params,), (jax.tree.map(jnp.ones_like, params),))
+    product = jax.jit(lambda params, along: jax.jvp(jax.grad(loss), (params,), (along,))[1])(
+        params, jax.tree.map(jnp.ones_like, params)
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(product))
 
 
@@ -273,10 +275,12 @@ def test_hessian_products_reach_adapters(small_config, packed_batch, dtype):
         (lambda: houlsby(3, dropout=1.0), r"AdapterResidual.dropout is 1.0; it must be in \[0, 1\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_settings_are_one_line(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_adapters_are_residual_connections():
     assert issubclass(type(AdapterResidual()(None, Norm)), Residual)

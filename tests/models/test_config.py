@@ -183,6 +183,7 @@ def test_presets_override_defaults_only():
         ({"norm_epsilon": 0.0}, "a positive number"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_one_line(small_config, changes, message):
     with pytest.raises(UserError, match=message) as error:
         small_config(**changes)
@@ -206,6 +207,7 @@ def test_unknown_json_fields_are_refused(fields):
         (EncoderConfig, {"embedding_norm": "yes"}, "True or False"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_of_the_other_configs_are_one_line(config, changes, message):
     with pytest.raises(UserError, match=message) as error:
         config(**changes)

@@ -87,7 +87,7 @@ def test_decoding_reads_int8_leaves(stored, packed_batch, scan):
         run = lambda *args, method: model.apply({"params": params}, *args, method=method)
         memory = run(run(*source, method="encode"), method="cross_memory")
         cache = run(2, 4, method="empty_cache")
-        return run(jnp.array([1, 1]), jnp.array(0), cache, memory, source[1] > 0, method="decode_step")
+        return run(jnp.array([1, 1]), jnp.array(0), cache, memory, jnp.asarray(source[1] > 0), method="decode_step")
 
     got = first_step(EncoderDecoder(config, materialise=dequantise), params)
     expected = first_step(EncoderDecoder(config), arrays)

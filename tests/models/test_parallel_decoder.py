@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,6 +72,7 @@ def test_record_gives_the_model_back():
         {"upsample": 2, "auxiliary_layers": 1},
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_values_that_are_not_allowed_are_refused(changes):
     with pytest.raises(UserError, match=f"ParallelConfig.{list(changes)[-1]}"):
         dataclasses.replace(CONFIG, **changes)
@@ -113,7 +115,7 @@ def test_length_is_never_0_and_depends_on_the_example_alone(new, packed_batch):
     batch = packed_batch()
 
     def log_probs(batch):
-        arrays = [batch[f"source_{name}"] for name in ("tokens", "segment_ids", "positions")]
+        arrays = [jnp.asarray(batch[f"source_{name}"]) for name in ("tokens", "segment_ids", "positions")]
         encoded = model.apply(variables, *arrays, method="encode")
         return jax.nn.log_softmax(model.apply(variables, encoded, arrays[1], method="length_logits"))
 
@@ -127,7 +129,7 @@ def test_length_is_never_0_and_depends_on_the_example_alone(new, packed_batch):
 def test_uniform_copy_of_equal_lengths_is_the_identity_and_keeps_the_ends():
     for source, target in [(1, 1), (7, 7), (5, 9), (9, 5), (1, 4), (300, 300), (300, 299), (2, 300)]:
         ids = lambda length: np.ones((1, length), np.int32)
-        index = np.asarray(uniform_copy(ids(source), ids(target), np.arange(target)[None]))[0]
+        index = np.asarray(uniform_copy(*map(jnp.asarray, (ids(source), ids(target), np.arange(target)[None]))))[0]
         assert index[0] == 0
         assert np.all(np.diff(index) >= 0)
         if target > 1:

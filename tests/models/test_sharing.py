@@ -121,6 +121,7 @@ def test_number_of_runs(sharing, layers, expected):
         (lambda: LayerSharing("sandwich").layer_map(2), "needs 3 layers"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_one_line(make, message):
     with pytest.raises(UserError, match=message) as error:
         make()

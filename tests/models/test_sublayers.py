@@ -42,7 +42,7 @@ def test_dropout_has_the_stated_rate_and_keeps_the_mean(rate, actual):
 def test_norm_is_computed_in_float32(small_config, kind, dtype):
     config = small_config(norm=kind)
     # A large common offset: in bfloat16 arithmetic the variance would be lost.
-    x = (100 + np.random.default_rng(0).standard_normal((3, 8))).astype(dtype)
+    x = jnp.asarray(100 + np.random.default_rng(0).standard_normal((3, 8)), dtype)
     module = Norm(config)
     params = module.init(jax.random.key(0), x)
     y = module.apply(params, x)

@@ -46,6 +46,18 @@ def new(objective=Glancing, config=CONFIG, **options):
     return objective(model, **options), init_params(model, jax.random.key(0))
 
 
+def loss_of(objective, params, batch, context=TRAINING):
+    return jax.jit(lambda params, batch: objective(params, batch, context))(params, batch)
+
+
+def logits_of(objective, params, batch):
+    return jax.jit(lambda params, batch: objective.logits(params, batch, TRAINING))(params, batch)
+
+
+def gradient_of(objective, params, batch):
+    return jax.jit(jax.grad(lambda params, batch: objective(params, batch, TRAINING).sum))(params, batch)
+
+
 def test_share_falls_linearly_and_then_stays():
     objective, _ = new(total_steps=100)
     assert [round(float(objective.share(step)), 4) for step in (0, 50, 100, 1000)] == [0.5, 0.4, 0.3, 0.3]
@@ -67,9 +79,9 @@ def test_reveal_takes_its_share_of_the_wrong_tokens_of_each_example_from_all_tok
 def test_a_right_prediction_reveals_nothing_and_has_the_plain_loss(batch):
     glancing, params = new()
     plain, _ = new(ParallelCrossEntropy)
-    labels = jnp.argmax(plain.logits(params, batch, TRAINING), axis=-1)
+    labels = jnp.argmax(logits_of(plain, params, batch), axis=-1)
     right = {**batch, "target_labels": labels}
-    expected, found = plain(params, right, TRAINING), glancing(params, right, TRAINING)
+    expected, found = loss_of(plain, params, right), loss_of(glancing, params, right)
     assert float(found.metrics["revealed"][0]) == 0
     np.testing.assert_allclose(found.sum, expected.sum, rtol=1e-6)
     assert float(found.weight) == float(expected.weight) == 11
@@ -79,23 +91,35 @@ def test_evaluation_reveals_nothing(batch):
     glancing, params = new()
     plain, _ = new(ParallelCrossEntropy)
     context = Context(5, jax.random.key(0), train=False)
-    np.testing.assert_allclose(glancing(params, batch, context).sum, plain(params, batch, context).sum)
+    expected = loss_of(plain, params, batch, context).sum
+    np.testing.assert_allclose(loss_of(glancing, params, batch, context).sum, expected)
 
 
 def test_revealed_labels_have_no_part_in_the_loss(batch):
     """The loss counts unrevealed labels alone, whose weights are zero elsewhere."""
     objective, params = new(label_smoothing=0.0, length_weight=0.0, first_share=1.0)
-    encoded, inputs = objective._encoded(params, batch, TRAINING), objective._inputs(params, batch)
-    revealed = objective._revealed(params, batch, TRAINING, encoded, inputs)
+
+    @jax.jit
+    def first_pass(params, batch):
+        encoded, inputs = objective._encoded(params, batch, TRAINING), objective._inputs(params, batch)
+        return encoded, inputs, objective._revealed(params, batch, TRAINING, encoded, inputs)
+
+    @jax.jit
+    def second_pass(params, batch, encoded, inputs, revealed):
+        targets = objective._apply(params, "embed_targets", batch["target_labels"])
+        fused = jnp.where(revealed[:, :, None], targets, inputs)
+        return objective._decode(params, batch, TRAINING, encoded, fused)
+
+    encoded, inputs, revealed = first_pass(params, batch)
     assert 0 < int(revealed.sum()) <= 11
-    loss = objective(params, batch, TRAINING)
+    loss = loss_of(objective, params, batch)
     there = np.asarray(batch["target_segment_ids"] > 0)
     assert float(loss.metrics["nll"][1]) == (there & ~np.asarray(revealed)).sum()
 
-    fused = jnp.where(revealed[:, :, None], objective._apply(params, "embed_targets", batch["target_labels"]), inputs)
-    hidden = objective._decode(params, batch, TRAINING, encoded, fused)
-    tokens = lambda hidden: objective._tokens.sums(params, hidden, batch["target_labels"], there * ~revealed)[0]
-    gradient = np.abs(jax.grad(tokens)(hidden)).max(-1)
+    hidden = second_pass(params, batch, encoded, inputs, revealed)
+    weights = jnp.float32(there & ~np.asarray(revealed))
+    tokens = lambda hidden: objective._tokens.sums(params, hidden, batch["target_labels"], weights)[0]
+    gradient = np.abs(jax.jit(jax.grad(tokens))(hidden)).max(-1)
     assert np.all(gradient[np.asarray(revealed) | ~there] == 0)
     assert np.all(gradient[there & ~np.asarray(revealed)] > 0)
     np.testing.assert_allclose(loss.sum, tokens(hidden), rtol=1e-6)
@@ -103,11 +127,17 @@ def test_revealed_labels_have_no_part_in_the_loss(batch):
 
 def test_first_pass_has_no_gradient_and_drops_what_the_second_drops(batch):
     objective, params = new(config=dataclasses.replace(CONFIG, dropout=0.5))
-    encoded, inputs = objective._encoded(params, batch, TRAINING), objective._inputs(params, batch)
-    first = objective._decode(params, batch, TRAINING, encoded, inputs)
-    assert np.array_equal(first, objective._decode(params, batch, TRAINING, encoded, inputs))
-    assert not np.array_equal(first, objective._decode(params, batch, TRAINING._replace(train=False), encoded, inputs))
-    gradient = jax.grad(lambda params: objective(params, batch, TRAINING).sum)(params)
+
+    @jax.jit
+    def passes(params, batch):
+        encoded, inputs = objective._encoded(params, batch, TRAINING), objective._inputs(params, batch)
+        contexts = (TRAINING, TRAINING, TRAINING._replace(train=False))
+        return [objective._decode(params, batch, context, encoded, inputs) for context in contexts]
+
+    first, second, without_dropout = passes(params, batch)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, without_dropout)
+    gradient = gradient_of(objective, params, batch)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -115,8 +145,8 @@ def test_everything_revealed_leaves_a_finite_loss():
     """One token an example and a share of 1: a wrong prediction reveals all, and the loss of tokens is empty."""
     objective, params = new(first_share=1.0, last_share=1.0)
     batch = batch_of([[1, 1]], [[1]])
-    worst = jnp.argmin(objective.logits(params, batch, TRAINING), axis=-1)
-    loss = objective(params, {**batch, "target_labels": worst}, TRAINING)
+    worst = jnp.argmin(logits_of(objective, params, batch), axis=-1)
+    loss = loss_of(objective, params, {**batch, "target_labels": worst})
     assert float(loss.metrics["nll"][1]) == 0
     length_nll = loss.metrics["length_nll"][0]
     np.testing.assert_allclose(loss.sum / loss.weight, 0.05 * length_nll, rtol=1e-6)
@@ -124,18 +154,21 @@ def test_everything_revealed_leaves_a_finite_loss():
 
 def test_a_batch_of_padding_has_no_loss():
     objective, params = new()
-    loss = objective(params, batch_of([[0, 0]], [[0, 0]]), TRAINING)
+    loss = loss_of(objective, params, batch_of([[0, 0]], [[0, 0]]))
     assert float(loss.sum) == float(loss.weight) == 0
 
 
 def test_plain_loss_is_the_mean_over_labels_and_a_mean_over_lengths(batch):
     objective, params = new(ParallelCrossEntropy)
-    loss = objective(params, batch, TRAINING)
-    tokens = LabelSmoothedCrossEntropy(objective.model, 0.1)(params, batch, TRAINING)
-    scores = objective._apply(
-        params, "length_logits", objective._encoded(params, batch, TRAINING), batch["source_segment_ids"]
-    )
-    log_probs = jax.nn.log_softmax(scores)
+    loss = loss_of(objective, params, batch)
+    tokens = loss_of(LabelSmoothedCrossEntropy(objective.model, 0.1), params, batch)
+
+    @jax.jit
+    def length_log_probs(params, batch):
+        encoded = objective._encoded(params, batch, TRAINING)
+        return jax.nn.log_softmax(objective._apply(params, "length_logits", encoded, batch["source_segment_ids"]))
+
+    log_probs = length_log_probs(params, batch)
     # Lengths 4 and 1 in the first row, whose examples start at 0 and 3, and 6 in the second.
     lengths = -(log_probs[0, 0, 4] + log_probs[0, 3, 1] + log_probs[1, 0, 6])
     np.testing.assert_allclose(loss.sum / loss.weight, tokens.sum / tokens.weight + 0.05 * lengths / 3, rtol=1e-5)
@@ -145,9 +178,9 @@ def test_plain_loss_is_the_mean_over_labels_and_a_mean_over_lengths(batch):
 
 def test_targets_beyond_the_classes_count_as_the_last(batch):
     objective, params = new(config=dataclasses.replace(CONFIG, max_target_length=4))
-    loss = objective(params, batch, TRAINING)
+    loss = loss_of(objective, params, batch)
     assert np.isfinite(loss.metrics["length_nll"][0])
-    gradient = jax.grad(lambda params: objective(params, batch, TRAINING).sum)(params)
+    gradient = gradient_of(objective, params, batch)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -155,11 +188,16 @@ def test_auxiliary_decoder_adds_its_loss_over_all_labels(batch):
     config = dataclasses.replace(CONFIG, auxiliary_layers=1)
     objective, params = new(config=config, auxiliary_weight=0.5)
     without = dataclasses.replace(objective, auxiliary_weight=0.0)
-    with_it, base = objective(params, batch, TRAINING), without(params, batch, TRAINING)
-    encoded, inputs = objective._encoded(params, batch, TRAINING), objective._inputs(params, batch)
-    hidden = objective._decode(params, batch, TRAINING, encoded, inputs, "auxiliary_hidden")
-    there = (batch["target_segment_ids"] > 0).astype(jnp.float32)
-    loss = objective._tokens.sums(params, hidden, batch["target_labels"], there)[0] / 11
+    with_it, base = loss_of(objective, params, batch), loss_of(without, params, batch)
+
+    @jax.jit
+    def auxiliary(params, batch):
+        encoded, inputs = objective._encoded(params, batch, TRAINING), objective._inputs(params, batch)
+        hidden = objective._decode(params, batch, TRAINING, encoded, inputs, "auxiliary_hidden")
+        there = (batch["target_segment_ids"] > 0).astype(jnp.float32)
+        return objective._tokens.sums(params, hidden, batch["target_labels"], there)[0]
+
+    loss = auxiliary(params, batch) / 11
     difference = (with_it.sum - base.sum) / with_it.weight
     np.testing.assert_allclose(difference, 0.5 * loss, rtol=1e-4)
     assert float(with_it.metrics["auxiliary_nll"][1]) == 11
@@ -168,7 +206,7 @@ def test_auxiliary_decoder_adds_its_loss_over_all_labels(batch):
 def test_uniform_scores_have_the_logarithm_of_the_vocabulary(batch):
     objective, params = new(ParallelCrossEntropy, length_weight=0.0)
     params = {**params, "embedding": {"table": jnp.zeros_like(params["embedding"]["table"])}}
-    loss = objective(params, batch, TRAINING)
+    loss = loss_of(objective, params, batch)
     np.testing.assert_allclose(loss.sum / loss.weight, np.log(13), rtol=1e-6)
 
 

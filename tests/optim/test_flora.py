@@ -541,6 +541,7 @@ def test_attention_kernels_are_factored_where_optax_keeps_them_whole():
         (lambda: flora(0.1, clipping_threshold=0.0), "flora: clipping_threshold = 0.0"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -179,7 +179,7 @@ def test_sparsity_1_takes_no_second_gradient():
     def never(params, index):
         raise AssertionError
 
-    params, optimizer = start(), fsam(optax.sgd(0.1), sparsity=1)
+    params, optimizer = jax.tree.map(jnp.asarray, start()), fsam(optax.sgd(0.1), sparsity=1)
     optimizer.update(params, optimizer.init(params), params, grad_fn=never)
     with pytest.raises(AssertionError):  # biases are perturbed, whatever the sparsity of kernels
         fsam(optax.sgd(0.1), sparsity=1, maskable=["kernel"]).update(
@@ -305,6 +305,7 @@ def test_the_mask_costs_one_bit_an_entry():
     assert sam(optax.sgd(0.1)).init(params).mask == fsam(optax.sgd(0.1), sparsity=1).init(params).mask == ()
 
 
+@pytest.mark.usefixtures("unchecked")  # arrays in the place of all numbers
 def test_rho_may_be_a_schedule_and_injected():
     grads = gradients(0, 1e6)
     params = jax.tree.map(jnp.zeros_like, grads)
@@ -406,6 +407,7 @@ def test_weights_in_bfloat16_move_as_far_as_they_can():
         ({"normalize": "none"}, "normalize = 'none'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_hyperparameters_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         fsam(optax.sgd(0.1), **options)
@@ -418,6 +420,7 @@ def test_parameters_that_do_not_fit_are_refused():
         fsam(optax.sgd(0.1), maskable=["kernel"], unmaskable="error").init(start())
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_callables_that_are_missing_are_named():
     params = start()
     for name, optimizer, extra, missing in [

@@ -318,6 +318,7 @@ def test_the_chain_clips_before_decay_and_learning_rate():
         (lambda: ginger_curvature_grads(lambda p, b: p, jnp.ones(1), 0, jax.random.key(0), "poisson"), "poisson"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_said_in_one_line(make, message):
     with pytest.raises(UserError, match=message):
         make()

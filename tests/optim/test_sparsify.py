@@ -465,6 +465,7 @@ def test_multi_steps_of_optax_keeps_zeros():
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_said_in_one_line(make, message):
     with pytest.raises(UserError, match=message) as caught:
         make()

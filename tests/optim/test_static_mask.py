@@ -86,6 +86,7 @@ def test_it_tells_the_learning_rate_of_its_base():
     assert float(learning_rate_of(optimizer, optimizer.init(params()))) == 1.0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_one_line():
     with pytest.raises(UserError, match="static_mask: pattern 'lora' matches no parameter; names look like 'adapter/b"):
         static_mask(optax.sgd(0.1), ["lora"]).init(params())
