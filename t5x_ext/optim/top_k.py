@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from t5x_ext.contracts import PyTree, UserError
@@ -18,7 +19,7 @@ WORD = 32
 """Bits of the integers that devices count in; larger counts are pairs of words."""
 
 
-def num_kept(sparsity: float | Fraction, total: int) -> int:
+def num_kept(sparsity: float | np.floating | Fraction, total: int) -> int:
     """floor((1 - sparsity) * total), with `sparsity` taken as the decimal that was written.
 
     In floating point (1 - 0.9) * 580 is 57.99999999999999, one entry short. A float is rounded to the nearest decimal
