@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Gradual pruning of graph networks: accuracies at densities of weights, edges and features, with controls.
 
-example: python scripts/bench_cgp.py --graph=../shared/data/graphs/cora.npz --out=cgp.json
+example: scripts/bench_cgp.py --graph=../shared/data/graphs/cora.npz --out=cgp.json
 
 Every arm is trained for 200 updates from --seeds different starts and measured every 5 updates from the end of pruning
 on (dense arms from the beginning); the accuracy of the test nodes is that of the best measurement on the validation

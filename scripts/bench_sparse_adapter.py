@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """SparseAdapter on classification sets: full fine-tuning, dense adapters, sparse ones by score and sparsity.
 
-example: python scripts/bench_sparse_adapter.py --encoder=runs/minilm --tasks=TREC,SUBJ --out=table.json
+example: scripts/bench_sparse_adapter.py --encoder=runs/minilm --tasks=TREC,SUBJ --out=table.json
 
 The encoder is a run folder that `t5x_ext convert` wrote. Each arm is trained on the same few examples with the same
 seeds; what it reaches on the test examples is written to --out after every run, and the table printed at the end. Rerun
