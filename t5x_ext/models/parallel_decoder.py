@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from t5x_ext.contracts import Batch
+from t5x_ext.contracts import AnyArray, Batch
 from t5x_ext.models.config import ParallelConfig
 from t5x_ext.models.sequence_to_sequence import SequenceToSequence
 from t5x_ext.models.sharing import LayerSharing
@@ -62,7 +62,7 @@ class ParallelDecoder(SequenceToSequence):
     def length_logits(
         self,
         encoded: Float[Array, "batch source_length embed"],
-        source_segment_ids: Int[Array, "batch source_length"],
+        source_segment_ids: Int[AnyArray, "batch source_length"],
     ) -> Float[Array, "batch source_length max_target_length"]:
         """Scores of the target's length, float32; at each source position those of the example that it belongs to.
 
@@ -167,9 +167,9 @@ class LengthHead(nn.Module):
 
 
 def uniform_copy(
-    source_segment_ids: Int[Array, "batch source_length"],
-    target_segment_ids: Int[Array, "batch length"],
-    target_positions: Int[Array, "batch length"],
+    source_segment_ids: Int[AnyArray, "batch source_length"],
+    target_segment_ids: Int[AnyArray, "batch length"],
+    target_positions: Int[AnyArray, "batch length"],
 ) -> Int[Array, "batch length"]:
     """The position of the row's source that each target position copies: round(t (S - 1) / (T - 1 + 1e-4)) of its own.
 
