@@ -147,7 +147,9 @@ def test_bottlenecks_are_what_their_formulas_say(small_config, form, placement):
         "parallel": lambda: x + y + u(x if post else norm(x, outer_norm)),
         "after_norm": lambda: x + y + u(outer(x + y)),
     }[form]()
-    np.testing.assert_allclose(Frame().apply({"params": params}, x, y), outer(total), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        Frame().apply({"params": jax.tree.map(jnp.asarray, params)}, x, y), outer(total), rtol=2e-5, atol=2e-5
+    )
 
 
 def test_lora_is_a_low_rank_change_of_its_targets(small_config, packed_batch, random_params):
