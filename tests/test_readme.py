@@ -161,7 +161,9 @@ def test_commands_for_two_files_and_those_after_them_run(folder):
 
 @pytest.mark.parametrize("command", TRAINS)
 def test_commands_with_gin_files_run(command, folder):
-    assert "results" in shell(short(command), folder).stdout
+    # A model that has hardly learned decodes to the longest length: machine code pays where compiling is a small part.
+    as_users_compile = "gin_file=optim/" not in command
+    assert "results" in shell(short(command), folder, as_users_compile).stdout
 
 
 def test_the_small_pipeline_of_the_readme_runs(folder):
