@@ -36,12 +36,11 @@ def with_included(name: str) -> list[str]:
     return [name, *(inner for other in included for inner in with_included(other))]
 
 
-def all_text(name: str) -> str:
-    """The text of a file and of all that it includes."""
-    return "".join((gin_root() / one).read_text("utf-8") for one in with_included(name))
-
-
-PIPELINES = [name for name in FILES if name.startswith("runs/") and "include 'pipelines/" in all_text(name)]
+PIPELINES = [
+    name
+    for name in FILES
+    if name.startswith("runs/") and any(other.startswith("pipelines/") for other in with_included(name))
+]
 CLASSIFICATIONS = [name for name in FILES if "tasks.Classification()" in (gin_root() / name).read_text("utf-8")]
 GRAPHS = [name for name in FILES if "tasks.NodeClassification()" in (gin_root() / name).read_text("utf-8")]
 RUNS = [name for name in FILES if name.startswith("runs/") and name not in (*PIPELINES, *CLASSIFICATIONS, *GRAPHS)]

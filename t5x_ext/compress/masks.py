@@ -20,7 +20,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from t5x_ext.compress.scores import LossFn, Score, as_partial, is_selected
-from t5x_ext.contracts import MERGED_AXES, Batch, Params, PyTree, UserError, path_name
+from t5x_ext.contracts import MERGED_AXES, AnyArray, Batch, Params, PyTree, UserError, path_name
 
 Scope: TypeAlias = Literal["global", "local", "er"]
 """Where entries compete: in all matrices together, in each matrix alone at one density, or in each matrix alone at the
@@ -340,9 +340,7 @@ def _as_matrices(shape: tuple[int, ...], names: Sequence[str | None] | None) -> 
 
 
 @jax.jit
-def _largest(
-    scores: Float[Array, "rows entries"], kept: Int[Array | np.ndarray, " rows"]
-) -> Bool[Array, "rows entries"]:
+def _largest(scores: Float[Array, "rows entries"], kept: Int[AnyArray, " rows"]) -> Bool[Array, "rows entries"]:
     """True at the `kept[r]` largest scores of row r, the first ones of equals; NaN below everything."""
     missing = jnp.isnan(scores)
     order = jnp.lexsort((-jnp.where(missing, 0.0, scores), missing), axis=-1)

@@ -384,8 +384,10 @@ class _Counter:
         distance = end - (self._first(counter) or 0) - offset
         step = self._step(counter)
         if direction == "NE":
-            meets = step and distance * step >= 0 and distance % step == 0
-            return distance // step if meets else None if distance else 0
+            if distance == 0:
+                return 0
+            meets = step != 0 and distance * step > 0 and distance % step == 0
+            return distance // step if meets else None
         if direction in ("GT", "GE"):
             distance, step = -distance, -step
         if direction in ("LE", "GE"):

@@ -234,7 +234,7 @@ def show(cell: Cell) -> str:
         return ""
     mean, error, _ = cell.moments
     places = _places(mean, error)
-    text = f"{round(mean, places) + 0.0:,.{places}f}" + (f" ± {error:,.{places}f}" if error is not None else "")
+    text = f"{mean:z,.{places}f}" + (f" ± {error:,.{places}f}" if error is not None else "")
     difference = _show_difference(cell)
     return f"{text} ({difference})" if difference else text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -12,31 +13,58 @@ from jaxtyping import Float
 from t5x_ext.contracts import UserError
 from t5x_ext.corpora import read_lines
 from t5x_ext.evaluate import tokenizer_for
-from t5x_ext.pipeline import TextFiles, Translate, open_model
+from t5x_ext.pipeline import TextFiles, Translate, Workspace
 from t5x_ext.pipeline.stage_folder import PipelineFolder
 from t5x_ext.study.measurements import MeasuredRun
 
 
+class _OfTranslations:
+    """A value of the translations of one stage of a pipeline, `Arm.part`, by direction, and the mean of directions."""
+
+    name: ClassVar[str]
+
+    def __call__(self, run: MeasuredRun) -> dict[str, float]:
+        """The value by direction, and the mean."""
+        values = {name: float(self.score(sums.sum(axis=0))) for name, sums in self.lines(run).items()}
+        return {self.name: float(np.mean([*values.values()])), **values}
+
+    def lines(self, run: MeasuredRun) -> dict[str, Float[np.ndarray, "lines sums"]]:
+        """What the score sums up, line by line, by direction.
+
+        Raises:
+          UserError: where the stage has no translations that can be scored.
+        """
+        return {
+            f"{self.name}/{'-'.join(text.languages)}": self.sums(*_sides(run, text), text.languages[1])
+            for text in _texts(run)
+        }
+
+    def sums(
+        self, hypotheses: Sequence[str], references: Sequence[str], language: str
+    ) -> Float[np.ndarray, "lines sums"]:
+        """Of each line what the score sums up."""
+        raise NotImplementedError
+
+    def score(self, sums: Float[np.ndarray, "*samples sums"]) -> Float[np.ndarray, "*samples"]:
+        """The value of sums over lines."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class TranslationBleu:
+class TranslationBleu(_OfTranslations):
     """BLEU of the translations of one stage of a pipeline, `Arm.part`: `bleu/en-de` and so on, and `bleu`, their mean.
 
     Cased, with the tokenizer of the target language, as sacreBLEU's defaults. The test text should have the same lines
     in all directions, see `statistics.resampled`.
     """
 
-    def __call__(self, run: MeasuredRun) -> dict[str, float]:
-        """Corpus BLEU by direction, and the mean."""
-        values = {name: float(self.score(counts.sum(axis=0))) for name, counts in self.lines(run).items()}
-        return {"bleu": float(np.mean([*values.values()])), **values}
+    name: ClassVar[str] = "bleu"
 
-    def lines(self, run: MeasuredRun) -> dict[str, Float[np.ndarray, "lines 10"]]:
-        """What BLEU sums up, line by line, by direction.
-
-        Raises:
-          UserError: where the stage has no translations that can be scored.
-        """
-        return {f"bleu/{'-'.join(text.languages)}": _counts(run, text) for text in _texts(run)}
+    def sums(
+        self, hypotheses: Sequence[str], references: Sequence[str], language: str
+    ) -> Float[np.ndarray, "lines 10"]:
+        """What BLEU sums up, see `counts_of`."""
+        return counts_of(hypotheses, references, language)
 
     def score(self, sums: Float[np.ndarray, "*samples 10"]) -> Float[np.ndarray, "*samples"]:
         """BLEU of sums over lines."""
@@ -44,29 +72,17 @@ class TranslationBleu:
 
 
 @dataclass(frozen=True)
-class ExactMatch:
+class ExactMatch(_OfTranslations):
     """Per cent of the lines of one stage of a pipeline, `Arm.part`, that equal their reference.
 
     Its values are `exact_match/en-de` and so on, and `exact_match`, their mean.
     """
 
-    def __call__(self, run: MeasuredRun) -> dict[str, float]:
-        """Per cent by direction, and the mean."""
-        values = {name: float(self.score(sums.sum(axis=0))) for name, sums in self.lines(run).items()}
-        return {"exact_match": float(np.mean([*values.values()])), **values}
+    name: ClassVar[str] = "exact_match"
 
-    def lines(self, run: MeasuredRun) -> dict[str, Float[np.ndarray, "lines 2"]]:
-        """For each line 1 or 0, whether it is its reference, and 1; by direction.
-
-        Raises:
-          UserError: where the stage has no translations that can be scored.
-        """
-        found = {}
-        for text in _texts(run):
-            pairs = zip(*_sides(run, text), strict=True)
-            sums = [[hypothesis == reference, 1] for hypothesis, reference in pairs]
-            found[f"exact_match/{'-'.join(text.languages)}"] = np.array(sums, float)
-        return found
+    def sums(self, hypotheses: Sequence[str], references: Sequence[str], language: str) -> Float[np.ndarray, "lines 2"]:
+        """For each line 1 or 0, whether it is its reference, and 1."""
+        return np.array([[one == other, 1] for one, other in zip(hypotheses, references, strict=True)], float)
 
     def score(self, sums: Float[np.ndarray, "*samples 2"]) -> Float[np.ndarray, "*samples"]:
         """Per cent of sums over lines."""
@@ -101,12 +117,10 @@ class DecodingSpeed:
         if not isinstance(stage, Translate):
             raise UserError(f"DecodingSpeed: {run.arm.part!r} (Arm.part) is no stage that translates")
         text = next(_texts(run))
-        models = PipelineFolder(run.folder).stage(stage.model).artefact
-        model = models.model_for("-".join(text.languages)) if models else None
-        assert model is not None, "a stage that has translated has had a model"
-        translator = open_model(run.folder, model)
-        lines = list(read_lines(str(run.folder / text.files[0])))
         source, target = text.languages
+        workspace = Workspace(PipelineFolder(run.folder), stage.name)
+        translator = workspace.open(workspace.model_for(stage.model, (source, target)))
+        lines = list(read_lines(str(run.folder / text.files[0])))
         translate = lambda batch: translator.translate(batch, source, target, stage.decode)
         return {
             "speed/single": self._speed(translate, [[line] for line in lines[: self.single]]),
@@ -136,10 +150,6 @@ def _sides(run: MeasuredRun, text: TextFiles) -> tuple[list[str], list[str]]:
     assert text.reference is not None
     hypotheses, references = (list(read_lines(str(run.folder / file))) for file in (text.files[1], text.reference))
     return hypotheses, references
-
-
-def _counts(run: MeasuredRun, text: TextFiles) -> Float[np.ndarray, "lines 10"]:
-    return counts_of(*_sides(run, text), text.languages[1])
 
 
 def counts_of(hypotheses: Sequence[str], references: Sequence[str], language: str) -> Float[np.ndarray, "lines 10"]:

@@ -83,7 +83,7 @@ def test_every_file_damaged_is_refused(newest, caplog, kind):
     repair(newest / name, name)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**9), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_found(newest, place, bit):
     """Of the files that hold the checkpoint, every bit counts; of `digests.json`, every one that could hide damage."""

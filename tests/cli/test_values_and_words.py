@@ -65,7 +65,7 @@ def hints(draw, depth=2):
     return hint | other, lambda value: check(value) or other_check(value), "?"  # parts may be the same
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(hints(), VALUES)
 def test_a_value_fits_an_annotation_if_every_part_does(hint, value):
     annotation, check, words = hint

@@ -46,11 +46,6 @@ AXES = {
 }
 
 
-def no_loss(params, batch):
-    """Of scores that look at no data."""
-    pytest.fail("a score without data computed the loss")
-
-
 def tree_of(values):
     leaves, structure = jax.tree.flatten(SHAPES, is_leaf=lambda node: isinstance(node, tuple))
     ends = np.cumsum([math.prod(shape) for shape in leaves])[:-1]
@@ -65,7 +60,7 @@ def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -3.0, 1e-45]), min_size=TOTAL, max_size=TOTAL), DENSITIES)
 def test_global_masks_are_those_of_a_stable_sort(values, density):
     mask = flat(from_scores(tree_of(values), density))
@@ -79,7 +74,7 @@ def test_global_masks_are_those_of_a_stable_sort(values, density):
         assert np.array_equal(mask, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), DENSITIES, st.sampled_from(["local", "er"]))
 def test_masks_by_matrix_keep_their_shares_and_the_exact_total(seed, density, scope):
     scores = tree_of(np.random.default_rng(seed).normal(size=TOTAL))
@@ -116,7 +111,7 @@ def test_masks_are_traceable():
     assert np.array_equal(flat(compiled), flat(from_scores(scores, 0.3)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6), st.floats(0, 1))
 def test_er_densities_keep_the_budget(shapes, density):
     density = round(density, 6)
@@ -228,7 +223,7 @@ def test_more_rounds_of_synflow_differ_from_one():
     assert not np.array_equal(flat(one), flat(many))
 
 
-def test_scores_may_be_any_callable():
+def test_scores_may_be_any_callable(no_loss):
     """A score of the user's own: what `functools.partial` made of a function, arrays of NumPy, other leaves ignored."""
 
     def distance(loss, params, selected, batches, key, *, origin):
@@ -239,7 +234,7 @@ def test_scores_may_be_any_callable():
     assert preferred_scope(functools.partial(er)) == "er"
 
 
-def test_a_collapsed_matrix_is_refused():
+def test_a_collapsed_matrix_is_refused(no_loss):
     params = net()
     params["up"]["kernel"] = params["up"]["kernel"] * 1e-3
     with pytest.raises(UserError, match=r"density 0.25 nothing is kept of up/kernel; scope='local' keeps"):

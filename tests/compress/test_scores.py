@@ -22,11 +22,6 @@ def double_precision():
         yield
 
 
-def no_loss(params, batch):
-    """Of scores that look at no data."""
-    pytest.fail("a score without data computed the loss")
-
-
 def adapter(width=WIDTH, bottleneck=BOTTLENECK, seed=0, scale=0.3):
     rng = np.random.default_rng(seed)
     return {
@@ -176,7 +171,7 @@ def test_synflow_is_what_differentiating_the_flow_gives():
     assert scores["head"]["kernel"] is None
 
 
-def test_synflow_conserves_flow_in_each_layer_and_at_the_bottleneck():
+def test_synflow_conserves_flow_in_each_layer_and_at_the_bottleneck(no_loss):
     """What a bottleneck unit receives it hands on; chains of stacked layers do not mix."""
     rng = np.random.default_rng(0)
     down, up = rng.normal(size=(4, 6, 3)), rng.normal(size=(4, 3, 2, 5))
@@ -190,7 +185,7 @@ def test_synflow_conserves_flow_in_each_layer_and_at_the_bottleneck():
     np.testing.assert_allclose(alone["up"]["kernel"], scores["up"]["kernel"][1], rtol=1e-12)
 
 
-def test_synflow_counts_removed_entries_as_zero():
+def test_synflow_counts_removed_entries_as_zero(no_loss):
     params = on_device({"down": {"kernel": np.ones((2, 2))}, "up": {"kernel": np.ones((2, 1))}})
     live = {"down": {"kernel": jnp.array([[True, False], [True, True]])}, "up": {"kernel": jnp.ones((2, 1), bool)}}
     scores = synflow(no_loss, params, live, [], KEY)
@@ -198,7 +193,7 @@ def test_synflow_counts_removed_entries_as_zero():
     assert scores["up"]["kernel"].tolist() == [[2], [1]]
 
 
-def test_random_depends_on_the_key_alone():
+def test_random_depends_on_the_key_alone(no_loss):
     params = on_device(adapter())
     one, same, other = (random(no_loss, params, kernels(params), [], jax.random.key(seed)) for seed in (0, 0, 1))
     assert np.array_equal(flat(one), flat(same))
@@ -207,7 +202,7 @@ def test_random_depends_on_the_key_alone():
     assert er.scope == "er"
 
 
-def test_magnitude():
+def test_magnitude(no_loss):
     params = on_device(adapter())
     scores = magnitude(no_loss, params, kernels(params), [], KEY)
     assert np.array_equal(scores["adapter"]["up"]["kernel"], np.abs(params["adapter"]["up"]["kernel"]))

@@ -26,7 +26,7 @@ ROWS = st.lists(st.tuples(CELL, CELL, CELL.filter(bool)), min_size=1, max_size=6
 # Labelled text
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ROWS, st.permutations(["first", "second", "class"]), st.booleans())
 def test_any_table_is_read_as_it_was_written_whatever_the_order_of_its_columns(rows, names, header):
     cells = [dict(zip(("first", "second", "class"), row)) for row in rows]
@@ -89,7 +89,7 @@ def test_a_fingerprint_follows_every_cell_and_the_order_but_no_line_number(rows,
 # Tasks for workers
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(CELL, CELL), min_size=1, max_size=9), st.integers(1, 4), st.booleans())
 def test_tasks_of_a_corpus_hold_its_pairs_once_in_order(pairs, size, readable):
     @dataclasses.dataclass

@@ -51,7 +51,7 @@ lengths_and_capacities = st.tuples(st.integers(4, 40), st.integers(4, 40)).flatm
 
 
 @given(lengths_and_capacities)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_window_equals_the_loop(case):
     (source_capacity, target_capacity), pairs = case
     source, target = (np.array(side) for side in zip(*pairs))

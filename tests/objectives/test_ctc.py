@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import gradient_of, loss_of
 
-from t5x_ext.contracts import Context, UserError
+from t5x_ext.contracts import UserError
 from t5x_ext.models import ParallelConfig, ParallelDecoder, init_params
 from t5x_ext.objectives import Ctc
 from t5x_ext.objectives.ctc import ctc_log_likelihood, is_possible
@@ -77,17 +78,6 @@ def batch():
         "target_segment_ids": there([3, 5, 0], 5),
         "target_positions": positions(5),
     }
-
-
-CONTEXT = Context(0, jax.random.key(0), train=True)
-
-
-def loss_of(objective, params, batch):
-    return jax.jit(lambda params, batch: objective(params, batch, CONTEXT))(params, batch)
-
-
-def gradient_of(objective, params, batch):
-    return jax.jit(jax.grad(lambda params, batch: objective(params, batch, CONTEXT).sum))(params, batch)
 
 
 def log_probs_of(model, params, batch):

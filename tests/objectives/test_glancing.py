@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import TRAINING, gradient_of, loss_of
 
 from t5x_ext.contracts import Context, Likelihood, UserError
 from t5x_ext.models import ParallelConfig, ParallelDecoder, init_params
@@ -16,7 +17,6 @@ CONFIG = ParallelConfig(
     vocab_size=13, embed_dim=8, mlp_dim=12, num_heads=2, encoder_layers=1, decoder_layers=1, dropout=0.0,
     max_target_length=9,
 )  # fmt: skip
-TRAINING = Context(0, jax.random.key(1), train=True)
 
 
 def batch_of(source_ids, target_ids, seed=0):
@@ -46,16 +46,8 @@ def new(objective=Glancing, config=CONFIG, **options):
     return objective(model, **options), init_params(model, jax.random.key(0))
 
 
-def loss_of(objective, params, batch, context=TRAINING):
-    return jax.jit(lambda params, batch: objective(params, batch, context))(params, batch)
-
-
 def logits_of(objective, params, batch):
     return jax.jit(lambda params, batch: objective.logits(params, batch, TRAINING))(params, batch)
-
-
-def gradient_of(objective, params, batch):
-    return jax.jit(jax.grad(lambda params, batch: objective(params, batch, TRAINING).sum))(params, batch)
 
 
 def test_share_falls_linearly_and_then_stays():

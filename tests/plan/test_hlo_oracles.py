@@ -103,7 +103,7 @@ def test_an_array_without_a_layout_has_the_bytes_of_its_elements(dtype, dims):
 @settings(max_examples=40)
 @given(st.data(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from(sorted(BITS)))
 def test_a_tiled_layout_takes_whole_tiles(data, dims, dtype):
-    """Padded as an array in the order of memory, whose last dimensions are cut into tiles."""
+    """Padded as an array of the layout's order, whose last dimensions are split into tiles."""
     order = data.draw(st.permutations(range(len(dims))))
     tile = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=len(dims)))
     array = parse_shape(f"{dtype}[{numbers(dims)}]{{{numbers(order)}:T({numbers(tile)})S(1)}}")
@@ -173,7 +173,7 @@ def test_a_dot_of_any_dimensions_multiplies_and_adds_once_for_each_of_them(data,
     assert flops(call, *shapes[:2]) == expected
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -8,10 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from t5x_ext.contracts import UserError
-from t5x_ext.study import Arm, Budget, Configured, Options, Study
+from t5x_ext.study import Arm, Budget, Configured, MeasuredRun, Options, Study
 
 KNOWN = {"level", "pause", "fail", "crash", "saving"}
+
+
+class Share:
+    """A measurement of lines that have been kept: the share of them that are right."""
+
+    def __call__(self, run: MeasuredRun) -> dict[str, float]:
+        raise AssertionError("nothing is measured again")
+
+    def lines(self, run: MeasuredRun) -> dict[str, np.ndarray]:
+        raise AssertionError("nothing is measured again")
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        return sums[..., 0] / sums[..., 1]
 
 
 def configure(arguments: Sequence[str]) -> Configured:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from study_stand_ins import Share
 
 from t5x_ext.contracts import UserError
 from t5x_ext.study import Arm, Budget, MeasuredRun, Recorded, Results, Study, select
@@ -32,7 +33,7 @@ NAMES = st.sampled_from(["loss", "valid/loss", "least valid/loss", "bleu/en-de"]
 # Records
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.dictionaries(st.sampled_from(["a", "b_1"]), st.dictionaries(NAMES, FLOATS)), st.text(max_size=9))
 def test_measured_values_come_back_and_what_is_not_finite_as_no_number(values, error):
     with tempfile.TemporaryDirectory() as path:
@@ -99,7 +100,7 @@ def test_damaged_lines_are_named(tmp_path, content):
         read_measured(tmp_path, "run", "key")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.recursive(FLOATS | st.booleans() | st.text(max_size=3), lambda inner: st.dictionaries(st.text("ab"), inner)))
 def test_what_is_called_recorded_can_be_asked_for(results):
     """Of any `results.json`, the names in the message are exactly those that give a number."""
@@ -147,19 +148,6 @@ def test_differences_have_a_sign_and_very_small_p_values_a_bound(difference, err
         assert float(found[5]) == pytest.approx(p_value, rel=0.051)
 
 
-class Share:
-    """A measurement of lines: the share of lines that are right."""
-
-    def __call__(self, run):
-        raise NotImplementedError
-
-    def lines(self, run):
-        raise NotImplementedError
-
-    def score(self, sums):
-        return sums[..., 0] / sums[..., 1]
-
-
 def results_of(values, **fields):
     """Of arms by name, each with its values by seed."""
     seeds = tuple(sorted({seed for own in values.values() for seed in own})) or (0,)
@@ -179,7 +167,7 @@ def results_of(values, **fields):
 SEEDED = st.dictionaries(st.integers(0, 4), st.floats(-5, 5), max_size=5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDED, SEEDED)
 def test_arms_are_compared_over_the_seeds_that_both_have(ours, theirs):
     results = results_of({"a": theirs, "b": ours})
@@ -221,7 +209,7 @@ def test_a_direction_that_one_seed_lacks_is_not_resampled():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SEEDED, st.sampled_from([math.nan, math.inf, 1.0]))
 def test_json_of_results_has_no_number_that_json_does_not_know(own, odd):
     results = results_of({"a": own | {0: odd}, "b": own})

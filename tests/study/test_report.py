@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from study_stand_ins import Share
 
 from t5x_ext.study import Arm, Budget, Results, Study
 from t5x_ext.study.figures import pictures, styles
@@ -23,19 +24,6 @@ ARMS = (
     Arm("flora_16", label="Flora, rank 16 | x", family="flora", position=16),
     Arm("flora_64", family="flora", position=64),
 )
-
-
-class Share:
-    """The share of lines that are right."""
-
-    def __call__(self, run):
-        raise NotImplementedError
-
-    def lines(self, run):
-        raise NotImplementedError
-
-    def score(self, sums):
-        return sums[..., 0] / sums[..., 1]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def signed_rank_p(differences):
     return sum(off(signs) >= off(differences) for signs in everything) / len(everything)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(-50, 50).filter(bool), min_size=2, max_size=7, unique_by=abs))
 def test_p_values_are_those_of_all_signs_and_of_the_integral(differences):
     found = paired([3.0 + one for one in differences], [3.0] * len(differences))

@@ -11,7 +11,7 @@ import sacrebleu
 
 from t5x_ext.contracts import UserError
 from t5x_ext.decode import DecodeConfig, Greedy
-from t5x_ext.pipeline import Translate
+from t5x_ext.pipeline import Translate, Workspace
 from t5x_ext.pipeline.artefact import Artefact, Model, TextFiles, Weights
 from t5x_ext.pipeline.stage_folder import FORMAT
 from t5x_ext.storage.files import write_json
@@ -90,7 +90,7 @@ def test_speed_is_that_of_warm_batches_of_the_stages_own_search(tmp_path, monkey
             seen.append(batch)
             assert (source, target, config) == ("en", "de", decode)
 
-    monkeypatch.setattr(translations, "open_model", lambda folder, opened: Timed() if opened == model else None)
+    monkeypatch.setattr(Workspace, "open", lambda workspace, opened: Timed() if opened == model else None)
     monkeypatch.setattr(translations.time, "perf_counter", lambda: now[0])
     stages = [Translate("out", "m", ("t",), decode=decode)]
     run = MeasuredRun(tmp_path, Arm("a", part="out"), 0, SimpleNamespace(stages=stages), "")

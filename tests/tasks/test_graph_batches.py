@@ -40,7 +40,7 @@ def test_both_directions_of_a_pair_share_a_logit_and_no_two_pairs_do(graph):
     assert "edge_ids" not in graph_arrays(graph)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(graphs(), st.booleans())
 def test_the_definition_describes_the_batch_and_has_a_logit_for_each_edge_or_pair(graph, shared):
     task = NodeClassification(data=None, share_edge_logits=shared)

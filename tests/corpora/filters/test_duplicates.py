@@ -21,7 +21,7 @@ from t5x_ext.corpora.filters.duplicates import (
 )
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, database=None)
 @given(
     st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=6),
     st.integers(0, 4),

@@ -111,7 +111,7 @@ def test_any_text_is_filtered_once_and_for_all(list_corpus, tmp_path_factory):
         ["a b", "A　b", "ab", "你好，", "<p>"]
     )
 
-    @settings(max_examples=15, deadline=None, database=None)
+    @settings(max_examples=15, database=None)
     @given(st.lists(st.tuples(line, line), max_size=12))
     def check(lines):
         config = FilterConfig(duplicates=("source", "target"), near_duplicate_similarity=0.5)

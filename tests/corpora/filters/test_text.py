@@ -41,7 +41,7 @@ def cleaned(line: str, language: str, config: FilterConfig = BARE) -> str:
 
 @pytest.mark.parametrize("language", ["en", "fr", "zh", "ja"])
 def test_cleaning_again_changes_nothing(language):
-    @settings(max_examples=150, deadline=None, database=None)
+    @settings(max_examples=150, database=None)
     @given(LINES)
     def check(line):
         once = cleaned(line, language)
